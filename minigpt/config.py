@@ -1,0 +1,214 @@
+"""What a user may set about the model, its data and its optimiser: plain dataclasses, checked on construction.
+
+Standard library only: the launcher and the simulator read these without importing torch.
+A ValueError names the key as it is written on the command line, its value and what is allowed.
+Shape letters: T sequence, D width, H head width, F MLP width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Norm(str, Enum):
+    layernorm = "layernorm"
+    rmsnorm = "rmsnorm"
+
+
+class Positions(str, Enum):
+    learned = "learned"
+    rotary = "rotary"
+    sinusoidal = "sinusoidal"
+
+
+class FFN(str, Enum):
+    gelu = "gelu"
+    swiglu = "swiglu"
+
+
+class Attention(str, Enum):
+    sdpa = "sdpa"
+    plain = "plain"
+
+
+class Source(str, Enum):
+    stdlib = "stdlib"
+    text = "text"
+    shakespeare = "shakespeare"
+    openwebtext = "openwebtext"
+    generated = "generated"
+    random = "random"
+
+
+class Tokenizer(str, Enum):
+    bytes = "bytes"
+    bpe = "bpe"
+
+
+class OptimizerName(str, Enum):
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class Schedule(str, Enum):
+    cosine = "cosine"
+    constant = "constant"
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise a ValueError with `message` unless `holds`."""
+    if not holds:
+        raise ValueError(message)
+
+
+def at_least(key: str, value: float | None, low: float) -> None:
+    """A number that is set must be finite and not below `low`."""
+    if value is not None:
+        require(math.isfinite(value) and value >= low, f"{key}={value}: must be at least {low}")
+
+
+def above(key: str, value: float | None, low: float) -> None:
+    """A number that is set must be finite and above `low`."""
+    if value is not None:
+        require(math.isfinite(value) and value > low, f"{key}={value}: must be greater than {low}")
+
+
+def fraction(key: str, value: float) -> None:
+    """A number in [0, 1)."""
+    require(0.0 <= value < 1.0, f"{key}={value}: must be at least 0 and below 1")
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a decoder-only transformer. The defaults are configs/model/tiny.yaml's."""
+
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int | None = None  # fewer than n_head is grouped-query attention; null: n_head
+    d_model: int = 128
+    d_ff: int | None = None  # null: 4 D for gelu, 8/3 D in multiples of 64 for swiglu
+    vocab_size: int = 256
+    context: int = 128  # the longest sequence (rows of a learned position table); seq_len's default
+    norm: Norm = Norm.layernorm
+    norm_eps: float = 1e-5
+    positions: Positions = Positions.learned
+    rope_theta: float = 10000.0  # base of the rotary frequencies; Llama 3 uses 500000
+    ffn: FFN = FFN.gelu
+    bias: bool = True  # biases in linear layers and LayerNorm; the head never has one
+    tied: bool = False  # the head shares the embedding's weight
+    dropout: float = 0.0
+    attention: Attention = Attention.sdpa
+
+    def __post_init__(self) -> None:
+        for key in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "context"):
+            at_least(f"model.{key}", getattr(self, key), 1)
+        above("model.norm_eps", self.norm_eps, 0)
+        above("model.rope_theta", self.rope_theta, 0)
+        fraction("model.dropout", self.dropout)
+        require(
+            self.d_model % self.n_head == 0,
+            f"model.d_model={self.d_model} % model.n_head={self.n_head} = {self.d_model % self.n_head}: "
+            f"the width must divide by the heads",
+        )
+        require(
+            self.n_head % self.kv_heads == 0,
+            f"model.n_head={self.n_head} % model.n_kv_head={self.kv_heads} = {self.n_head % self.kv_heads}: "
+            f"the query heads must divide by the key-value heads",
+        )
+        require(
+            self.positions != Positions.rotary or self.head_dim % 2 == 0,
+            f"model.positions=rotary: the head width model.d_model / model.n_head = {self.head_dim} must be even",
+        )
+        require(
+            self.positions != Positions.sinusoidal or self.d_model % 2 == 0,
+            f"model.positions=sinusoidal: model.d_model={self.d_model} must be even",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """H, the width of one head."""
+        return self.d_model // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of k and v, with null resolved."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def ff_dim(self) -> int:
+        """F, the width of the MLP, with null resolved."""
+        if self.d_ff is not None:
+            return self.d_ff
+        if self.ffn == FFN.swiglu:
+            return 64 * math.ceil(8 * self.d_model / (3 * 64))
+        return 4 * self.d_model
+
+
+@dataclass
+class DataConfig:
+    """The text that is trained on, and how it becomes tokens."""
+
+    source: Source = Source.stdlib
+    path: str | None = None  # the file of data=text
+    tokenizer: Tokenizer = Tokenizer.bytes
+    vocab_size: int = (
+        256  # ids that the tokenizer makes; bytes always make 256, a bpe is trained to this many
+    )
+    validation_fraction: float = 0.1  # the tail of the text, held out
+    tokens: int = 1_000_000  # how much data=generated and data=random make
+    ragged: bool = False  # sequences of uneven length: targets behind a random end are ignored
+    cache: str = "~/.cache/worldsize"  # where encoded text is kept, by its SHA-256
+
+    def __post_init__(self) -> None:
+        require(
+            self.source != Source.text or bool(self.path),
+            "data.path is not set: data=text needs data.path=FILE",
+        )
+        makes_tokens = self.source in (Source.generated, Source.random)
+        require(
+            self.tokenizer != Tokenizer.bytes or makes_tokens or self.vocab_size == 256,
+            f"data.vocab_size={self.vocab_size}: data.tokenizer=bytes always has 256",
+        )
+        require(
+            self.tokenizer != Tokenizer.bpe or not makes_tokens,
+            f"data.tokenizer=bpe: data={self.source.value} makes tokens, not text; use bytes",
+        )
+        low = 257 if self.tokenizer == Tokenizer.bpe else 2
+        at_least("data.vocab_size", self.vocab_size, low)
+        most = 2**16  # tokens are stored in 16 bits
+        require(self.vocab_size <= most, f"data.vocab_size={self.vocab_size}: at most {most}")
+        above("data.validation_fraction", self.validation_fraction, 0)
+        fraction("data.validation_fraction", self.validation_fraction)
+        at_least("data.tokens", self.tokens, 1)
+
+
+@dataclass
+class OptimizerConfig:
+    """The update rule and its learning-rate schedule."""
+
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = 1e-3
+    schedule: Schedule = (
+        Schedule.cosine
+    )  # cosine: linear warm-up, then a half cosine down to min_lr_ratio x lr
+    warmup_steps: int = 20
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1  # on matrices only; vectors (norms, biases) are never decayed
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.0  # sgd only
+
+    def __post_init__(self) -> None:
+        above("optimizer.lr", self.lr, 0)
+        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        require(
+            0 <= self.min_lr_ratio <= 1,
+            f"optimizer.min_lr_ratio={self.min_lr_ratio}: must be between 0 and 1",
+        )
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
+        for key in ("beta1", "beta2", "momentum"):
+            fraction(f"optimizer.{key}", getattr(self, key))
+        above("optimizer.eps", self.eps, 0)

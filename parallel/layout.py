@@ -1,0 +1,92 @@
+"""A layout: how many ranks each mesh axis has. The numbers select the strategy; a preset only sets them.
+
+Standard library only: the launcher and the simulator read layouts without importing torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+# Mesh axes, outermost first: neighbours on the last axis are neighbours in rank, so tp stays inside a node.
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+LEFT_OVER = -1
+
+
+@dataclass
+class Layout:
+    """Ranks on each axis. -1 on one axis stands for what is left over of the world size.
+
+    `ep` is carved out of the data axes, so it is no factor of the world size.
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in (*MESH_AXES, "ep"):
+            size = getattr(self, axis)
+            if size < 1 and size != LEFT_OVER:
+                raise ValueError(
+                    f"layout.{axis}={size}: must be at least 1, or -1 for what is left over"
+                )
+        open_axes = [axis for axis in MESH_AXES if getattr(self, axis) == LEFT_OVER]
+        if len(open_axes) > 1:
+            raise ValueError(
+                f"layout.{open_axes[0]}=-1 and layout.{open_axes[1]}=-1: only one axis can be left over"
+            )
+        if self.ep == LEFT_OVER:
+            raise ValueError("layout.ep=-1: ep is carved out of the data axes and must be given")
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks. Needs a resolved layout."""
+        assert not self.open_axis, f"layout.{self.open_axis}=-1 is not resolved"
+        return math.prod(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Ranks on each of MESH_AXES, in that order."""
+        return tuple(getattr(self, axis) for axis in MESH_AXES)
+
+    @property
+    def open_axis(self) -> str | None:
+        """The axis that is -1, if any."""
+        return next((axis for axis in MESH_AXES if getattr(self, axis) == LEFT_OVER), None)
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that read different sequences."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def label(self) -> str:
+        """Short name, outermost axis first: pp2-dp_shard4, or single."""
+        named = [
+            f"{axis}{getattr(self, axis)}" for axis in (*MESH_AXES, "ep") if getattr(self, axis) > 1
+        ]
+        return "-".join(named) or "single"
+
+    def resolve(self, world_size: int) -> Layout:
+        """Put a number in the place of -1.
+
+        Raises ValueError, with the equation, where the product is not `world_size`.
+        """
+        axis = self.open_axis
+        if axis:
+            others = math.prod(size for size in self.sizes if size != LEFT_OVER)
+            if world_size % others:
+                raise ValueError(
+                    f"layout.{axis}=-1: {world_size} ranks / {others} ({self._product(skip=axis)}) is not whole"
+                )
+            return replace(self, **{axis: world_size // others})
+        if self.world_size != world_size:
+            raise ValueError(f"layout: {self._product()} = {self.world_size} != {world_size} ranks")
+        return self
+
+    def _product(self, skip: str | None = None) -> str:
+        return " * ".join(f"{axis}({getattr(self, axis)})" for axis in MESH_AXES if axis != skip)
