@@ -1,4 +1,4 @@
-"""What a user may set about the model, its data and its optimiser: plain dataclasses, checked on construction.
+"""What a user may set about the model, its data and its optimiser, checked on construction.
 
 Standard library only: the launcher and the simulator read these without importing torch.
 A ValueError names the key as it is written on the command line, its value and what is allowed.
@@ -109,17 +109,18 @@ class ModelConfig:
         fraction("model.dropout", self.dropout)
         require(
             self.d_model % self.n_head == 0,
-            f"model.d_model={self.d_model} % model.n_head={self.n_head} = {self.d_model % self.n_head}: "
-            f"the width must divide by the heads",
+            f"model.d_model={self.d_model} % model.n_head={self.n_head} = "
+            f"{self.d_model % self.n_head}: the width must divide by the heads",
         )
         require(
             self.n_head % self.kv_heads == 0,
-            f"model.n_head={self.n_head} % model.n_kv_head={self.kv_heads} = {self.n_head % self.kv_heads}: "
-            f"the query heads must divide by the key-value heads",
+            f"model.n_head={self.n_head} % model.n_kv_head={self.kv_heads} = "
+            f"{self.n_head % self.kv_heads}: the query heads must divide by the key-value heads",
         )
         require(
             self.positions != Positions.rotary or self.head_dim % 2 == 0,
-            f"model.positions=rotary: the head width model.d_model / model.n_head = {self.head_dim} must be even",
+            f"model.positions=rotary: the head width model.d_model / model.n_head = "
+            f"{self.head_dim} must be even",
         )
         require(
             self.positions != Positions.sinusoidal or self.d_model % 2 == 0,
@@ -144,6 +145,19 @@ class ModelConfig:
         if self.ffn == FFN.swiglu:
             return 64 * math.ceil(8 * self.d_model / (3 * 64))
         return 4 * self.d_model
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model, a tied head counted once (a test holds it to GPT's count)."""
+        d, f, linear_bias = self.d_model, self.ff_dim, int(self.bias)
+        kv = self.kv_heads * self.head_dim
+        norm = d * (1 + (linear_bias if self.norm == Norm.layernorm else 0))
+        attention = 2 * d * d + 2 * d * kv + linear_bias * (2 * d + 2 * kv)
+        inner = 2 if self.ffn == FFN.swiglu else 1
+        mlp = (inner + 1) * d * f + linear_bias * (inner * f + d)
+        table = self.context * d if self.positions == Positions.learned else 0
+        vocabulary = self.vocab_size * d * (1 if self.tied else 2)
+        return vocabulary + table + self.n_layer * (2 * norm + attention + mlp) + norm
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A layout: how many ranks each mesh axis has. The numbers select the strategy; a preset only sets them.
+"""A layout: how many ranks each mesh axis has. The numbers select the strategy.
 
 Standard library only: the launcher and the simulator read layouts without importing torch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-# Mesh axes, outermost first: neighbours on the last axis are neighbours in rank, so tp stays inside a node.
+# Mesh axes, outermost first: neighbours on the last are neighbours in rank, so tp stays in a node.
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 LEFT_OVER = -1
 
@@ -36,9 +36,8 @@ class Layout:
                 )
         open_axes = [axis for axis in MESH_AXES if getattr(self, axis) == LEFT_OVER]
         if len(open_axes) > 1:
-            raise ValueError(
-                f"layout.{open_axes[0]}=-1 and layout.{open_axes[1]}=-1: only one axis can be left over"
-            )
+            first, second = open_axes[:2]
+            raise ValueError(f"layout.{first}=-1 and layout.{second}=-1: only one can be left over")
         if self.ep == LEFT_OVER:
             raise ValueError("layout.ep=-1: ep is carved out of the data axes and must be given")
 
@@ -80,9 +79,8 @@ class Layout:
         if axis:
             others = math.prod(size for size in self.sizes if size != LEFT_OVER)
             if world_size % others:
-                raise ValueError(
-                    f"layout.{axis}=-1: {world_size} ranks / {others} ({self._product(skip=axis)}) is not whole"
-                )
+                product = self._product(skip=axis)
+                raise ValueError(f"layout.{axis}=-1: {world_size} ranks / ({product}) is not whole")
             return replace(self, **{axis: world_size // others})
         if self.world_size != world_size:
             raise ValueError(f"layout: {self._product()} = {self.world_size} != {world_size} ranks")
