@@ -1,4 +1,4 @@
-"""A layout: how many ranks each mesh axis has. The numbers select the strategy.
+"""How a step is spread and run: ranks on each mesh axis, and the options of every strategy.
 
 Standard library only: the launcher and the simulator read layouts without importing torch.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import Enum
 
 # Mesh axes, outermost first: neighbours on the last are neighbours in rank, so tp stays in a node.
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -88,3 +89,24 @@ class Layout:
 
     def _product(self, skip: str | None = None) -> str:
         return " * ".join(f"{axis}({getattr(self, axis)})" for axis in MESH_AXES if axis != skip)
+
+
+class Precision(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class ActivationCheckpointing(str, Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What applies to every layout alike."""
+
+    precision: Precision = Precision.fp32
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    compile: bool = False

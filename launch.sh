@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The one door: sets itself up on first use, then hands over to Python.
+#   ./launch.sh [OVERRIDES]       train: two ranks, DDP, real text      (--help shows every key)
+#   ./launch.sh test [ARGS]       the whole test suite; ARGS go to pytest
+#   ./launch.sh generate run=DIR  text from a trained run
+#   ./launch.sh python ARGS       the Python that has the packages
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="${PYTHON:-python3}"
+extra="" # what of pyproject.toml's optional dependencies this command needs
+modules="torch numpy hydra omegaconf rich wandb tokenizers psutil"
+if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
+    extra="[dev]"
+    modules="$modules pytest hypothesis ruff mypy"
+fi
+
+die() { echo "launch.sh: $*" >&2; exit 2; }
+
+# Does this Python have everything, and a torch that is new enough?
+has_packages() {
+    "$1" - $modules 2>/dev/null <<'PY'
+import sys, importlib.util as find, importlib.metadata as meta
+sys.exit(not all(map(find.find_spec, sys.argv[1:]))
+         or tuple(map(int, meta.version("torch").split(".")[:2])) < (2, 11))
+PY
+}
+
+# Make .venv once; the stamp says for which pins, so that new pins install again.
+make_venv() {
+    local stamp="$root/.venv/ready$extra" pins
+    pins="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$pins" ]; then
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            die "$python is $("$python" -V 2>&1); Python 3.10 or newer is needed (PYTHON=... names another)"
+        echo "worldsize: setting up .venv, once (one to three minutes)" >&2
+        "$python" -m venv "$root/.venv" ||
+            die "$python cannot make a virtual environment (Debian: apt install python3-venv)"
+        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            -c "$root/constraints.txt" -e "$root$extra" >&2 ||
+            die "the packages could not be installed; see above"
+        echo "$pins" >"$stamp"
+    fi
+    python="$root/.venv/bin/python"
+}
+
+command -v "$python" >/dev/null || die "$python is not on PATH; Python 3.10 or newer is needed"
+has_packages "$python" || make_venv
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+case "${1:-}" in
+test) shift && cd "$root" && exec "$python" -m pytest "$@" ;;
+python) shift && exec "$python" "$@" ;;
+*) exec "$python" -m experiments "$@" ;;
+esac

@@ -1,0 +1,205 @@
+"""A GPT on one device. It knows no rank: every strategy is applied from outside.
+
+Shape letters: B batch, T sequence, D width, N query heads, K key-value heads, H head width,
+F MLP width, L layers, V vocabulary.
+
+Five rules make that possible: q, k, v are separate and heads come from view(B, T, -1, H); a tied
+head is explicit; blocks sit in a ModuleDict under their global number, and what a pipeline stage
+lacks is None; forward returns logits and the loss is a function beside it; __init__ makes shapes
+only, and each weight's first value depends on its name alone.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.attention import plain, rotary_angles, rotate, sdpa
+from minigpt.config import FFN, ModelConfig, Norm, Positions
+from minigpt.config import Attention as AttentionKind
+
+IGNORE = -1  # a target that does not count
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions, for generation."""
+
+    length: int
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == Norm.rmsnorm:
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; grouped-query where k and v have fewer heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        kv_dim = config.kv_heads * config.head_dim
+        self.q = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.k = nn.Linear(config.d_model, kv_dim, bias=config.bias)
+        self.v = nn.Linear(config.d_model, kv_dim, bias=config.bias)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.attend = plain if config.attention == AttentionKind.plain else sdpa
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        # -1, not N: under tensor parallelism a rank holds only some of the heads
+        q, k, v = (
+            project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, N or K, T, H)
+            for project in (self.q, self.k, self.v)
+        )
+        if rotary:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache:
+            k, v = cache.extend(self.layer, k, v)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        y = self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """GELU, or SwiGLU with a gate beside `up` (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        gated = config.ffn == FFN.swiglu
+        self.gate = nn.Linear(config.d_model, config.ff_dim, bias=config.bias) if gated else None
+        self.up = nn.Linear(config.d_model, config.ff_dim, bias=config.bias)
+        self.down = nn.Linear(config.ff_dim, config.d_model, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. A stage of a pipeline has None for what it lacks."""
+
+    embedding: nn.Embedding | None
+    positions: nn.Embedding | None
+    norm: nn.Module | None
+    head: nn.Linear | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        learned = config.positions == Positions.learned
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.context, config.d_model) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layer)})
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head share the embedding's weight, where the config says so and both are here.
+
+        Whatever replaces parameters (to_empty, tensor parallelism) must call it again.
+        """
+        if self.config.tied and self.embedding is not None and self.head is not None:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T); a stage takes and gives activations (B, T, D) instead.
+
+        `positions` (T,) defaults to those that follow the cache.
+        """
+        if positions is None:
+            start = cache.length if cache else 0
+            positions = torch.arange(start, start + x.shape[1], device=x.device)
+        if self.embedding is not None:
+            x = self.embed(x, positions)
+        rotary = None
+        if self.config.positions == Positions.rotary:
+            rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.blocks.values():
+            x = block(x, rotary, cache)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.head is None else self.head(x)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(B, T) to (B, T, D)."""
+        assert self.embedding is not None
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        elif self.config.positions == Positions.sinusoidal:
+            x = x + sinusoids(positions, self.config.d_model).to(x.dtype)
+        return self.dropout(x)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter, whether the model is whole, a stage, or was on the meta device."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, self.config, seed))
+
+
+def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """The first value of the parameter `name`: GPT-2's (Radford et al. 2019, section 2.3).
+
+    Each has a random stream of its own, made from its global name and always on the CPU, so that
+    stages, shards and GPUs start from the same numbers as a single process.
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(*shape)
+    if "norm" in name:
+        return torch.ones(*shape)
+    std = 0.02
+    if name.endswith(("attention.out.weight", "mlp.down.weight")):
+        std /= math.sqrt(2 * config.n_layer)  # so that the residual stream does not grow with depth
+    stream = torch.Generator().manual_seed(zlib.crc32(name.encode()) * 2**31 + seed)
+    return torch.empty(*shape).normal_(0.0, std, generator=stream)
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """(T, D): sines in even columns, cosines in odd ones (Vaswani et al. 2017, section 3.5)."""
+    pairs = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None] * 10000.0 ** (-pairs / width)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropies (nats, fp32) of the targets that count, and how many count.
+
+    A sum and a count, never a mean: means of parts with different counts must not be averaged.
+    """
+    flat = targets.flatten()
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE, reduction="sum")
+    return loss, (flat != IGNORE).sum()

@@ -1,0 +1,49 @@
+"""The update rule, which weights it decays, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from minigpt.config import OptimizerConfig, OptimizerName, Schedule
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov 2019) or SGD. Matrices decay; vectors (norms, biases) never do."""
+    parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == OptimizerName.sgd:
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    betas = (config.beta1, config.beta2)
+    # fused: one pass over memory, and no temporaries as large as the model
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of `step`, which counts from 0, in a run of `steps`.
+
+    Linear warm-up, whose first step is already above zero; then half a cosine down to
+    min_lr_ratio * lr at the last step (Loshchilov 2017, eq. 5).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == Schedule.constant:
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    lowest = config.min_lr_ratio * config.lr
+    return lowest + (config.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

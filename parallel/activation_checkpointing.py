@@ -1,0 +1,61 @@
+"""Activation checkpointing: keep less of the forward pass and compute it again in the backward.
+
+none       keep every intermediate result
+selective  keep what matmuls and attention made, recompute the cheap rest (Korthikanti 2022)
+full       keep each block's input only, recompute the block (Chen 2016)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from parallel.layout import ActivationCheckpointing
+
+aten = torch.ops.aten
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _keep_matmuls(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    kept = operator in KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_activation_checkpointing(
+    blocks: nn.ModuleDict, mode: ActivationCheckpointing, dropout: bool
+) -> None:
+    """Checkpoint each block. Parameter names stay as they are: only `forward` is replaced.
+
+    `dropout`: whether the blocks draw random numbers, which must then be drawn alike both times.
+    """
+    if mode == ActivationCheckpointing.none:
+        return
+    contexts: Callable = noop_context_fn
+    if mode == ActivationCheckpointing.selective:
+        contexts = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+    for block in blocks.values():
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            context_fn=contexts,
+            preserve_rng_state=dropout,
+        )

@@ -1,0 +1,53 @@
+"""What happens to gradients between backward and the optimizer: one global norm, one scaling."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups over which a gradient is cut in pieces, so that their squares must be added."""
+    if not isinstance(gradient, DTensor):
+        return ()
+    mesh = gradient.device_mesh
+    sharded = [i for i, placement in enumerate(gradient.placements) if isinstance(placement, Shard)]
+    return tuple(mesh.get_group(i) for i in sharded)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, the same 0-d tensor on all ranks.
+
+    Every parameter counts once: pieces are added over the axes that shard it, and never over axes
+    that hold a copy. `clip_grad_norm_` refuses parameters of several meshes; this takes them.
+    """
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_groups[_shard_groups(parameter.grad)].append(local(parameter.grad))
+    total = None
+    for groups, gradients in by_groups.items():
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        for group in groups:
+            dist.all_reduce(squares, group=group)
+        total = squares if total is None else total + squares
+    assert total is not None, "no parameter has a gradient"
+    return total.sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[Tensor], factor: Tensor | float) -> None:
+    """Multiply all gradients by `factor`, in place."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, factor)

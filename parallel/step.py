@@ -1,0 +1,149 @@
+"""One optimiser step, the same for every layout: forward and backward, gradients, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minigpt.model import token_loss
+from parallel.gradients import gradient_norm, scale_gradients
+from parallel.parallelize import Replica
+from parallel.precision import LossScaler
+
+MicroBatch = tuple[Tensor, Tensor]  # inputs (B, T) and targets (B, T), int64
+
+
+class Marks(Protocol):
+    """What a meter wants to be told while a step runs."""
+
+    def phase(self, name: str) -> AbstractContextManager: ...
+
+    def mark_backward(self, loss: Tensor) -> None: ...
+
+
+class NoMarks:
+    """Nobody listens."""
+
+    def phase(self, name: str) -> AbstractContextManager:
+        return nullcontext()
+
+    def mark_backward(self, loss: Tensor) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step did, the same on all ranks."""
+
+    loss: float  # mean over the valid tokens of the global batch
+    tokens: int  # valid tokens in the global batch
+    gradient_norm: float | None  # before clipping; null where nothing needed it
+    skipped: bool  # fp16 overflowed: no update
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the parameters are those of the step before."""
+
+
+@dataclass
+class Trainer:
+    """Everything an optimiser step needs. `micro_batch_tokens` is B times T of one micro-batch."""
+
+    replica: Replica
+    optimizer: torch.optim.Optimizer
+    micro_batch_tokens: int
+    accumulation: int
+    clip: float | None = None
+    scaler: LossScaler | None = None  # fp16 only
+    marks: Marks = field(default_factory=NoMarks)
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> Result:
+        """Train on this rank's share of one global batch."""
+        assert len(micro_batches) == self.accumulation
+        with self.marks.phase("optimizer"):
+            self.optimizer.zero_grad()
+        with self.marks.phase("forward_backward"):
+            totals = self._forward_backward(micro_batches)
+        with self.marks.phase("optimizer"):
+            return self._update(self.replica.mesh.sum(totals))
+
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Accumulate gradients. Returns (sum of losses, count of valid tokens) of this rank.
+
+        Backward runs on sums divided by the number of tokens that a rank would have were none
+        ignored. Data parallelism averages over ranks, so what arrives is the gradient of
+        sum / nominal tokens, whatever the true counts were: _update corrects by their ratio once.
+        A mean here would be a mean of means: wrong as soon as ranks or micro-batches differ.
+        """
+        replica = self.replica
+        factor = self._scale / (self.micro_batch_tokens * self.accumulation)
+        totals = torch.zeros(2, dtype=torch.float64, device=replica.mesh.device)
+        for i, (inputs, targets) in enumerate(micro_batches):
+            replica.sync_gradients(i == self.accumulation - 1)
+            with replica.autocast():
+                loss, count = token_loss(replica.call(inputs), targets)
+            totals += torch.stack((loss.detach().double(), count.double()))
+            scaled = loss * factor
+            self.marks.mark_backward(scaled)
+            scaled.backward()
+        return totals
+
+    def _update(self, totals: Tensor) -> Result:
+        """Correct, clip and apply the gradients, given the totals over all ranks."""
+        loss_sum, count = totals.tolist()
+        if count == 0:
+            raise ValueError("the global batch has no valid target: every token is ignored")
+        loss = loss_sum / count
+        if not math.isfinite(loss):
+            return self._overflow(f"the loss is {loss}", Result(loss, int(count), None, True))
+        parameters = list(self.replica.model.parameters())
+        ranks = self.replica.mesh.layout.data_parallel
+        nominal = self.micro_batch_tokens * self.accumulation * ranks
+        correction = nominal / count / self._scale
+        norm = None
+        if self.clip is not None or self.scaler is not None:
+            norm = correction * float(gradient_norm(parameters))
+            if not math.isfinite(norm):
+                result = Result(loss, int(count), norm, True)
+                return self._overflow(f"the gradient norm is {norm}", result)
+        if norm is not None and self.clip is not None and norm > self.clip:
+            correction *= self.clip / (norm + 1e-6)
+        if correction != 1.0:
+            scale_gradients(parameters, correction)
+        self.optimizer.step()
+        if self.scaler:
+            self.scaler.update(finite=True)
+        return Result(loss, int(count), norm, skipped=False)
+
+    @property
+    def _scale(self) -> float:
+        return self.scaler.scale if self.scaler else 1.0
+
+    def _overflow(self, reason: str, skipped: Result) -> Result:
+        """With a loss scaler: skip this step and scale less from now on. Without one: stop."""
+        if self.scaler is None:
+            raise NonFinite(f"{reason}: no update was made")
+        self.scaler.update(finite=False)
+        if self.scaler.scale < 1:
+            raise NonFinite(f"{reason}, and no loss scale above 1 avoids it")
+        return skipped
+
+
+@torch.no_grad()
+def evaluate(replica: Replica, batches: Iterable[MicroBatch]) -> float:
+    """Mean loss over the valid tokens of `batches` on all ranks; every rank must call it."""
+    totals = torch.zeros(2, dtype=torch.float64, device=replica.mesh.device)
+    replica.call.eval()
+    for inputs, targets in batches:
+        with replica.autocast():
+            loss, count = token_loss(replica.call(inputs), targets)
+        totals += torch.stack((loss.double(), count.double()))
+    replica.call.train()
+    loss_sum, count_sum = replica.mesh.sum(totals).tolist()
+    return loss_sum / count_sum if count_sum else math.nan

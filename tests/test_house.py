@@ -1,0 +1,97 @@
+"""The house of docs/design.md: which package may import which, read from the imports themselves."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"minigpt", "parallel", "costs", "simulator", "experiments"}
+STANDARD = set(sys.stdlib_module_names)
+
+# package -> what it may import besides the standard library and itself
+MAY_IMPORT = {
+    "minigpt": {"torch", "numpy", "tokenizers", "datasets"},
+    "costs": {"torch", "numpy"},
+    "parallel": {"torch", "minigpt"},
+    "simulator": {"numpy", "minigpt.config", "parallel.layout", "costs.ledger"},
+    "experiments": None,  # everything
+}
+FILES_THAT_MAY_MORE = {"simulator/trace.py": {"torch", "parallel", "minigpt", "costs"}}
+PURE = ("minigpt/config.py", "parallel/layout.py", "costs/ledger.py")
+TORCH_FREE = ("minigpt/corpus.py", "minigpt/sources.py")  # the launcher runs them, and must be fast
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, at any depth of nesting."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+def allowed(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_keep_the_arrows(package: str) -> None:
+    may = MAY_IMPORT[package]
+    for path in files(package):
+        if may is None:
+            continue
+        packages = may | {package} | FILES_THAT_MAY_MORE.get(str(path.relative_to(ROOT)), set())
+        foreign = {
+            name
+            for name in imports_of(path)
+            if name.split(".")[0] not in STANDARD and not allowed(name, packages)
+        }
+        assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_pure_data_imports_the_standard_library_only(file: str) -> None:
+    foreign = {n for n in imports_of(ROOT / file) if n.split(".")[0] not in STANDARD}
+    assert not foreign, f"{file} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("file", TORCH_FREE)
+def test_what_the_launcher_runs_is_free_of_torch(file: str) -> None:
+    assert not {n for n in imports_of(ROOT / file) if n.split(".")[0] == "torch"}
+
+
+def test_minigpt_knows_no_rank() -> None:
+    for path in files("minigpt"):
+        assert not {n for n in imports_of(path) if n.startswith("torch.distributed")}, path
+        names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+        assert not names & {"rank", "world_size", "local_rank"}, path
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_package_init_is_empty(package: str) -> None:
+    assert (ROOT / package / "__init__.py").read_text() == ""
+
+
+def test_only_experiments_knows_hydra_wandb_and_rich() -> None:
+    for package in OURS - {"experiments"}:
+        for path in files(package):
+            found = {n.split(".")[0] for n in imports_of(path)}
+            assert not found & {"hydra", "omegaconf", "wandb", "rich"}, path
+
+
+@pytest.mark.parametrize("package", sorted(OURS | {"tests"}))
+def test_files_stay_small(package: str) -> None:
+    for path in files(package):
+        lines = len(path.read_text().splitlines())
+        assert lines <= 300, f"{path.relative_to(ROOT)} has {lines} lines; split it"
