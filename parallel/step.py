@@ -24,7 +24,7 @@ class Marks(Protocol):
 
     def phase(self, name: str) -> AbstractContextManager: ...
 
-    def mark_backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor) -> AbstractContextManager: ...
 
 
 class NoMarks:
@@ -33,8 +33,8 @@ class NoMarks:
     def phase(self, name: str) -> AbstractContextManager:
         return nullcontext()
 
-    def mark_backward(self, loss: Tensor) -> None:
-        return None
+    def backward(self, loss: Tensor) -> AbstractContextManager:
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Trainer:
                 loss, count = token_loss(replica.call(inputs), targets)
             totals += torch.stack((loss.detach().double(), count.double()))
             scaled = loss * factor
-            self.marks.mark_backward(scaled)
-            scaled.backward()
+            with self.marks.backward(scaled):
+                scaled.backward()
         return totals
 
     def _update(self, totals: Tensor) -> Result:

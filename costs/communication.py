@@ -1,0 +1,282 @@
+"""Every message that a rank sends, whoever sends it: a c10d backend that wraps gloo and records.
+
+Wrapping the backend is the only place that sees them all: DDP's reducer calls it from C++, FSDP
+and DTensor through the dispatcher, pipelines point to point. The time of a collective ends in a
+callback of its future on gloo's own thread, so that an overlapped one is measured as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo
+
+from costs.ledger import wire_bytes
+
+BACKEND = "metered_gloo"
+
+# method of a c10d backend -> (collective, argument whose bytes are the payload)
+# By NCCL's convention: what all_gather gives, what reduce_scatter takes.
+METHODS = {
+    "allreduce": ("all_reduce", 0),
+    "allreduce_coalesced": ("all_reduce", 0),
+    "broadcast": ("broadcast", 0),
+    "reduce": ("reduce", 0),
+    "allgather": ("all_gather", 0),
+    "allgather_coalesced": ("all_gather", 0),
+    "_allgather_base": ("all_gather", 0),
+    "allgather_into_tensor_coalesced": ("all_gather", 0),
+    "all_gather_single": ("all_gather", 0),
+    "all_gather_single_coalesced": ("all_gather", 0),
+    "reduce_scatter": ("reduce_scatter", 1),
+    "_reduce_scatter_base": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", 1),
+    "reduce_scatter_single": ("reduce_scatter", 1),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", 1),
+    "alltoall": ("all_to_all", 1),
+    "alltoall_base": ("all_to_all", 1),
+    "all_to_all_single": ("all_to_all", 1),
+    "gather": ("gather", 1),
+    "scatter": ("scatter", 0),
+    "send": ("send", 0),
+    "recv": ("recv", 0),
+    "recv_anysource": ("recv", 0),
+    "barrier": ("barrier", None),
+    "monitored_barrier": ("barrier", None),
+}
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Call:
+    """One collective, as one rank saw it. Times are those of time.perf_counter."""
+
+    collective: str
+    ranks: frozenset[int]  # global
+    dtype: str
+    payload_bytes: int
+    start: float
+    end: float | None = None  # None: not yet over
+
+
+class CommunicationMeter:
+    """What this process sent between start() and stop(). There is one, as there is one wire."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.waits: list[tuple[float, float]] = []  # when the calling thread was held up
+        self.recording = False
+
+    def start(self) -> None:
+        """Forget the last step and record the next."""
+        self.calls, self.waits, self.recording = [], [], True
+
+    def stop(self) -> None:
+        self.recording = False
+
+    def rows(self, axis_of_ranks: dict[frozenset[int], str]) -> list[Row]:
+        """Rows of the ledger: calls of one collective, axis and dtype together."""
+        return rows_of(self.calls, axis_of_ranks)
+
+
+def rows_of(calls: list[Call], axis_of_ranks: dict[frozenset[int], str]) -> list[Row]:
+    """Sum calls up by (collective, axis, group size, dtype), in the order of their first call.
+
+    A group of one rank moves nothing, and a barrier carries nothing: neither is a row.
+    """
+    grouped: dict[tuple, list[Call]] = defaultdict(list)
+    for call in calls:
+        if len(call.ranks) > 1 and call.collective != "barrier":
+            grouped[call.collective, call.ranks, call.dtype].append(call)
+    rows = []
+    for (collective, ranks, dtype), same in grouped.items():
+        n = len(ranks)
+        seconds = [call.end - call.start for call in same if call.end is not None]
+        rows.append(
+            {
+                "collective": collective,
+                "axis": axis_of_ranks.get(ranks, "ranks " + ",".join(map(str, sorted(ranks)))),
+                "group_size": n,
+                "dtype": dtype,
+                "calls": len(same),
+                "payload_bytes": sum(call.payload_bytes for call in same),
+                "wire_bytes": sum(wire_bytes(collective, c.payload_bytes, n) for c in same),
+                "time_s": sum(seconds) if len(seconds) == len(same) else None,
+            }
+        )
+    return rows
+
+
+meter = CommunicationMeter()
+
+
+def tensors_in(argument: Any) -> Iterator[Tensor]:
+    """Tensors of an argument that may be a tensor or nested lists of them."""
+    if isinstance(argument, Tensor):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for part in argument:
+            yield from tensors_in(part)
+
+
+def describe(
+    collective: str, ranks: frozenset[int], argument: Any, start: float, end: float | None = None
+) -> Call:
+    """The record of a call whose payload is `argument`."""
+    tensors = list(tensors_in(argument))
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    if collective in ("gather", "scatter"):
+        size *= len(ranks)  # the argument is one rank's share
+    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
+    return Call(collective, ranks, dtype, size, start, end)
+
+
+class RecordedWork(dist.Work):
+    """A gloo work whose wait() is timed. Its future is gloo's own: DDP waits for that in C++."""
+
+    def __init__(self, work: dist.Work, call: Call) -> None:
+        super().__init__()
+        self.work, self.call = work, call
+        self.future = None
+        try:
+            self.future = work.get_future()
+            self.future.add_done_callback(self._done)
+        except RuntimeError:  # point to point and reduce_scatter have none: they end at wait()
+            pass
+
+    def _done(self, _future: object) -> None:
+        self.call.end = time.perf_counter()
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        start = time.perf_counter()
+        self.work.wait(timeout) if timeout else self.work.wait()
+        end = time.perf_counter()
+        if self.call.end is None:
+            self.call.end = end
+        if meter.recording and threading.current_thread() is threading.main_thread():
+            meter.waits.append((start, end))
+        return True
+
+    def get_future(self) -> Any:
+        return self.future if self.future is not None else self.work.get_future()
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
+
+    def is_success(self) -> bool:
+        return self.work.is_success()
+
+    def exception(self) -> Any:
+        return self.work.exception()
+
+    def result(self) -> Any:
+        return self.work.result()
+
+    def source_rank(self) -> int:
+        return self.work._source_rank()
+
+    def synchronize(self) -> None:
+        self.work.synchronize()
+
+
+class RecordingGroup(dist.ProcessGroup):
+    """gloo's process group behind one that records every call."""
+
+    def __init__(self, inner: dist.ProcessGroup, rank: int, ranks: list[int]) -> None:
+        super().__init__(rank, len(ranks))
+        self.inner, self.own_rank, self.ranks = inner, rank, frozenset(ranks)
+        self.name, self.desc = "", ""
+
+    def getSize(self) -> int:
+        return len(self.ranks)
+
+    def getRank(self) -> int:
+        return self.own_rank
+
+    size, rank = getSize, getRank
+
+    def getBackendName(self) -> str:
+        return BACKEND
+
+    def _set_group_name(self, name: str) -> None:
+        self.name = name
+        self.inner._set_group_name(name)
+
+    setGroupName = _set_group_name
+
+    def _set_group_desc(self, desc: str) -> None:
+        self.desc = desc
+        self.inner._set_group_desc(desc)
+
+    def getGroupName(self) -> str:
+        return self.name
+
+    def getGroupDesc(self) -> str:
+        return self.desc
+
+    group_name = property(getGroupName)  # type: ignore[assignment]
+    group_desc = property(getGroupDesc)  # type: ignore[assignment]
+
+    def shutdown(self) -> None:
+        self.inner.shutdown()
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+
+def _recorded(method: str, collective: str, payload: int | None) -> Callable:
+    def call(self: RecordingGroup, *args: Any, **kwargs: Any) -> Any:
+        inner = getattr(self.inner, method)
+        if not meter.recording:
+            return inner(*args, **kwargs)
+        argument = args[payload] if payload is not None and len(args) > payload else ()
+        made = describe(collective, self.ranks, argument, time.perf_counter())
+        meter.calls.append(made)
+        work = inner(*args, **kwargs)
+        if work is None:  # monitored_barrier is over when it returns
+            made.end = time.perf_counter()
+            return work
+        return RecordedWork(work, made)
+
+    return call
+
+
+for _method, (_collective, _payload) in METHODS.items():
+    setattr(RecordingGroup, _method, _recorded(_method, _collective, _payload))
+
+
+def _create(options: Any, _backend_options: Any) -> RecordingGroup:
+    """What init_process_group calls for the backend `metered_gloo`, and new_group for subgroups."""
+    rank, size = options.group_rank, options.group_size
+    gloo = ProcessGroupGloo(options.store, rank, size, timeout=options.timeout)
+    ranks = list(options.global_ranks_in_group) or list(range(size))
+    gloo.options.global_ranks_in_group = ranks
+    gloo.options.group_name = options.group_id
+    gloo._set_sequence_number_for_group()
+    group = ProcessGroup(options.store, rank, size)
+    group._set_default_backend(ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
+    return RecordingGroup(group, rank, ranks)
+
+
+dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
+
+
+@contextmanager
+def recorded() -> Iterator[CommunicationMeter]:
+    """Record what is sent inside."""
+    meter.start()
+    try:
+        yield meter
+    finally:
+        meter.stop()

@@ -1,0 +1,94 @@
+"""Floating-point operations: the closed form, what ran, and what this device can do.
+
+Model flops are what the mathematics asks for; hardware flops are what ran, recomputation included.
+MFU and HFU are their shares of the peak (Chowdhery et al. 2022, PaLM, appendix B).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+aten = torch.ops.aten
+
+
+def matmul_parameters(
+    n_layer: int, d_model: int, kv_dim: int, d_ff: int, gated: bool, vocab_size: int
+) -> int:
+    """Weights that every token is multiplied with: projections, MLP and head; no embedding."""
+    attention = 2 * d_model * d_model + 2 * d_model * kv_dim
+    mlp = (3 if gated else 2) * d_model * d_ff
+    return n_layer * (attention + mlp) + vocab_size * d_model
+
+
+def model_flops_per_token(matmul_weights: int, n_layer: int, d_model: int, seq_len: int) -> int:
+    """Forward and backward flops of one token: 6 N + 12 L D T (PaLM, appendix B).
+
+    N counts matmul weights. Attention's two products are counted in full, T keys a query, although
+    the mask hides half of them: the convention of most published MFUs.
+    """
+    return 6 * matmul_weights + 12 * n_layer * d_model * seq_len
+
+
+def _cpu_attention(query: tuple, key: tuple, *_args: Any, **_kwargs: Any) -> int:
+    """Forward: q k^T and weights v, 2 flops a multiply-add. torch's counter misses this kernel."""
+    batch, heads, queries, width = query
+    return 2 * (2 * batch * heads * queries * key[2] * width)
+
+
+def _cpu_attention_backward(_gradient: tuple, query: tuple, key: tuple, *_a: Any, **_k: Any) -> int:
+    """Backward: four products for the gradients, and q k^T again, which a flash kernel never kept.
+
+    The convention of torch's counter for the CUDA kernels (sdpa_backward_flop_count).
+    """
+    return 5 * _cpu_attention(query, key) // 2
+
+
+def _register() -> None:
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    }
+    for operator, formula in formulas.items():
+        try:
+            register_flop_formula(operator)(formula)
+        except RuntimeError:  # a later torch counts it by itself
+            continue
+
+
+_register()
+
+
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Count the flops of what runs inside: `.get_total_flops()` afterwards."""
+    with FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of the best square matrix product found in about `seconds`: a measured peak."""
+    sizes = (512, 1024) if device.type == "cpu" else (4096, 8192)
+    best, deadline = 0.0, time.perf_counter() + seconds
+    operands = {n: torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for n in sizes}
+    for a in operands.values():
+        _product_s(a)  # the first call of a shape sets the library up
+    while time.perf_counter() < deadline:
+        for n, a in operands.items():
+            best = max(best, 2 * n**3 / _product_s(a))
+    return best
+
+
+def _product_s(a: torch.Tensor) -> float:
+    if a.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    torch.mm(a, a)
+    if a.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

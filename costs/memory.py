@@ -1,0 +1,140 @@
+"""What fills a rank's memory, by category, at the moment when it is fullest.
+
+A storage is counted once, however many tensors view it, from the operator that makes it until
+Python's last reference goes. Every change is kept in a log; what a storage was is decided after the
+step, with all that was learned of it: a buffer that ends as a parameter's gradient was a gradient
+from the beginning. Works with any wrapper, since it looks at storages and at no module.
+
+Categories, the first that fits (DDP's buckets are gradients, for the gradients are views of them):
+parameters     this rank's part of the model's parameters and buffers
+gradients      storages that were some parameter's .grad in this step
+optimizer      tensors in the optimizer's state
+communication  what a collective read or wrote, and weights that FSDP has gathered
+activations    made in forward or backward, temporaries of backward included
+other          the rest: batches, temporaries of the optimizer
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from costs.communication import tensors_in
+from costs.ledger import MEMORY_PARTS
+
+# Gathering a block's gradients for reduce_scatter is part of the message
+FSDP_COPIES = ("fsdp::chunk_cat", "fsdp::split_with_sizes_copy", "fsdp::all_gather_copy_in")
+RANK = {category: i for i, category in enumerate(MEMORY_PARTS)}
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Follows every storage between entering and leaving. Enter before gradients are zeroed."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__()
+        self.model, self.optimizer = model, optimizer
+        self.default = "other"  # the category of what is made now; the phases set it
+        self.log: list[tuple[int, int]] = []  # (storage number, change in bytes)
+        self.category: dict[int, str] = {}  # by storage number
+        self._number: dict[int, int] = {}  # of live storages, by address
+        self._size: dict[int, int] = {}
+        self._count = 0
+
+    def __enter__(self) -> MemoryMeter:
+        self.look()
+        self._resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = self._patched_resize()  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self.look()
+
+    def look(self) -> None:
+        """Find what is a parameter, a gradient or the optimizer's. Call it between phases too."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            self._add(tensor, "parameters")
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                self._add(parameter.grad, "gradients")
+        for state in self.optimizer.state.values():
+            for tensor in tensors_in(list(state.values())):
+                self._add(tensor, "optimizer")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its local operators come here one by one
+        out = func(*args, **(kwargs or {}))
+        name = func.name()
+        message = func.namespace in ("c10d", "_c10d_functional") or name.startswith(FSDP_COPIES)
+        if message:
+            for tensor in tensors_in([*args, *(kwargs or {}).values()]):
+                self._add(tensor, "communication")
+        for tensor in tensors_in(out):
+            self._add(tensor, "communication" if message else self.default)
+        return out
+
+    def result(self) -> dict[str, int]:
+        """The peak in bytes and its parts, which add up to it."""
+        total, peak, at = 0, 0, 0
+        for i, (_, change) in enumerate(self.log):
+            total += change
+            if total > peak:
+                peak, at = total, i + 1
+        parts = dict.fromkeys(MEMORY_PARTS, 0)
+        for number, change in self.log[:at]:
+            parts[self.category[number]] += change
+        return {"peak": peak, **parts}
+
+    def _add(self, tensor: Tensor, category: str) -> None:
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local() if not tensor.requires_grad else tensor._local_tensor
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            return
+        self._see(tensor.untyped_storage(), category)
+
+    def _see(self, storage: torch.UntypedStorage, category: str) -> None:
+        """Note a storage, its size as it is now, and the strongest category it has shown."""
+        address = storage._cdata
+        number = self._number.get(address)
+        if number is None:
+            number = self._number[address] = self._count
+            self._count += 1
+            self._size[number] = 0
+            self.category[number] = category
+            weakref.finalize(storage, self._gone, address, number)
+        elif RANK[category] < RANK[self.category[number]]:
+            self.category[number] = category
+        self._resized(number, storage.nbytes())
+
+    def _resized(self, number: int, size: int) -> None:
+        change = size - self._size[number]
+        if change:
+            self._size[number] = size
+            self.log.append((number, change))
+
+    def _gone(self, address: int, number: int) -> None:
+        self._resized(number, 0)
+        if self._number.get(address) == number:
+            del self._number[address]
+
+    def _patched_resize(self) -> Any:
+        """FSDP frees and refills the weights that it gathers by resizing their storage."""
+        original = self._resize
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            done = original(storage, size)
+            self._see(storage, "communication")
+            return done
+
+        return resize

@@ -1,0 +1,36 @@
+"""The one door behind launch.sh: python -m experiments [VERB] [--json] [OVERRIDES]
+
+Exit status: 0 done, 1 the run failed, 2 the input was refused.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from experiments.compose import Refused
+
+VERBS = ("train", "generate")
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb; without one, train."""
+    verb = argv[0] if argv and argv[0] in VERBS else None
+    rest = argv[1:] if verb else argv
+    try:
+        if verb is None and rest and rest[0].isidentifier():
+            known = ", ".join((*VERBS, "test"))
+            raise Refused(f"{rest[0]}: no such command; there are {known}, or KEY=VALUE to train")
+        if verb == "generate":
+            from experiments.generate import command
+        else:
+            from experiments.commands import train as command
+        return command(rest)
+    except (Refused, ValueError) as error:
+        print(f"launch.sh: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

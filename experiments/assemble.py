@@ -1,0 +1,125 @@
+"""How a rank gets its place (device, process group, run folder), its trainer and its batches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from costs import communication
+from experiments import launch
+from experiments.config import Backend, Device, TrainConfig
+from experiments.environment import Rank, rendezvous
+from minigpt.corpus import Corpus
+from minigpt.data import Batches
+from minigpt.optimizer import build_optimizer, learning_rate, set_learning_rate
+from parallel.layout import Precision
+from parallel.mesh import Mesh, join
+from parallel.parallelize import parallelize
+from parallel.precision import LossScaler
+from parallel.step import MicroBatch, Trainer
+
+
+def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
+    """Pick this rank's device and enter the process group. A single rank needs no group."""
+    device = torch.device("cpu")
+    if config.device == Device.cuda:
+        device = torch.device("cuda", rank.local_rank)
+        torch.cuda.set_device(device)
+    if rank.world_size > 1:
+        os.environ.update(rendezvous())
+        backend = config.backend.value
+        if config.backend == Backend.gloo and device.type == "cpu":
+            backend = communication.BACKEND  # gloo, and every call is recorded
+        join(backend, config.timeout_s, rank.rank, rank.world_size)
+    return device
+
+
+def agree_on_folder(
+    config: TrainConfig, folder: Path | None, overrides: list[str], corpus_folder: Path
+) -> Path:
+    """Rank 0's run folder, made by it where no parent did; all ranks must have the same config.
+
+    Nodes that were started with different command lines would otherwise train different models
+    and average their gradients.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if folder is None and first:
+        chosen = Path(config.run.dir) if config.run.dir else None
+        folder = launch.make_folder(chosen, config.layout)
+        launch.write_config(folder, config, overrides, corpus_folder)
+    if not dist.is_initialized():
+        assert folder is not None
+        return folder
+    said: list = [None] * dist.get_world_size()
+    dist.all_gather_object(said, (hashlib.sha256(text.encode()).hexdigest(), str(folder or "")))
+    other = next((i for i, (digest, _) in enumerate(said) if digest != said[0][0]), None)
+    if other is not None:
+        raise ValueError(f"rank {other} was started with another configuration than rank 0")
+    return folder or Path(said[0][1])
+
+
+def make_trainer(config: TrainConfig, mesh: Mesh) -> Trainer:
+    """The model under its layout, with its optimiser: the same initial weights for every layout."""
+    torch.manual_seed(
+        config.seed + mesh.data_rank
+    )  # dropout: each share of the batch its own masks
+    replica = parallelize(config.model, mesh, config.options, config.seed)
+    return Trainer(
+        replica,
+        build_optimizer(replica.model.named_parameters(), config.optimizer),
+        micro_batch_tokens=config.micro_batch_size * config.seq_len,
+        accumulation=config.gradient_accumulation_steps,
+        clip=config.clip,
+        scaler=LossScaler() if config.precision == Precision.fp16 else None,
+    )
+
+
+def make_batches(config: TrainConfig, corpus: Corpus) -> Batches:
+    """The global batches of a run, a pure function of its seed and the step."""
+    size, data = config.batch_size, config.data
+    return Batches(corpus, config.seq_len, size, config.seed, data.ragged)
+
+
+def set_step(trainer: Trainer, config: TrainConfig, step: int) -> float:
+    """Give the optimiser the learning rate of `step`; returns it."""
+    lr = learning_rate(config.optimizer, step, config.steps)
+    set_learning_rate(trainer.optimizer, lr)
+    return lr
+
+
+def share_of_batch(
+    batches: Batches, step: int, config: TrainConfig, mesh: Mesh
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of global batch `step`, each (B, T) inputs and targets.
+
+    Rows go to micro-batches first, then to ranks, so that every layout of the same global batch
+    size trains on the same rows.
+    """
+    size, ranks = config.micro_batch_size, config.layout.data_parallel
+    for i in range(config.gradient_accumulation_steps):
+        first_row = (i * ranks + mesh.data_rank) * size
+        inputs, targets = batches.rows(step, first_row, size)
+        yield inputs.to(mesh.device), targets.to(mesh.device)
+
+
+def validation_share(batches: Batches, config: TrainConfig, mesh: Mesh) -> Iterator[MicroBatch]:
+    """This rank's part of the held-out windows, which are the same for every layout."""
+    size = config.micro_batch_size
+    for i in range(config.validation.batches):
+        inputs, targets = batches.validation_rows(i, mesh.data_rank * size, size)
+        yield inputs.to(mesh.device), targets.to(mesh.device)
+
+
+def is_validation_step(config: TrainConfig, step: int) -> bool:
+    """After every `validation.every` steps, and after the last."""
+    if config.validation.batches == 0:
+        return False
+    every, done = config.validation.every, step + 1
+    return done == config.steps or (every > 0 and done % every == 0)

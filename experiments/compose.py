@@ -1,0 +1,117 @@
+"""One composition: Hydra runs in the parent process only, and its errors become one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.config import GenerateConfig, TrainConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+Config = TypeVar("Config", TrainConfig, GenerateConfig)
+
+
+class Refused(Exception):
+    """The input was refused: one clear line, exit status 2."""
+
+
+def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> None:
+    """Compose configs/NAME.yaml with the overrides in `argv` and call `job` for each job of it.
+
+    Hydra's own options (--help, --cfg, --multirun ...) do what its users expect.
+    Raises Refused where a key, a value or a group is not there. `job` must not raise: Hydra would
+    print a line of its own.
+    """
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="generate_schema", node=GenerateConfig)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
+    entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
+    saved, sys.argv = sys.argv, ["launch.sh", *argv]
+    try:
+        entry()
+    except (HydraException, OmegaConfBaseException) as error:
+        schema = GenerateConfig if name == "generate" else TrainConfig
+        raise Refused(one_line(error, argv, schema)) from error
+    finally:
+        sys.argv = saved
+
+
+def to_config(config: DictConfig, schema: type[Config]) -> Config:
+    """The checked dataclass of a composed configuration. Raises Refused."""
+    keys = keys_of(schema)
+    unknown = next((key for key in _keys_in(config) if key not in keys), None)
+    if unknown:  # Hydra's +key=value adds what no schema knows
+        raise Refused(no_such_key(unknown, unknown, schema))
+    try:
+        made = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise Refused(one_line(error, [], schema)) from error
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    assert isinstance(made, schema)
+    return made
+
+
+def _keys_in(config: DictConfig, prefix: str = "") -> list[str]:
+    """Every key of a composed configuration, dotted."""
+    keys: list[str] = []
+    for key in config:
+        keys.append(f"{prefix}{key}")
+        node = config._get_node(key)
+        if isinstance(node, DictConfig):
+            keys += _keys_in(node, f"{prefix}{key}.")
+    return keys
+
+
+def one_line(error: Exception, argv: list[str], schema: type) -> str:
+    """Hydra's messages span up to ten lines: keep the key, the value and what is allowed."""
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        options = re.findall(r"^\t(.+)$", text.partition("Config search path")[0], re.MULTILINE)
+        group, _, value = str(error.missing_cfg_file).partition("/")
+        allowed = ", ".join(sorted(options)) or "nothing of that name"
+        return f"{group}={value}: no such option; allowed: {allowed}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read; write KEY=VALUE"
+    cause = error.__cause__ or error
+    key = getattr(cause, "full_key", None) or _key_in(text)
+    given = next((a for a in argv if a.lstrip("+~").partition("=")[0] == key), key)
+    reason = str(cause).splitlines()[0].rstrip(".")
+    if re.search(r"not in (struct|'\w+')|Could not override", reason):
+        return no_such_key(given or "", key or "", schema)
+    return f"{given}: {reason}" if given else reason
+
+
+def no_such_key(given: str, key: str, schema: type) -> str:
+    """Name the keys that the user may have meant."""
+    near = difflib.get_close_matches(key, keys_of(schema), n=3)
+    return f"{given}: no such key" + (f"; did you mean {', '.join(near)}?" if near else "")
+
+
+def _key_in(text: str) -> str | None:
+    found = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    return found.group(1) if found else None
+
+
+def keys_of(schema: type, prefix: str = "") -> list[str]:
+    """Every key that a schema takes, dotted."""
+    keys: list[str] = []
+    hints: dict[str, Any] = get_type_hints(schema)
+    for field in fields(schema):
+        keys.append(prefix + field.name)
+        if is_dataclass(hints[field.name]):
+            keys += keys_of(hints[field.name], f"{prefix}{field.name}.")
+    return keys

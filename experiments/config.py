@@ -1,0 +1,191 @@
+"""The configuration of a run: one dataclass a group, checked on construction.
+
+Hydra composes configs/train.yaml over these schemas in the parent process. Types and enums are
+checked there; ranges and cross-field rules here. No torch: a bad key is refused in half a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minigpt.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    above,
+    at_least,
+    require,
+)
+from parallel.layout import ActivationCheckpointing, Layout, Options, Precision
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Backend(str, Enum):
+    auto = "auto"
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+class Launch(str, Enum):
+    local = "local"
+    dry = "dry"
+
+
+class Logger(str, Enum):
+    none = "none"
+    wandb = "wandb"
+
+
+class WandbMode(str, Enum):
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class ValidationConfig:
+    """The held-out loss."""
+
+    every: int = 0  # steps between validations; 0: only after the last step
+    batches: int = 8  # global batches of each validation; 0: never validate
+
+    def __post_init__(self) -> None:
+        at_least("validation.every", self.every, 0)
+        at_least("validation.batches", self.batches, 0)
+
+
+@dataclass
+class SampleConfig:
+    """The text that is printed after training."""
+
+    tokens: int = 200  # 0: none
+    prompt: str = "def "
+    temperature: float = 0.7
+    top_k: int | None = 40
+
+    def __post_init__(self) -> None:
+        at_least("sample.tokens", self.tokens, 0)
+        at_least("sample.temperature", self.temperature, 0)
+        at_least("sample.top_k", self.top_k, 1)
+        require(bool(self.prompt), "sample.prompt is empty: at least one character is needed")
+
+
+@dataclass
+class LoggingConfig:
+    """A mirror of the run's own files, which are the record."""
+
+    to: Logger = Logger.none
+    project: str = "worldsize"
+    mode: WandbMode = WandbMode.offline
+    group: str | None = None  # null: the sweep's folder, where there is one
+
+
+@dataclass
+class RunConfig:
+    """Where a run leaves its files."""
+
+    dir: str | None = None  # null: runs/DATE-TIME-LAYOUT
+    save: bool = True  # keep the trained weights, which `generate` reads
+
+
+@dataclass
+class TrainConfig:
+    """Everything `./launch.sh` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    layout: Layout = field(default_factory=Layout)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    steps: int = 100
+    micro_batch_size: int = 8  # sequences of one forward, for each data-parallel rank
+    gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None  # null: what the others make; a number is checked
+    seq_len: int = 128
+    seed: int = 0
+    precision: Precision = Precision.fp32
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    compile: bool = False
+    clip: float | None = 1.0  # the gradient norm's upper bound; null: no clipping
+    device: Device = Device.auto
+    backend: Backend = Backend.auto
+    launch: Launch = Launch.local
+    timeout_s: float = 600.0  # how long a collective may wait for its last rank
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "micro_batch_size", "gradient_accumulation_steps", "seq_len"):
+            at_least(key, getattr(self, key), 1)
+        at_least("global_batch_size", self.global_batch_size, 1)
+        at_least("seed", self.seed, 0)
+        above("clip", self.clip, 0)
+        above("timeout_s", self.timeout_s, 0)
+        model, data = self.model, self.data
+        require(
+            self.seq_len <= model.context,
+            f"seq_len={self.seq_len}: longer than model.context={model.context}",
+        )
+        require(
+            data.vocab_size <= model.vocab_size,
+            f"model.vocab_size={model.vocab_size}: smaller than the data's {data.vocab_size} ids",
+        )
+        require(
+            not (self.backend == Backend.nccl and self.device == Device.cpu),
+            "backend=nccl: needs device=cuda, not device=cpu",
+        )
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        """What this version can train, and a global batch size that divides."""
+        for axis in ("pp", "cp", "tp", "ep"):
+            size = getattr(self.layout, axis)
+            require(size == 1, f"layout.{axis}={size}: only dp_replicate and dp_shard so far, so 1")
+        if self.layout.open_axis or self.global_batch_size is None:
+            return
+        made = self.batch_size
+        require(
+            self.global_batch_size == made,
+            f"global_batch_size={self.global_batch_size} != "
+            f"micro_batch_size({self.micro_batch_size}) * "
+            f"gradient_accumulation_steps({self.gradient_accumulation_steps}) * "
+            f"dp_replicate({self.layout.dp_replicate}) * dp_shard({self.layout.dp_shard}) = {made}",
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one optimiser step. Needs a resolved layout."""
+        ranks = self.layout.data_parallel
+        return self.micro_batch_size * self.gradient_accumulation_steps * ranks
+
+    @property
+    def options(self) -> Options:
+        """What parallelize() takes besides the model and the mesh."""
+        return Options(self.precision, self.activation_checkpointing, self.compile)
+
+
+@dataclass
+class GenerateConfig:
+    """Everything `./launch.sh generate` takes."""
+
+    run: str = "???"
+    prompt: str = "def "
+    tokens: int = 400
+    temperature: float = 0.7
+    top_k: int | None = 40
+    seed: int = 0
+    device: Device = Device.auto
+
+    def __post_init__(self) -> None:
+        at_least("tokens", self.tokens, 1)
+        at_least("temperature", self.temperature, 0)
+        at_least("top_k", self.top_k, 1)
+        at_least("seed", self.seed, 0)
+        require(bool(self.prompt), "prompt is empty: at least one character is needed")

@@ -1,0 +1,179 @@
+"""What the user sees: a progress bar on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_LINE_EVERY_S = 2.0
+DASH = "-"  # a value that was not measured
+PLAIN_WIDTH = 100
+
+
+def make_console() -> Console:
+    """The console of this process: colours on a terminal, lines of a fixed width elsewhere."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=PLAIN_WIDTH)
+
+
+class Reporter:
+    """Progress of one run. Rank 0 shows it; every other rank has one that says nothing."""
+
+    def __init__(self, steps: int, shown: bool) -> None:
+        self.shown = shown
+        self.console = make_console()
+        self.steps = steps
+        self.last_line = 0.0
+        self.progress: Progress | None = None
+        if shown and self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.progress.add_task("training", total=steps, loss=DASH, speed=DASH)
+
+    def __enter__(self) -> Reporter:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        if self.shown:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """After each step; `step` counts from 0."""
+        if not self.shown:
+            return
+        speed = f"{tokens_per_s:,.0f}"
+        if self.progress:
+            self.progress.update(self.task, completed=step + 1, loss=f"{loss:.4f}", speed=speed)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= PLAIN_LINE_EVERY_S or step + 1 in (1, self.steps):
+            self.last_line = now
+            self.say(f"step {step + 1}/{self.steps}  loss {loss:.4f}  {speed} tokens/s")
+
+    def finish(self, ledger: dict[str, Any], folder: Path) -> None:
+        """The end of a run: its costs, its held-out loss, its folder."""
+        if not self.shown:
+            return
+        print_costs(self.console, ledger)
+        loss = ledger["training"]["validation_loss"]
+        entropy = ledger["environment"]["corpus"]["unigram_entropy"]
+        if loss is not None:
+            self.say(f"validation loss {loss:.4f} nats a token (unigram entropy {entropy:.4f})")
+        self.say(f"run folder {folder}")
+
+
+def human_bytes(number: float | None) -> str:
+    """Decimal units, as networks and datasheets use them: 3.21 MB."""
+    if number is None:
+        return DASH
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(number) < 1000 or unit == "TB":
+            return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def human_seconds(number: float | None) -> str:
+    """Milliseconds below a second."""
+    if number is None:
+        return DASH
+    return f"{number * 1e3:.2f} ms" if number < 1 else f"{number:.2f} s"
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """A part of the whole, in per cent."""
+    if part is None or not whole:
+        return DASH
+    return f"{100 * part / whole:.1f} %"
+
+
+def costs_tables(ledger: dict[str, Any]) -> list[Table]:
+    """The step's costs: time by part, memory by category, communication by collective and axis."""
+    step = ledger["step"]
+    return [
+        parts_table("time of a step", step["time_s"], "total", human_seconds),
+        parts_table("memory at the peak", step["memory_bytes"], "peak", human_bytes),
+        communication_table(step["communication"]),
+    ]
+
+
+def parts_table(title: str, parts: dict[str, float | None], whole: str, human: Any) -> Table:
+    """Parts, each with its share, and the whole below them."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("part")
+    table.add_column("value", justify="right")
+    table.add_column("share", justify="right")
+    for name, value in parts.items():
+        if name != whole:
+            table.add_row(name.replace("_", " "), human(value), share(value, parts[whole]))
+    table.add_section()
+    table.add_row(whole, human(parts[whole]), "")
+    return table
+
+
+def communication_table(rows: list[dict[str, Any]]) -> Table:
+    """One row a collective, axis and dtype: per rank and step."""
+    table = Table(title="communication of a step, per rank", title_justify="left")
+    for name in ("collective", "axis", "ranks", "dtype", "calls", "payload", "on the wire", "time"):
+        table.add_column(name, justify="left" if name in ("collective", "axis") else "right")
+    for row in rows:
+        table.add_row(
+            row["collective"],
+            row["axis"],
+            str(row["group_size"]),
+            row["dtype"],
+            str(row["calls"]),
+            human_bytes(row["payload_bytes"]),
+            human_bytes(row["wire_bytes"]),
+            human_seconds(row["time_s"]),
+        )
+    if not rows:
+        table.add_row("none", *[DASH] * 7)
+    return table
+
+
+def print_costs(console: Console, ledger: dict[str, Any]) -> None:
+    """The end-of-run tables and the one line of rates."""
+    for table in costs_tables(ledger):
+        console.print(table)
+    step = ledger["step"]
+    speed = DASH if step["tokens_per_s"] is None else f"{step['tokens_per_s']:,.0f}"
+    rates = "  ".join(f"{name.upper()} {share(step[name], 1.0)}" for name in ("mfu", "hfu"))
+    console.print(f"{speed} tokens/s  {rates}")
+
+
+def print_sweep(rows: list[tuple[str, str, str | None, Path | None]]) -> None:
+    """The jobs of a sweep: overrides, how they ended, and where."""
+    table = Table(title="sweep", title_justify="left")
+    for name in ("job", "overrides", "status", "run"):
+        table.add_column(name, overflow="fold")
+    for number, (overrides, status, reason, folder) in enumerate(rows):
+        ended = f"{status}: {reason}" if reason else status
+        table.add_row(str(number), overrides, ended, str(folder or DASH))
+    make_console().print(table)

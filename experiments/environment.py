@@ -1,0 +1,163 @@
+"""What the machine and the scheduler give: devices, memory, ranks. No torch without a GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from experiments.config import Backend, Device, TrainConfig
+from minigpt.config import require
+
+LAPTOP_RANKS = 2  # what -1 means where nothing else says how many ranks there are
+BYTES_OF_A_RANK = 350e6  # resident memory of a Python process with torch imported and a small model
+BYTES_OF_A_PARAMETER = 16  # fp32 weight, gradient and two moments of AdamW
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this process is, where torchrun or SLURM started it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
+    """The rank that torchrun's variables, or srun's, give this process; None where it is free.
+
+    One task under SLURM is no rank: that is a batch script that calls the launcher.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    else:
+        return None
+    rank, local_rank, world_size = (int(environ.get(name, "0")) for name in names)
+    return Rank(rank, local_rank, world_size)
+
+
+def rendezvous(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT for ranks that SLURM started, which sets neither."""
+    if "MASTER_ADDR" in environ:
+        return {}
+    job = int(environ.get("SLURM_JOB_ID", "0"))
+    return {
+        "MASTER_ADDR": first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+        "MASTER_PORT": environ.get("MASTER_PORT", str(15000 + job % 20000)),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[003-007,9],login` is gpu003."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def gpu_count() -> int:
+    """CUDA devices that torch can use. Asks torch only where a driver is loaded: it is slow."""
+    nvidia, amd = Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd")
+    if not (nvidia.exists() or amd.exists()) or "+cpu" in metadata.version("torch"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def settle(config: TrainConfig, world_size: int | None, gpus: int, nodes: int = 1) -> TrainConfig:
+    """Put device, backend and layout in the place of auto and -1, or refuse them.
+
+    `world_size` is what a scheduler gave, None where the layout decides.
+    """
+    require(
+        config.device != Device.cuda or gpus > 0,
+        "device=cuda: torch sees no CUDA device here; device=cpu works",
+    )
+    device = config.device
+    if device == Device.auto:
+        device = Device.cuda if gpus else Device.cpu
+    backend = config.backend
+    if backend == Backend.auto:
+        backend = Backend.nccl if device == Device.cuda else Backend.gloo
+    require(
+        backend != Backend.nccl or device == Device.cuda,
+        "backend=nccl: needs a CUDA device; backend=gloo works here",
+    )
+    if world_size is None:
+        world_size = _wanted_ranks(config, (gpus or LAPTOP_RANKS) * nodes)
+    layout = config.layout.resolve(world_size)
+    if device == Device.cuda:
+        require(
+            world_size <= gpus * nodes,
+            f"layout needs {world_size} ranks, but there are {gpus} CUDA devices on each of "
+            f"{nodes} node(s)",
+        )
+    require(
+        not config.compile or device == Device.cuda or _has_compiler(),
+        "compile=true: needs a C++ compiler (c++, g++ or clang++) on a CPU; compile=false works",
+    )
+    return replace(config, layout=layout, device=device, backend=backend)
+
+
+def _wanted_ranks(config: TrainConfig, there_are: int) -> int:
+    """The product of the axes, with all ranks there are in the place of -1."""
+    layout = config.layout
+    if layout.open_axis is None:
+        return layout.world_size
+    fixed = replace(layout, **{layout.open_axis: 1}).world_size
+    return max(there_are, fixed)
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+def check_memory(config: TrainConfig, local_ranks: int) -> None:
+    """Refuse what would only be found out by the machine running out of memory."""
+    if config.device == Device.cuda:
+        return
+    there_is = psutil.virtual_memory().available
+    most = int(there_is // BYTES_OF_A_RANK)
+    require(
+        local_ranks <= most,
+        f"layout needs {local_ranks} ranks here, but the {there_is / 1e9:.1f} GB of free memory "
+        f"take {most}",
+    )
+    state = BYTES_OF_A_PARAMETER * config.model.parameters * local_ranks / config.layout.dp_shard
+    require(
+        state + local_ranks * BYTES_OF_A_RANK <= there_is,
+        f"model: {config.model.parameters:,} parameters need {state / 1e9:,.1f} GB for weights, "
+        f"gradients and optimizer on {local_ranks} ranks of {config.layout.label}, but "
+        f"{there_is / 1e9:.1f} GB are free",
+    )
+
+
+def facts() -> dict[str, object]:
+    """What a ledger says about the machine."""
+    return {
+        "torch": metadata.version("torch"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=True),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _processor() -> str:
+    """The processor's name; platform.processor() is empty on most Linux machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

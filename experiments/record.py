@@ -1,0 +1,193 @@
+"""The files of a run: metrics.jsonl while it trains, ledger.json and model.pt when it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from costs import ledger as ledgers
+from experiments import environment
+from experiments.config import TrainConfig
+from experiments.metering import Meters
+from minigpt.corpus import Corpus
+from parallel.mesh import Mesh
+from parallel.step import Result
+
+SMOOTHING = 0.9  # of the tokens/s that the user sees
+
+
+class Record:
+    """What one run writes. Only rank 0 touches the disk; every rank keeps the losses."""
+
+    def __init__(self, config: TrainConfig, folder: Path, mesh: Mesh, corpus: Corpus) -> None:
+        self.config, self.folder, self.mesh, self.corpus = config, folder, mesh, corpus
+        settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        assert isinstance(settings, dict)
+        self.settings: dict[str, Any] = settings
+        self.losses: list[float] = []
+        self.skipped_steps = 0
+        self.validation_loss: float | None = None  # null on a line: none was taken after that step
+        self.last: dict[str, Any] = {}
+        self.tokens_per_s = 0.0
+        self.startup_s: float | None = None
+        self.started = _launch_time(folder)
+
+    def __enter__(self) -> Record:
+        path = self.folder / "metrics.jsonl" if self.mesh.rank == 0 else Path(os.devnull)
+        self.metrics = open(path, "w", buffering=1)  # a line a step: a killed run keeps them
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.metrics.close()
+
+    def add_validation(self, loss: float) -> None:
+        """The held-out loss after the step whose line comes next."""
+        self.validation_loss = loss
+
+    def add_step(self, step: int, result: Result, lr: float, step_s: float) -> None:
+        """Write the line of one step."""
+        if self.startup_s is None and self.started is not None:
+            self.startup_s = time.time() - self.started
+        self.losses.append(result.loss)
+        self.skipped_steps += result.skipped
+        speed = result.tokens / step_s
+        blend = SMOOTHING if step > 1 else 0.0  # the first step is warm-up
+        self.tokens_per_s = blend * self.tokens_per_s + (1 - blend) * speed
+        self.last = {
+            "step": step,
+            "loss": result.loss,
+            "validation_loss": self.validation_loss,
+            "gradient_norm": result.gradient_norm,
+            "lr": lr,
+            "tokens": result.tokens,
+            "step_s": step_s,
+            "tokens_per_s": speed,
+            "skipped": result.skipped,
+        }
+        self.validation_loss = None
+        self.metrics.write(json.dumps({k: _finite(v) for k, v in self.last.items()}) + "\n")
+
+    def finish(self, meters: Meters, validation_loss: float | None) -> dict[str, Any] | None:
+        """Collect every rank's costs and write the ledger. All ranks call it; rank 0 gets it."""
+        own = meters.costs()
+        ranks: list = [own]
+        if dist.is_initialized():
+            ranks = [None] * self.config.layout.world_size
+            dist.all_gather_object(ranks, own)
+        if self.mesh.rank:
+            return None
+        ledger = self._ledger(meters, ranks, validation_loss)
+        ledgers.write(self.folder / "ledger.json", ledger)
+        return ledger
+
+    def _ledger(
+        self, meters: Meters, ranks: list[dict[str, Any]], validation_loss: float | None
+    ) -> dict[str, Any]:
+        layout, config = self.config.layout, self.config
+        axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+        return {
+            "schema": ledgers.SCHEMA,
+            "source": "measured",
+            "config": self.settings,
+            "layout": {
+                "world_size": layout.world_size,
+                **{axis: getattr(layout, axis) for axis in axes},
+            },
+            "model": {
+                "parameters": config.model.parameters,
+                "flops_per_token": meters.flops_per_token,
+            },
+            "environment": {
+                "device": config.device.value,
+                "device_name": meters.device_name,
+                "backend": config.backend.value if layout.world_size > 1 else None,
+                **environment.facts(),
+                "threads": torch.get_num_threads(),
+                "peak_flops_per_s": meters.peak_flops,
+                "corpus": {
+                    "source": config.data.source.value,
+                    "sha256": self.corpus.sha256,
+                    "unigram_entropy": self.corpus.unigram_entropy,
+                },
+            },
+            "training": {
+                "steps": len(self.losses),
+                "losses": [_finite(loss) for loss in self.losses],
+                "validation_loss": validation_loss,
+                "skipped_steps": self.skipped_steps,
+                "startup_s": self.startup_s,
+            },
+            "step": worst(ranks),
+            "ranks": ranks,
+        }
+
+    def headline(self) -> str:
+        """One line on what is about to be trained."""
+        config, layout = self.config, self.config.layout
+        tokens = config.batch_size * config.seq_len
+        return (
+            f"{config.model.parameters:,} parameters, {layout.label} on {layout.world_size} "
+            f"rank{'s' if layout.world_size > 1 else ''} ({config.device.value}), "
+            f"{config.precision.value}: {config.steps} steps of {tokens:,} tokens "
+            f"({config.micro_batch_size} x {config.seq_len} a rank"
+            + (
+                f", {config.gradient_accumulation_steps} micro-batches)"
+                if config.gradient_accumulation_steps > 1
+                else ")"
+            )
+        )
+
+
+def worst(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The step of a run: times of the slowest rank, memory of the fullest, messages of the busiest."""
+
+    def most(key: str, value: Any) -> dict[str, Any]:
+        return max(ranks, key=lambda rank: value(rank) or 0)[key]
+
+    slowest = max(ranks, key=lambda rank: rank["time_s"]["total"] or 0)
+    return {
+        **slowest,
+        "memory_bytes": most("memory_bytes", lambda r: r["memory_bytes"]["peak"]),
+        "communication": most(
+            "communication", lambda r: sum(row["wire_bytes"] for row in r["communication"])
+        ),
+        "flops": most("flops", lambda r: r["flops"]["hardware"]),
+    }
+
+
+def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write model.pt whole or not at all; `generate` reads it with weights_only."""
+    part = folder / "model.pt.part"
+    try:
+        torch.save(weights, part)
+        part.rename(folder / "model.pt")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a skipped fp16 step's loss or norm is null."""
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def _launch_time(folder: Path) -> float | None:
+    """When the user's command began, as the parent wrote it down."""
+    try:
+        return json.loads((folder / "launch.json").read_text())["started"]
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,74 @@
+"""The training loop of one rank, top to bottom. It has no branch on strategy.
+
+Every rank takes every branch that runs the model: a forward on rank 0 alone would wait for ever.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.assemble import (
+    agree_on_folder,
+    is_validation_step,
+    join_ranks,
+    make_batches,
+    make_trainer,
+    set_step,
+    share_of_batch,
+    validation_share,
+)
+from experiments.config import TrainConfig
+from experiments.console import Reporter
+from experiments.environment import Rank
+from experiments.metering import Meters
+from experiments.record import Record, save_weights
+from experiments.sample import sample_text
+from experiments.tracking import make_tracker
+from minigpt.corpus import open_corpus
+from parallel.mesh import build_mesh, leave
+from parallel.step import evaluate
+from parallel.weights import full_weights
+
+
+def train(
+    config: TrainConfig, corpus_folder: Path, folder: Path | None, rank: Rank, overrides: list[str]
+) -> None:
+    """Train as one rank; rank 0 writes the run's files into `folder`."""
+    device = join_ranks(config, rank)
+    folder = agree_on_folder(config, folder, overrides, corpus_folder)
+    mesh = build_mesh(config.layout, device)
+    corpus = open_corpus(corpus_folder)
+    batches = make_batches(config, corpus)
+    trainer = make_trainer(config, mesh)
+    meters = Meters(config, trainer)
+
+    record = Record(config, folder, mesh, corpus)
+    reporter = Reporter(config.steps, shown=mesh.rank == 0)
+    tracker = make_tracker(config.logging, folder, record.settings, reporter.say, mesh.rank)
+    reporter.say(record.headline())
+    validation_loss = None
+    with reporter, record:
+        for step in range(config.steps):
+            with meters.step(step):
+                lr = set_step(trainer, config, step)
+                with meters.phase("data"):
+                    micro_batches = list(share_of_batch(batches, step, config, mesh))
+                result = trainer.step(micro_batches)
+            if is_validation_step(config, step):
+                share = validation_share(batches, config, mesh)
+                validation_loss = evaluate(trainer.replica, share)
+                record.add_validation(validation_loss)
+            record.add_step(step, result, lr, meters.last_step_s)
+            reporter.step(step, result.loss, record.tokens_per_s)
+            tracker.log(step, record.last)
+
+    ledger = record.finish(meters, validation_loss)
+    weights = full_weights(trainer.replica.model) if config.run.save or config.sample.tokens else {}
+    if ledger:  # rank 0
+        tracker.finish(ledger)
+        if config.run.save:
+            save_weights(folder, weights)
+        if config.sample.tokens:
+            reporter.say(sample_text(config, corpus, weights))
+        reporter.finish(ledger, folder)
+    leave()

@@ -1,0 +1,165 @@
+"""Where text comes from, as bytes, or as made-up tokens. No torch: the launcher runs this.
+
+Every error is a ValueError of one line that names the key, its value and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from minigpt.config import DataConfig, Source
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+OPENWEBTEXT = "Skylion007/openwebtext"
+DOWNLOAD_TIMEOUT_S = 30
+BYTES_PER_TOKEN = 4  # how much English a byte-pair token covers, about
+
+
+def read_text(config: DataConfig, cache: Path) -> bytes:
+    """The raw bytes of a text source. `cache` keeps what was downloaded."""
+    if config.source == Source.stdlib:
+        return standard_library()
+    if config.source == Source.text:
+        return text_file(config.path or "")
+    if config.source == Source.shakespeare:
+        return download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, cache / "shakespeare.txt")
+    return openwebtext(config)
+
+
+def standard_library() -> bytes:
+    """The running interpreter's top-level modules, sorted by name: real text on every machine."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    modules = sorted(path for path in folder.glob("*.py") if path.is_file())
+    text = b"".join(path.read_bytes() for path in modules)
+    if not text:
+        raise ValueError(f"data=stdlib: {folder} holds no source; use data=text data.path=FILE")
+    return text
+
+
+def text_file(name: str) -> bytes:
+    """The user's own file."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(f"data.path={name}: no such file")
+    if not path.is_file():
+        raise ValueError(f"data.path={name}: is not a file")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"data.path={name}: cannot be read: {error.strerror}") from error
+    if not text:
+        raise ValueError(f"data.path={name}: is empty")
+    return text
+
+
+def download(url: str, sha256: str, path: Path) -> bytes:
+    """The file at `url`, kept at `path` once its checksum is right."""
+    if path.exists():
+        text = path.read_bytes()
+    else:
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer:
+                text = answer.read()
+        except OSError as error:  # URLError and timeouts are OSErrors
+            reason = getattr(error, "reason", error)
+            raise ValueError(
+                f"data=shakespeare: {url} could not be fetched ({reason}); put the file at {path}, "
+                f"or use data=stdlib, which needs no network"
+            ) from error
+    found = hashlib.sha256(text).hexdigest()
+    if found != sha256:
+        raise ValueError(f"data=shakespeare: SHA-256 {found} of {path.name} is not {sha256}")
+    if not path.exists():
+        write_whole(path, text)
+    return text
+
+
+def openwebtext(config: DataConfig) -> bytes:
+    """The first documents of OpenWebText, enough for `data.tokens`, streamed from its hub.
+
+    The hub's client checks what it fetches; our own SHA-256 of the text stands in the ledger.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            "data=openwebtext: needs the package `datasets` (pip install datasets) and a network; "
+            "data=stdlib needs neither"
+        ) from None
+    wanted, parts, size = config.tokens * BYTES_PER_TOKEN, [], 0
+    try:
+        for row in datasets.load_dataset(OPENWEBTEXT, split="train", streaming=True):
+            document = row["text"].encode() + b"\n\n"
+            parts.append(document)
+            size += len(document)
+            if size >= wanted:
+                break
+    except Exception as error:  # the client raises many kinds when there is no network
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"data=openwebtext: {OPENWEBTEXT} could not be fetched ({reason}); "
+            f"data=stdlib needs no network"
+        ) from error
+    return b"".join(parts)
+
+
+def splitmix64(numbers: np.ndarray) -> np.ndarray:
+    """A well-mixed 64-bit hash of each number: integers only, so the same on every machine.
+
+    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    with np.errstate(over="ignore"):
+        z = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def random_tokens(count: int, vocab_size: int) -> np.ndarray:
+    """Uniform ids: nothing to learn, for benchmarks."""
+    return (splitmix64(np.arange(count)) % np.uint64(vocab_size)).astype(np.int64)
+
+
+def generated_tokens(count: int, vocab_size: int) -> np.ndarray:
+    """Made-up text that can be learned: phrases of fixed tokens, in random order, some corrupted.
+
+    A model that knows a phrase's beginning knows the rest, so the loss falls far below the
+    unigram entropy; one token in sixteen is noise, so it never reaches zero.
+    """
+    phrase_length, phrases = 16, 64
+    book = random_tokens(phrases * phrase_length, vocab_size).reshape(phrases, phrase_length)
+    order = splitmix64(np.arange(count // phrase_length + 1) + 2**40) % np.uint64(phrases)
+    tokens = book[order.astype(np.int64)].reshape(-1)[:count].copy()
+    hashes = splitmix64(np.arange(count) + 2**41)
+    noisy = hashes % np.uint64(16) == 0
+    tokens[noisy] = (hashes[noisy] >> np.uint64(32)).astype(np.int64) % vocab_size
+    return tokens
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises ValueError where the cache cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent)
+    except OSError as error:
+        raise ValueError(f"data.cache={path.parent}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise ValueError(f"data.cache={path.parent}: {error.strerror}") from error
+    finally:
+        Path(part).unlink(missing_ok=True)
