@@ -193,9 +193,9 @@ class RecordingGroup(dist.ProcessGroup):
     """gloo's process group behind one that records every call."""
 
     def __init__(self, inner: dist.ProcessGroup, rank: int, ranks: list[int]) -> None:
-        super().__init__(rank, len(ranks))
+        super().__init__(rank, len(ranks))  # type: ignore[call-arg]
         self.inner, self.own_rank, self.ranks = inner, rank, frozenset(ranks)
-        self.name, self.desc = "", ""
+        self.own_name, self.own_desc = "", ""
 
     def getSize(self) -> int:
         return len(self.ranks)
@@ -209,23 +209,23 @@ class RecordingGroup(dist.ProcessGroup):
         return BACKEND
 
     def _set_group_name(self, name: str) -> None:
-        self.name = name
-        self.inner._set_group_name(name)
+        self.own_name = name
+        self.inner._set_group_name(name)  # type: ignore[arg-type]
 
     setGroupName = _set_group_name
 
     def _set_group_desc(self, desc: str) -> None:
-        self.desc = desc
+        self.own_desc = desc
         self.inner._set_group_desc(desc)
 
     def getGroupName(self) -> str:
-        return self.name
+        return self.own_name
 
     def getGroupDesc(self) -> str:
-        return self.desc
+        return self.own_desc
 
-    group_name = property(getGroupName)  # type: ignore[assignment]
-    group_desc = property(getGroupDesc)  # type: ignore[assignment]
+    group_name = property(getGroupName)
+    group_desc = property(getGroupDesc)
 
     def shutdown(self) -> None:
         self.inner.shutdown()

@@ -56,7 +56,7 @@ def _register() -> None:
     }
     for operator, formula in formulas.items():
         try:
-            register_flop_formula(operator)(formula)
+            register_flop_formula(operator)(formula)  # type: ignore[arg-type]
         except RuntimeError:  # a later torch counts it by itself
             continue
 

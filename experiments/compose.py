@@ -68,8 +68,8 @@ def to_config(config: DictConfig, schema: type[Config]) -> Config:
 def _keys_in(config: DictConfig, prefix: str = "") -> list[str]:
     """Every key of a composed configuration, dotted."""
     keys: list[str] = []
-    for key in config:
-        keys.append(f"{prefix}{key}")
+    for key in map(str, config):
+        keys.append(prefix + key)
         node = config._get_node(key)
         if isinstance(node, DictConfig):
             keys += _keys_in(node, f"{prefix}{key}.")

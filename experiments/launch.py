@@ -1,4 +1,4 @@
-"""The parent process of a run: settles the config, makes the run folder, starts and ends torchrun."""
+"""The parent process of a run: settles the config, makes the folder, starts and ends torchrun."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def run(job: Job, quiet: bool) -> int:
 
 
 class Forwarding:
-    """While it is open, the first signal to this process ends `process`, and a second one kills it."""
+    """While open, the first signal to this process ends `process`, and a second one kills it."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

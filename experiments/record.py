@@ -29,8 +29,7 @@ class Record:
 
     def __init__(self, config: TrainConfig, folder: Path, mesh: Mesh, corpus: Corpus) -> None:
         self.config, self.folder, self.mesh, self.corpus = config, folder, mesh, corpus
-        settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-        assert isinstance(settings, dict)
+        settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         self.settings: dict[str, Any] = settings
         self.losses: list[float] = []
         self.skipped_steps = 0
@@ -152,7 +151,7 @@ class Record:
 
 
 def worst(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The step of a run: times of the slowest rank, memory of the fullest, messages of the busiest."""
+    """A run's step: times of the slowest rank, memory of the fullest, messages of the busiest."""
 
     def most(key: str, value: Any) -> dict[str, Any]:
         return max(ranks, key=lambda rank: value(rank) or 0)[key]

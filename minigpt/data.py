@@ -36,7 +36,7 @@ class Batches:
 
     def rows(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Rows start ... start + count of global batch `step`: inputs and targets, (B, T) int64."""
-        assert 0 <= start and start + count <= self.global_batch_size
+        assert start >= 0 and start + count <= self.global_batch_size
         numbers = np.arange(start, start + count) + step * self.global_batch_size
         hashes = splitmix64(splitmix64(np.array([self.seed])) ^ numbers.astype(np.uint64))
         tokens = self._train

@@ -52,7 +52,7 @@ def apply_activation_checkpointing(
     if mode == ActivationCheckpointing.selective:
         contexts = partial(create_selective_checkpoint_contexts, _keep_matmuls)
     for block in blocks.values():
-        block.forward = partial(  # type: ignore[method-assign]
+        block.forward = partial(
             checkpoint,
             block.forward,
             use_reentrant=False,
