@@ -12,9 +12,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from costs import communication
-from experiments import launch
 from experiments.config import Backend, Device, TrainConfig
 from experiments.environment import Rank, rendezvous
+from experiments.run_folder import Launched, make_folder, write_config
 from minigpt.corpus import Corpus
 from minigpt.data import Batches
 from minigpt.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -40,9 +40,7 @@ def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
     return device
 
 
-def agree_on_folder(
-    config: TrainConfig, folder: Path | None, overrides: list[str], corpus_folder: Path
-) -> Path:
+def agree_on_folder(config: TrainConfig, launched: Launched, folder: Path | None) -> Path:
     """Rank 0's run folder, made by it where no parent did; all ranks must have the same config.
 
     Nodes that were started with different command lines would otherwise train different models
@@ -52,8 +50,8 @@ def agree_on_folder(
     first = not dist.is_initialized() or dist.get_rank() == 0
     if folder is None and first:
         chosen = Path(config.run.dir) if config.run.dir else None
-        folder = launch.make_folder(chosen, config.layout)
-        launch.write_config(folder, config, overrides, corpus_folder)
+        folder = make_folder(chosen, config.layout)
+        write_config(folder, config, launched)
     if not dist.is_initialized():
         assert folder is not None
         return folder

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -21,7 +22,8 @@ from omegaconf import DictConfig
 from experiments import console, environment, launch
 from experiments.compose import Refused, run_hydra, to_config
 from experiments.config import Launch, TrainConfig
-from experiments.worker import main as be_a_rank
+from experiments.run_folder import Launched, failure
+from experiments.worker import last_act
 from minigpt.corpus import check_vocabulary, prepare
 
 TORCHRUN_OPTIONS = (
@@ -90,7 +92,7 @@ class Command:
             print(f"launch.sh: stopped; what was measured is in {job.folder}", file=sys.stderr)
             return status
         if status:
-            row.status, row.reason = "failed", launch.failure(job.folder)
+            row.status, row.reason = "failed", failure(job.folder)
             print(f"launch.sh: the run failed: {row.reason}", file=sys.stderr)
             return 1
         return 0
@@ -154,5 +156,9 @@ def train_as_rank(argv: list[str]) -> int:
     corpus = prepare(config.data)
     check_vocabulary(corpus, config.model.vocab_size)
     corpus.check_length(config.seq_len)
-    be_a_rank(config, corpus.folder, folder=None, overrides=argv)
+    launched = Launched(argv, str(corpus.folder), psutil.Process().create_time())
+    with last_act(rank.rank, folder=None):
+        from experiments.train import train as train_here
+
+        train_here(config, launched, None, rank)
     return 0

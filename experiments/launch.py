@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
-from omegaconf import OmegaConf
+import psutil
 
 from experiments import environment
 from experiments.config import TrainConfig
-from experiments.worker import die_with_parent
+from experiments.process import Forwarding, die_with_parent
+from experiments.run_folder import Launched, make_folder, write_config
 from minigpt.corpus import check_vocabulary, prepare
-from parallel.layout import Layout
 
-GRACE_S = 10.0  # between asking the ranks to end and making them
 SINGLE_NODE = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
 
 
@@ -39,7 +34,16 @@ class Torchrun:
 
     @property
     def is_first_node(self) -> bool:
-        return (self._value("--node-rank") or "0") == "0"
+        number = self._value("--node-rank")
+        if number is None and self.nodes > 1:
+            raise ValueError("--node-rank is not set: tell each node its number, from 0")
+        return number in (None, "0")
+
+    @property
+    def stands_alone(self) -> bool:
+        """One node, and the user named no rendezvous: torchrun finds a free port by itself."""
+        elsewhere = ("--rdzv", "--master")
+        return self.nodes == 1 and not any(o.startswith(elsewhere) for o in self.options)
 
     def _value(self, name: str) -> str | None:
         named = (option.partition("=") for option in self.options)
@@ -76,57 +80,17 @@ def prepare_job(
     folder = Path(config.run.dir) if folder is None and config.run.dir else folder
     folder = make_folder(folder, config.layout, shared=not torchrun.is_first_node)
     if torchrun.is_first_node:
-        write_config(folder, config, overrides, corpus.folder)
+        # launch.sh hands its process over, so this is when the user's command began
+        started = psutil.Process().create_time()
+        write_config(folder, config, Launched(overrides, str(corpus.folder), started))
     command = torchrun_command(folder, world_size // nodes, torchrun)
     return Job(folder, command, rank_environment(nodes))
-
-
-def make_folder(folder: Path | None, layout: Layout, shared: bool = False) -> Path:
-    """Make the one folder of a run. A folder that already holds a run is refused."""
-    if folder is not None:
-        if (folder / "config.yaml").exists() and not shared:
-            raise ValueError(f"run.dir={folder}: already holds a run")
-        return _make(folder)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for attempt in range(1000):  # two launches in one second must not share a folder
-        suffix = f"-{attempt}" if attempt else ""
-        folder = Path("runs") / f"{stamp}-{layout.label}{suffix}"
-        try:
-            return _make(folder, exist_ok=False)
-        except FileExistsError:
-            continue
-    raise ValueError(f"run.dir: could not make a folder like {folder}")
-
-
-def _make(folder: Path, exist_ok: bool = True) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=exist_ok)
-        (folder / "logs").mkdir(exist_ok=True)
-    except FileExistsError:
-        if exist_ok:  # something that is no folder has the name
-            raise ValueError(f"run.dir={folder}: is not a folder") from None
-        raise
-    except OSError as error:
-        raise ValueError(f"run.dir={folder}: cannot be made: {error.strerror}") from error
-    return folder
-
-
-def write_config(
-    folder: Path, config: TrainConfig, overrides: list[str], corpus_folder: Path
-) -> None:
-    """Freeze what the ranks will read: they never compose."""
-    launch = {"overrides": overrides, "corpus": str(corpus_folder), "started": time.time()}
-    try:
-        (folder / "launch.json").write_text(json.dumps(launch, indent=1))
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    except OSError as error:
-        raise ValueError(f"run.dir={folder}: cannot be written: {error.strerror}") from error
 
 
 def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list[str]:
     """The line that starts the ranks. Rank 0 of this node keeps the terminal, the rest a file."""
     options = [*torchrun.options]
-    if torchrun.nodes == 1:
+    if torchrun.stands_alone:
         options += ["--standalone"]
     options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}"]
     if local_ranks > 1:
@@ -161,41 +125,3 @@ def run(job: Job, quiet: bool) -> int:
         with Forwarding(process) as forwarding:
             status = process.wait()
     return 128 + forwarding.received if forwarding.received else status
-
-
-class Forwarding:
-    """While open, the first signal to this process ends `process`, and a second one kills it."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
-        self.received = 0
-
-    def __enter__(self) -> Forwarding:
-        self.saved = {number: signal.signal(number, self._forward) for number in self.SIGNALS}
-        signal.signal(signal.SIGALRM, lambda *_: self.process.kill())
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        signal.alarm(0)
-        for number, handler in self.saved.items():
-            signal.signal(number, handler)
-
-    def _forward(self, number: int, _frame: FrameType | None) -> None:
-        if self.received:
-            self.process.kill()  # the ranks die with it: worker.die_with_parent
-        self.received = self.received or number
-        self.process.send_signal(signal.SIGTERM)
-        signal.alarm(int(GRACE_S))
-
-
-def failure(folder: Path) -> str:
-    """One line for a run that failed: the first rank that did, and where its traceback is."""
-    reports = []
-    for path in (folder / "logs").glob("rank-*.error.json"):
-        reports.append(json.loads(path.read_text()))
-    if not reports:
-        return f"a rank died without a word; see {folder / 'logs' / 'torchrun.log'}"
-    first = min(reports, key=lambda report: report["time"])
-    return f"rank {first['rank']}: {first['error']} (traceback: {first['traceback']})"

@@ -27,7 +27,9 @@ SMOOTHING = 0.9  # of the tokens/s that the user sees
 class Record:
     """What one run writes. Only rank 0 touches the disk; every rank keeps the losses."""
 
-    def __init__(self, config: TrainConfig, folder: Path, mesh: Mesh, corpus: Corpus) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, mesh: Mesh, corpus: Corpus, started: float
+    ) -> None:
         self.config, self.folder, self.mesh, self.corpus = config, folder, mesh, corpus
         settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         self.settings: dict[str, Any] = settings
@@ -37,7 +39,7 @@ class Record:
         self.last: dict[str, Any] = {}
         self.tokens_per_s = 0.0
         self.startup_s: float | None = None
-        self.started = _launch_time(folder)
+        self.started = started  # time.time() of the user's command
 
     def __enter__(self) -> Record:
         path = self.folder / "metrics.jsonl" if self.mesh.rank == 0 else Path(os.devnull)
@@ -58,7 +60,7 @@ class Record:
 
     def add_step(self, step: int, result: Result, lr: float, step_s: float) -> None:
         """Write the line of one step."""
-        if self.startup_s is None and self.started is not None:
+        if self.startup_s is None:
             self.startup_s = time.time() - self.started
         self.losses.append(result.loss)
         self.skipped_steps += result.skipped
@@ -182,11 +184,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:
         return None
     return value
-
-
-def _launch_time(folder: Path) -> float | None:
-    """When the user's command began, as the parent wrote it down."""
-    try:
-        return json.loads((folder / "launch.json").read_text())["started"]
-    except (OSError, ValueError, KeyError):
-        return None

@@ -22,6 +22,7 @@ from experiments.console import Reporter
 from experiments.environment import Rank
 from experiments.metering import Meters
 from experiments.record import Record, save_weights
+from experiments.run_folder import Launched
 from experiments.sample import sample_text
 from experiments.tracking import make_tracker
 from minigpt.corpus import open_corpus
@@ -30,19 +31,17 @@ from parallel.step import evaluate
 from parallel.weights import full_weights
 
 
-def train(
-    config: TrainConfig, corpus_folder: Path, folder: Path | None, rank: Rank, overrides: list[str]
-) -> None:
-    """Train as one rank; rank 0 writes the run's files into `folder`."""
+def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Rank) -> None:
+    """Train as one rank. Rank 0 writes the run's files into `folder`, which it makes if None."""
     device = join_ranks(config, rank)
-    folder = agree_on_folder(config, folder, overrides, corpus_folder)
+    folder = agree_on_folder(config, launched, folder)
     mesh = build_mesh(config.layout, device)
-    corpus = open_corpus(corpus_folder)
+    corpus = open_corpus(Path(launched.corpus))
     batches = make_batches(config, corpus)
     trainer = make_trainer(config, mesh)
     meters = Meters(config, trainer)
 
-    record = Record(config, folder, mesh, corpus)
+    record = Record(config, folder, mesh, corpus, launched.started)
     reporter = Reporter(config.steps, shown=mesh.rank == 0)
     tracker = make_tracker(config.logging, folder, record.settings, reporter.say, mesh.rank)
     reporter.say(record.headline())

@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
     import traceback
 
     from costs.communication import BACKEND
-    from experiments.worker import die_with_parent
+    from experiments.process import die_with_parent
     from parallel.mesh import join, leave
 
     die_with_parent()
