@@ -28,6 +28,9 @@ def main(argv: list[str]) -> int:
     except (Refused, ValueError) as error:
         print(f"launch.sh: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"launch.sh: {error.filename or 'this machine'}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

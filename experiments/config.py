@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minigpt.config import (
+    LR_TIMES_WIDTH,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -106,7 +107,7 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    steps: int = 100
+    steps: int = 300
     micro_batch_size: int = 8  # sequences of one forward, for each data-parallel rank
     gradient_accumulation_steps: int = 1
     global_batch_size: int | None = None  # null: what the others make; a number is checked
@@ -128,7 +129,11 @@ class TrainConfig:
         at_least("seed", self.seed, 0)
         above("clip", self.clip, 0)
         above("timeout_s", self.timeout_s, 0)
+        # a seed is one half of a 64-bit stream number (minigpt.model.initial_value)
+        require(self.seed < 2**31, f"seed={self.seed}: must be below {2**31}")
         model, data = self.model, self.data
+        if self.optimizer.lr is None:
+            self.optimizer.lr = LR_TIMES_WIDTH / model.d_model
         require(
             self.seq_len <= model.context,
             f"seq_len={self.seq_len}: longer than model.context={model.context}",

@@ -12,9 +12,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.compose import Refused, run_hydra, to_config
-from experiments.config import Device, GenerateConfig
+from experiments.config import Device, GenerateConfig, TrainConfig
 from experiments.environment import gpu_count
-from experiments.worker import read_config
+from experiments.run_folder import read_config
+from minigpt.corpus import kind_of_tokens
+from minigpt.tokenizer import BPE_FILE, make_tokenizer
 
 
 def command(argv: list[str]) -> int:
@@ -33,21 +35,25 @@ def command(argv: list[str]) -> int:
 def run(config: GenerateConfig) -> str:
     """Load the run's weights on one device and continue the prompt."""
     folder = Path(config.run)
-    for name in ("config.yaml", "launch.json", "model.pt"):
-        if not (folder / name).is_file():
-            raise Refused(f"run={folder}: no {name} there; train one with ./launch.sh")
+    trained = check_run(config, folder)
+    # after the checks: torch takes seconds
+    from experiments.sample import continue_text, read_model
+
+    on_gpu = config.device != Device.cpu and gpu_count() > 0
+    model = read_model(folder, trained.model, "cuda" if on_gpu else "cpu")
+    tokenizer = make_tokenizer(kind_of_tokens(trained.data), trained.data.vocab_size, folder)
+    sampling = (config.temperature, config.top_k, config.seed)
+    return continue_text(model, tokenizer, config.prompt, config.tokens, *sampling)
+
+
+def check_run(config: GenerateConfig, folder: Path) -> TrainConfig:
+    """The configuration of the run, if all that is needed is there."""
     if config.device == Device.cuda and not gpu_count():
         raise Refused("device=cuda: torch sees no CUDA device here; device=cpu works")
-
-    import torch  # after the checks: it takes seconds
-
-    from experiments.sample import continue_text, load_model
-    from minigpt.corpus import open_corpus
-
-    use_cuda = config.device != Device.cpu and gpu_count() > 0
-    device = torch.device("cuda" if use_cuda else "cpu")
-    weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-    model = load_model(read_config(folder).model, weights, device)
-    corpus = open_corpus(Path(json.loads((folder / "launch.json").read_text())["corpus"]))
-    sampling = (config.temperature, config.top_k, config.seed)
-    return continue_text(model, corpus, config.prompt, config.tokens, *sampling)
+    for name in ("config.yaml", "model.pt"):
+        if not (folder / name).is_file():
+            raise Refused(f"run={folder}: no {name} there; train one with ./launch.sh")
+    trained = read_config(folder)
+    if kind_of_tokens(trained.data) == "bpe" and not (folder / BPE_FILE).is_file():
+        raise Refused(f"run={folder}: no {BPE_FILE} there")
+    return trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from experiments import environment
 from experiments.config import TrainConfig
 from experiments.metering import Meters
 from minigpt.corpus import Corpus
+from minigpt.tokenizer import BPE_FILE
 from parallel.mesh import Mesh
 from parallel.step import Result
 
@@ -169,10 +171,15 @@ def worst(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write model.pt whole or not at all; `generate` reads it with weights_only."""
+def save_model(folder: Path, weights: dict[str, torch.Tensor], corpus: Corpus) -> None:
+    """What `generate` reads: model.pt, whole or not at all, and the tokenizer where it was trained.
+
+    model.pt holds tensors only, and is read with weights_only.
+    """
     part = folder / "model.pt.part"
     try:
+        if (corpus.folder / BPE_FILE).exists():
+            shutil.copyfile(corpus.folder / BPE_FILE, folder / BPE_FILE)
         torch.save(weights, part)
         part.rename(folder / "model.pt")
     finally:

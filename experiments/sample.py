@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from experiments.config import TrainConfig
 from minigpt.config import ModelConfig
-from minigpt.corpus import Corpus
 from minigpt.generate import generate
 from minigpt.model import GPT
-from minigpt.tokenizer import make_tokenizer
+from minigpt.tokenizer import TextTokenizer
 
 
 def load_model(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> GPT:
@@ -23,19 +24,28 @@ def load_model(config: ModelConfig, weights: dict[str, Tensor], device: torch.de
     return model.eval()
 
 
-def sample_text(config: TrainConfig, corpus: Corpus, weights: dict[str, Tensor]) -> str:
+def read_model(folder: Path, config: ModelConfig, device: str) -> GPT:
+    """The GPT of a run folder. Raises ValueError, one line, where model.pt is damaged."""
+    path = folder / "model.pt"
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)  # runs nothing of it
+        return load_model(config, weights, torch.device(device))
+    except Exception as error:  # torch raises many kinds, of many lines
+        raise ValueError(f"{path}: is damaged, or does not fit config.yaml beside it") from error
+
+
+def sample_text(config: TrainConfig, weights: dict[str, Tensor], tokenizer: TextTokenizer) -> str:
     """What a run shows of its model when it ends."""
     model = load_model(config.model, weights, torch.device("cpu"))
     how = config.sample
-    text = continue_text(
-        model, corpus, how.prompt, how.tokens, how.temperature, how.top_k, config.seed
-    )
+    sampling = (how.temperature, how.top_k, config.seed)
+    text = continue_text(model, tokenizer, how.prompt, how.tokens, *sampling)
     return f"--- sample ---\n{text}\n--------------"
 
 
 def continue_text(
     model: GPT,
-    corpus: Corpus,
+    tokenizer: TextTokenizer,
     prompt: str,
     tokens: int,
     temperature: float,
@@ -43,7 +53,6 @@ def continue_text(
     seed: int,
 ) -> str:
     """The prompt and `tokens` more tokens, as text."""
-    tokenizer = make_tokenizer(corpus.tokenizer, corpus.vocab_size, corpus.folder)
     ids = tokenizer.encode(prompt)
     made = generate(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed)
     return tokenizer.decode([*ids, *made])

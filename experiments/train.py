@@ -21,11 +21,12 @@ from experiments.config import TrainConfig
 from experiments.console import Reporter
 from experiments.environment import Rank
 from experiments.metering import Meters
-from experiments.record import Record, save_weights
+from experiments.record import Record, save_model
 from experiments.run_folder import Launched
 from experiments.sample import sample_text
 from experiments.tracking import make_tracker
 from minigpt.corpus import open_corpus
+from minigpt.tokenizer import make_tokenizer
 from parallel.mesh import build_mesh, leave
 from parallel.step import evaluate
 from parallel.weights import full_weights
@@ -66,8 +67,9 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     if ledger:  # rank 0
         tracker.finish(ledger)
         if config.run.save:
-            save_weights(folder, weights)
+            save_model(folder, weights, corpus)
         if config.sample.tokens:
-            reporter.say(sample_text(config, corpus, weights))
+            tokenizer = make_tokenizer(corpus.tokenizer, corpus.vocab_size, corpus.folder)
+            reporter.say(sample_text(config, weights, tokenizer))
         reporter.finish(ledger, folder)
     leave()

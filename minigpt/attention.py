@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SCORES_THAT_FIT = (
+    512  # keys up to which bf16 on a CPU holds the scores: measured, docs/benchmarks.md
+)
+
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each (T, H), of the angle of each pair at each position (Su et al. 2021)."""
@@ -29,14 +33,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal attention by torch's kernel, which never holds the T x S scores. (B, N, T, H).
-
-    On a CPU torch's low-precision backward is five times slower than its fp32 one (2.13), so that
-    there only the projections around it run in low precision.
-    """
+    """Causal attention by torch's kernel, which never holds the T x S scores. (B, N, T, H)."""
     if q.device.type == "cpu" and q.dtype != torch.float32:
-        with torch.autocast("cpu", enabled=False):
-            return sdpa(q.float(), k.float(), v.float(), dropout).to(q.dtype)
+        return low_precision_on_cpu(q, k, v, dropout)
     queries, keys = q.shape[2], k.shape[2]
     mask = None if queries in (keys, 1) else causal_mask(queries, keys, q.device)
     return F.scaled_dot_product_attention(
@@ -50,14 +49,27 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     )
 
 
+def low_precision_on_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """The faster way round torch's CPU kernel, whose bf16 backward is slower than fp32's (2.13).
+
+    While the scores are small they are two bf16 matmuls, written out; beyond, the fp32 kernel.
+    """
+    if k.shape[2] <= SCORES_THAT_FIT:
+        return plain(q, k, v, dropout)
+    with torch.autocast("cpu", enabled=False):
+        return sdpa(q.float(), k.float(), v.float(), dropout).to(q.dtype)
+
+
 def plain(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Causal attention written out: softmax(q k^T / sqrt(H)) v (Vaswani et al. 2017, eq. 1)."""
     group = q.shape[1] // k.shape[1]  # query heads that share a key-value head
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, N, T, S)
-    hidden = ~causal_mask(q.shape[2], k.shape[2], q.device)
-    weights = scores.float().masked_fill(hidden, -math.inf).softmax(dim=-1).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
+    visible = causal_mask(q.shape[2], k.shape[2], q.device)
+    with torch.autocast(q.device.type, enabled=False):  # the softmax sums in fp32 by itself
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, N, T, S)
+        hide = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -math.inf)
+        weights = F.dropout((scores + hide).softmax(dim=-1), dropout)
+        return weights @ v
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

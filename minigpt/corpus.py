@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from minigpt.config import DataConfig, Source, Tokenizer
-from minigpt.sources import generated_tokens, random_tokens, read_text
-from minigpt.tokenizer import BPETokenizer, train_bpe
+from minigpt.sources import generated_tokens, random_tokens, read_text, sha256_of
+from minigpt.tokenizer import BPE_FILE, BPETokenizer, train_bpe
 
 FORMAT = 1  # raise it when the content of the files changes
 SPLITS = ("train", "validation")
@@ -54,6 +54,11 @@ class Corpus:
                 )
 
 
+def kind_of_tokens(config: DataConfig) -> str:
+    """bytes | bpe | numbers: what a tokenizer is made by (minigpt.tokenizer.make_tokenizer)."""
+    return "numbers" if config.source in MADE_UP else config.tokenizer.value
+
+
 def check_vocabulary(corpus: Corpus, model_vocab_size: int) -> None:
     """Every id of the text must have a row in the model's embedding."""
     if corpus.vocab_size > model_vocab_size:
@@ -70,7 +75,7 @@ def prepare(config: DataConfig) -> Corpus:
         raw = tokens.astype("<u2").tobytes()
     else:
         raw = read_text(config, cache)
-    sha256 = hashlib.sha256(raw).hexdigest()
+    sha256 = sha256_of(raw)
     decides = (FORMAT, sha256, config.tokenizer, config.vocab_size, config.validation_fraction)
     key = hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
     folder = cache / f"{config.source.value}-{key}"
@@ -115,7 +120,7 @@ def _cut(length: int, config: DataConfig) -> int:
 def _bpe_ids(tokenizer_json: str, part: bytes) -> np.ndarray:
     """Ids of a text, line by line: one piece of several MB would take the encoder minutes."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
+        path = Path(folder) / BPE_FILE
         path.write_text(tokenizer_json)
         tokenizer = BPETokenizer(path).tokenizer
     lines = part.decode(errors="replace").splitlines(keepends=True)
@@ -135,7 +140,6 @@ def _publish(
 
     Two launches may do this at once; the second finds the name taken and drops its own.
     """
-    made_up = config.source in MADE_UP
     dtype = "uint8" if config.vocab_size <= 256 else "uint16"
     part: Path | None = None
     try:
@@ -146,18 +150,18 @@ def _publish(
                 ids.astype(f"<u{np.dtype(dtype).itemsize}").tobytes()
             )
         if tokenizer_json:
-            (part / "tokenizer.json").write_text(tokenizer_json)
+            (part / BPE_FILE).write_text(tokenizer_json)
         count = sum(map(len, splits.values()))
         corpus = Corpus(
             folder=part,
             sha256=sha256,
-            tokenizer="numbers" if made_up else config.tokenizer.value,
+            tokenizer=kind_of_tokens(config),
             vocab_size=config.vocab_size,
             dtype=dtype,
             sizes={split: len(ids) for split, ids in splits.items()},
             digests={split: _digest(part / f"{split}.bin") for split in splits},
             unigram_entropy=_entropy(splits["train"]),
-            bytes_per_token=None if made_up else raw_bytes / count,
+            bytes_per_token=None if config.source in MADE_UP else raw_bytes / count,
         )
         meta = {key: value for key, value in asdict(corpus).items() if key != "folder"}
         (part / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -14,7 +14,11 @@ from minigpt.config import OptimizerConfig, OptimizerName, Schedule
 def build_optimizer(
     named_parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov 2019) or SGD. Matrices decay; vectors (norms, biases) never do."""
+    """AdamW (Loshchilov 2019) or SGD. Matrices decay; vectors (norms, biases) never do.
+
+    Needs a resolved `config.lr`.
+    """
+    assert config.lr is not None
     parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -34,6 +38,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     Linear warm-up, whose first step is already above zero; then half a cosine down to
     min_lr_ratio * lr at the last step (Loshchilov 2017, eq. 5).
     """
+    assert config.lr is not None
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == Schedule.constant:

@@ -10,6 +10,7 @@ import os
 import sysconfig
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,25 @@ BYTES_PER_TOKEN = 4  # how much English a byte-pair token covers, about
 def read_text(config: DataConfig, cache: Path) -> bytes:
     """The raw bytes of a text source. `cache` keeps what was downloaded."""
     if config.source == Source.stdlib:
-        return standard_library()
-    if config.source == Source.text:
-        return text_file(config.path or "")
-    if config.source == Source.shakespeare:
-        return download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, cache / "shakespeare.txt")
-    return openwebtext(config)
+        text = standard_library()
+    elif config.source == Source.text:
+        text = text_file(config.path or "")
+    elif config.source == Source.shakespeare:
+        path = cache / "shakespeare.txt"
+        text = fetched_once("shakespeare", path, SHAKESPEARE_SHA256, lambda: shakespeare(path))
+    else:
+        path = cache / f"openwebtext-{config.tokens}.txt"
+        text = fetched_once("openwebtext", path, config.sha256, lambda: openwebtext(config))
+    if config.sha256 and sha256_of(text) != config.sha256:
+        raise ValueError(
+            f"data.sha256={config.sha256}: the text of data={config.source.value} has "
+            f"{sha256_of(text)}"
+        )
+    return text
+
+
+def sha256_of(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
 
 
 def standard_library() -> bytes:
@@ -62,32 +76,43 @@ def text_file(name: str) -> bytes:
     return text
 
 
-def download(url: str, sha256: str, path: Path) -> bytes:
-    """The file at `url`, kept at `path` once its checksum is right."""
-    if path.exists():
-        text = path.read_bytes()
-    else:
-        try:
-            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer:
-                text = answer.read()
-        except OSError as error:  # URLError and timeouts are OSErrors
-            reason = getattr(error, "reason", error)
-            raise ValueError(
-                f"data=shakespeare: {url} could not be fetched ({reason}); put the file at {path}, "
-                f"or use data=stdlib, which needs no network"
-            ) from error
-    found = hashlib.sha256(text).hexdigest()
+def fetched_once(source: str, path: Path, sha256: str | None, fetch: Callable[[], bytes]) -> bytes:
+    """What `fetch` brings, kept at `path` and never fetched again.
+
+    Where nobody knows the right checksum, the one of the first download stands in a file beside it.
+    """
+    beside = path.with_name(path.name + ".sha256")
+    is_kept = path.exists()
+    text = path.read_bytes() if is_kept else fetch()
+    found = sha256_of(text)
+    if sha256 is None:
+        sha256 = beside.read_text().strip() if is_kept and beside.exists() else found
     if found != sha256:
-        raise ValueError(f"data=shakespeare: SHA-256 {found} of {path.name} is not {sha256}")
-    if not path.exists():
+        where = f"{path}; remove it" if is_kept else "what was downloaded"
+        raise ValueError(f"data={source}: SHA-256 {found} is not {sha256}: damaged is {where}")
+    if not is_kept:
+        write_whole(beside, f"{found}\n".encode())
         write_whole(path, text)
     return text
+
+
+def shakespeare(path: Path) -> bytes:
+    """Tiny Shakespeare (Karpathy 2015), 1.1 MB of text in the public domain."""
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_S) as answer:
+            return answer.read()
+    except OSError as error:  # URLError and timeouts are OSErrors
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"data=shakespeare: {SHAKESPEARE_URL} could not be fetched ({reason}); put the file "
+            f"at {path}, or use data=stdlib, which needs no network"
+        ) from error
 
 
 def openwebtext(config: DataConfig) -> bytes:
     """The first documents of OpenWebText, enough for `data.tokens`, streamed from its hub.
 
-    The hub's client checks what it fetches; our own SHA-256 of the text stands in the ledger.
+    Its SHA-256 stands in the ledger; data.sha256 holds a later run to it.
     """
     try:
         import datasets

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+BPE_FILE = "tokenizer.json"
+
 
 class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
@@ -69,7 +71,7 @@ def train_bpe(text: str, vocab_size: int) -> str:
 
 
 def make_tokenizer(kind: str, vocab_size: int, folder: Path) -> TextTokenizer:
-    """The tokenizer of a corpus: its `tokenizer`, `vocab_size` and `folder`."""
+    """The tokenizer of that kind; a BPE is read from `folder`, a corpus's or a run's."""
     if kind == "bpe":
-        return BPETokenizer(folder / "tokenizer.json")
+        return BPETokenizer(folder / BPE_FILE)
     return ByteTokenizer() if kind == "bytes" else NumberTokenizer(vocab_size)

@@ -1,7 +1,8 @@
 """Activation checkpointing: keep less of the forward pass and compute it again in the backward.
 
 none       keep every intermediate result
-selective  keep what matmuls and attention made, recompute the cheap rest (Korthikanti 2022)
+selective  keep what projections and attention kernels made, recompute the rest, T x S scores
+           included (Korthikanti 2022)
 full       keep each block's input only, recompute the block (Chen 2016)
 """
 
@@ -26,7 +27,6 @@ aten = torch.ops.aten
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
-    aten.bmm.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
