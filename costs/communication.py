@@ -84,10 +84,6 @@ class CommunicationMeter:
     def stop(self) -> None:
         self.recording = False
 
-    def rows(self, axis_of_ranks: dict[frozenset[int], str]) -> list[Row]:
-        """Rows of the ledger: calls of one collective, axis and dtype together."""
-        return rows_of(self.calls, axis_of_ranks)
-
 
 def rows_of(calls: list[Call], axis_of_ranks: dict[frozenset[int], str]) -> list[Row]:
     """Sum calls up by (collective, axis, group size, dtype), in the order of their first call.

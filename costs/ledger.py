@@ -77,12 +77,6 @@ def wire_bytes(collective: str, payload_bytes: int, group_size: int) -> int:
     raise ValueError(f"{collective}: no such collective")
 
 
-def median_step(times: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """The step whose total is the (lower) median: a real step, so that its parts add up."""
-    ordered = sorted(times, key=lambda time_s: time_s["total"] or 0.0)
-    return ordered[(len(ordered) - 1) // 2]
-
-
 def write(path: Path, ledger: dict[str, Any]) -> None:
     """Check and write a ledger, whole or not at all."""
     check(ledger)
@@ -166,8 +160,9 @@ def check_step(step: Any, where: str) -> None:
     for key in memory:
         _whole(memory[key], f"{where}.memory_bytes.{key}")
     _adds_up(memory, "peak", f"{where}.memory_bytes", 0.0)
-    _need(isinstance(step["communication"], list), f"{where}.communication", "must be a list")
-    for i, row in enumerate(step["communication"]):
+    rows = step["communication"]
+    _need(rows is None or isinstance(rows, list), f"{where}.communication", "must be a list")
+    for i, row in enumerate(rows or []):
         _check_row(row, f"{where}.communication[{i}]")
     _keys(step["flops"], ("model", "hardware"), f"{where}.flops")
     for key in ("model", "hardware"):

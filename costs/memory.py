@@ -5,7 +5,7 @@ Python's last reference goes. Every change is kept in a log; what a storage was 
 step, with all that was learned of it: a buffer that ends as a parameter's gradient was a gradient
 from the beginning. Works with any wrapper, since it looks at storages and at no module.
 
-Categories, the first that fits (DDP's buckets are gradients, for the gradients are views of them):
+Categories, the first that fits (DDP's buckets are gradients, which are views of them):
 parameters     this rank's part of the model's parameters and buffers
 gradients      storages that were some parameter's .grad in this step
 optimizer      tensors in the optimizer's state
@@ -30,7 +30,15 @@ from costs.ledger import MEMORY_PARTS
 
 # Gathering a block's gradients for reduce_scatter is part of the message
 FSDP_COPIES = ("fsdp::chunk_cat", "fsdp::split_with_sizes_copy", "fsdp::all_gather_copy_in")
-RANK = {category: i for i, category in enumerate(MEMORY_PARTS)}
+STRONGEST_FIRST = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "communication",
+    "activations",
+    "other",
+)
+STRENGTH = {category: -i for i, category in enumerate(STRONGEST_FIRST)}
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -113,7 +121,7 @@ class MemoryMeter(TorchDispatchMode):
             self._size[number] = 0
             self.category[number] = category
             weakref.finalize(storage, self._gone, address, number)
-        elif RANK[category] < RANK[self.category[number]]:
+        elif STRENGTH[category] > STRENGTH[self.category[number]]:
             self.category[number] = category
         self._resized(number, storage.nbytes())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,11 +18,20 @@ DASH = "-"  # a value that was not measured
 PLAIN_WIDTH = 100
 
 
+class PatientConsole(Console):
+    """A console whose reader may leave (`| head`): a run goes on, and only its display ends."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # the interpreter flushes what is left at exit, and would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def make_console() -> Console:
     """The console of this process: colours on a terminal, lines of a fixed width elsewhere."""
     if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, width=PLAIN_WIDTH)
+        return PatientConsole(highlight=False)
+    return PatientConsole(highlight=False, width=PLAIN_WIDTH)
 
 
 class Reporter:
@@ -137,12 +147,12 @@ def parts_table(title: str, parts: dict[str, float | None], whole: str, human: A
     return table
 
 
-def communication_table(rows: list[dict[str, Any]]) -> Table:
+def communication_table(rows: list[dict[str, Any]] | None) -> Table:
     """One row a collective, axis and dtype: per rank and step."""
     table = Table(title="communication of a step, per rank", title_justify="left")
     for name in ("collective", "axis", "ranks", "dtype", "calls", "payload", "on the wire", "time"):
         table.add_column(name, justify="left" if name in ("collective", "axis") else "right")
-    for row in rows:
+    for row in rows or []:
         table.add_row(
             row["collective"],
             row["axis"],
@@ -154,7 +164,7 @@ def communication_table(rows: list[dict[str, Any]]) -> Table:
             human_seconds(row["time_s"]),
         )
     if not rows:
-        table.add_row("none", *[DASH] * 7)
+        table.add_row("not measured" if rows is None else "none", *[DASH] * 7)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -15,6 +16,8 @@ import psutil
 from experiments.config import Backend, Device, TrainConfig
 from minigpt.config import require
 
+# gloo must not look for this machine's name on a network
+SINGLE_NODE = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
 LAPTOP_RANKS = 2  # what -1 means where nothing else says how many ranks there are
 BYTES_OF_A_RANK = 350e6  # resident memory of a Python process with torch imported and a small model
 BYTES_OF_A_PARAMETER = 16  # fp32 weight, gradient and two moments of AdamW
@@ -32,12 +35,13 @@ class Rank:
 def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
     """The rank that torchrun's variables, or srun's, give this process; None where it is free.
 
-    One task under SLURM is no rank: that is a batch script that calls the launcher.
+    A batch script is no rank, although SLURM numbers it too: only srun makes a step of several
+    tasks. One task is none either: it calls the launcher, as a user would.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     else:
         return None
     rank, local_rank, world_size = (int(environ.get(name, "0")) for name in names)

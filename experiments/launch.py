@@ -16,8 +16,6 @@ from experiments.process import Forwarding, die_with_parent
 from experiments.run_folder import Launched, make_folder, write_config
 from minigpt.corpus import check_vocabulary, prepare
 
-SINGLE_NODE = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
-
 
 @dataclass(frozen=True)
 class Torchrun:
@@ -101,7 +99,7 @@ def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list
 
 def rank_environment(nodes: int) -> dict[str, str]:
     """Variables that the ranks need on top of the user's own, which win."""
-    wanted = {"OMP_NUM_THREADS": "1", **(SINGLE_NODE if nodes == 1 else {})}
+    wanted = {"OMP_NUM_THREADS": "1", **(environment.SINGLE_NODE if nodes == 1 else {})}
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

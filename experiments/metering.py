@@ -1,30 +1,44 @@
 """The meters of one run, put together: what the training loop and the ledger ask for.
 
-Every step is timed and its messages are recorded. One step, after the first two have warmed up, is
-also looked at operator by operator for memory and flops: that slows it, so its time is left out.
+Every step is timed and its messages are recorded. Two steps are also looked at operator by
+operator, one for flops and one for memory: that slows them, so their times are left out. They are
+two because torch's flop counter keeps alive what activation checkpointing would have freed.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from costs import communication, flops
-from costs.ledger import MEMORY_PARTS, TIME_PARTS, median_step
+from costs.communication import Call, rows_of
+from costs.ledger import MEMORY_PARTS, TIME_PARTS
 from costs.memory import MemoryMeter
 from costs.timing import StepTimer
-from experiments.config import Backend, TrainConfig
+from experiments.config import TrainConfig
 from minigpt.config import FFN
 from parallel.precision import DTYPES
 from parallel.step import Trainer
 
-DETAILED_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
+MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
 WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
+KEPT_STEPS = 500  # the last ones, of which the median is taken: a long run must not grow
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Times and messages of one step, as they were."""
+
+    time_s: dict[str, float | None]
+    calls: list[Call]
 
 
 class Meters:
@@ -33,13 +47,14 @@ class Meters:
     def __init__(self, config: TrainConfig, trainer: Trainer) -> None:
         self.config, self.trainer, self.mesh = config, trainer, trainer.replica.mesh
         trainer.marks = self
-        alone = config.layout.world_size == 1
-        metered = config.backend == Backend.gloo and not alone
+        self.alone = config.layout.world_size == 1
+        metered = dist.is_initialized() and dist.get_backend() == communication.BACKEND
         self.communication = communication.meter if metered else None
-        self.timer = StepTimer(self.mesh.device, self.communication, alone)
-        self.detailed_step = min(DETAILED_STEP, config.steps - 1)
-        self.times: list[dict[str, float | None]] = []
-        self.rows: list[dict[str, Any]] = []
+        self.timer = StepTimer(self.mesh.device, self.communication, self.alone)
+        self.memory_step = min(MEMORY_STEP, config.steps - 1)
+        self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
+        self.steps: deque[MeasuredStep] = deque(maxlen=KEPT_STEPS)
+        self.last: MeasuredStep | None = None  # warm-up or not
         self.memory: dict[str, int | None] = dict.fromkeys(("peak", *MEMORY_PARTS))
         self.hardware_flops: int | None = None
         self.memory_meter: MemoryMeter | None = None
@@ -49,19 +64,19 @@ class Meters:
     @contextmanager
     def step(self, index: int) -> Iterator[None]:
         """Around one step of the loop; `index` counts from 0."""
-        detailed = index == self.detailed_step
+        looking = self._looking(index)
         with ExitStack() as stack:
             if self.communication:
                 stack.enter_context(communication.recorded())
-            looking = stack.enter_context(self._looking()) if detailed else None
+            stack.enter_context(looking or nullcontext())
             start = time.perf_counter()
             with self.timer.step():
                 yield
             self.last_step_s = time.perf_counter() - start
-        if looking:
-            self._keep_details(looking)
-        elif index >= min(WARMUP_STEPS, self.config.steps // 2):
-            self.times.append(self.timer.last)
+        calls = self.communication.calls if self.communication else []
+        self.last = MeasuredStep(self.timer.last, calls)
+        if not looking and index >= min(WARMUP_STEPS, self.config.steps // 2):
+            self.steps.append(self.last)
 
     def phase(self, name: str) -> AbstractContextManager:
         """Around a part of the step: data, forward_backward, optimizer."""
@@ -79,27 +94,34 @@ class Meters:
         self.memory_meter.default = "other"
         self.memory_meter.look()
 
+    def _looking(self, index: int) -> AbstractContextManager | None:
+        """What looks at every operator of step `index`; None for nearly all steps.
+
+        A compiled step hides its operators: its memory and flops stay null.
+        """
+        if self.config.compile or index not in (self.memory_step, self.flops_step):
+            return None
+        return self._follow_memory() if index == self.memory_step else self._count_flops()
+
     @contextmanager
-    def _looking(self) -> Iterator[Any]:
-        """Memory and flops of the step inside. A compiled step hides its operators: null then."""
-        if self.config.compile:
-            yield None
-            return
-        memory = MemoryMeter(self.trainer.replica.model, self.trainer.optimizer)
-        self.memory_meter = memory
-        with flops.counted() as counter, memory:
-            yield counter
-        self.memory = dict(memory.result())
+    def _follow_memory(self) -> Iterator[None]:
+        self.memory_meter = MemoryMeter(self.trainer.replica.model, self.trainer.optimizer)
+        with self.memory_meter:
+            yield
+        self.memory = dict(self.memory_meter.result())
         self.memory_meter = None
 
-    def _keep_details(self, counter: Any) -> None:
+    @contextmanager
+    def _count_flops(self) -> Iterator[None]:
+        with flops.counted() as counter:
+            yield
         self.hardware_flops = counter.get_total_flops()
 
     def costs(self) -> dict[str, Any]:
         """This rank's `step` of the ledger. Call it after the last step, on all ranks."""
-        if self.communication:
-            self.rows = self.communication.rows(self.mesh.axis_of_ranks())
-        times = median_step(self.times) if self.times else dict.fromkeys(("total", *TIME_PARTS))
+        times = dict.fromkeys(("total", *TIME_PARTS))
+        if self.steps:
+            times = self._median_step().time_s
         tokens = self.config.batch_size * self.config.seq_len
         model_flops = self.flops_per_token * tokens / self.config.layout.world_size
         self.peak_flops = self._measure_peak()
@@ -108,12 +130,27 @@ class Meters:
             "tokens": tokens,
             "time_s": times,
             "memory_bytes": self.memory,
-            "communication": self.rows,
+            "communication": self._rows(),
             "flops": {"model": model_flops, "hardware": self.hardware_flops},
             "tokens_per_s": tokens / total if total else None,
             "mfu": utilisation(model_flops, total, self.peak_flops),
             "hfu": utilisation(self.hardware_flops, total, self.peak_flops),
         }
+
+    def _median_step(self) -> MeasuredStep:
+        """The step with the (lower) median time: a real one, so that its parts add up."""
+        ordered = sorted(self.steps, key=lambda step: step.time_s["total"] or 0.0)
+        return ordered[(len(ordered) - 1) // 2]
+
+    def _rows(self) -> list[dict[str, Any]] | None:
+        """Messages of the median step, or of the last where a run was too short to have one.
+
+        None where the backend is not metered: what was not seen is not zero.
+        """
+        if self.communication is None and not self.alone:
+            return None
+        shown = self._median_step() if self.steps else self.last
+        return rows_of(shown.calls, self.mesh.axis_of_ranks()) if shown else []
 
     def _measure_peak(self) -> float:
         """This device's own peak, on all ranks at once, as they compute at once too."""

@@ -165,7 +165,7 @@ def worst(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         **slowest,
         "memory_bytes": most("memory_bytes", lambda r: r["memory_bytes"]["peak"]),
         "communication": most(
-            "communication", lambda r: sum(row["wire_bytes"] for row in r["communication"])
+            "communication", lambda r: sum(row["wire_bytes"] for row in r["communication"] or [])
         ),
         "flops": most("flops", lambda r: r["flops"]["hardware"]),
     }

@@ -26,9 +26,10 @@ from experiments.run_folder import Launched
 from experiments.sample import sample_text
 from experiments.tracking import make_tracker
 from minigpt.corpus import open_corpus
+from minigpt.data import Batches
 from minigpt.tokenizer import make_tokenizer
 from parallel.mesh import build_mesh, leave
-from parallel.step import evaluate
+from parallel.step import Result, Trainer, evaluate
 from parallel.weights import full_weights
 
 
@@ -49,11 +50,7 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     validation_loss = None
     with reporter, record:
         for step in range(config.steps):
-            with meters.step(step):
-                lr = set_step(trainer, config, step)
-                with meters.phase("data"):
-                    micro_batches = list(share_of_batch(batches, step, config, mesh))
-                result = trainer.step(micro_batches)
+            result, lr = train_step(step, config, trainer, batches, meters)
             if is_validation_step(config, step):
                 share = validation_share(batches, config, mesh)
                 validation_loss = evaluate(trainer.replica, share)
@@ -73,3 +70,14 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
             reporter.say(sample_text(config, weights, tokenizer))
         reporter.finish(ledger, folder)
     leave()
+
+
+def train_step(
+    step: int, config: TrainConfig, trainer: Trainer, batches: Batches, meters: Meters
+) -> tuple[Result, float]:
+    """One optimiser step, metered, and the learning rate that it had."""
+    with meters.step(step):
+        lr = set_step(trainer, config, step)
+        with meters.phase("data"):
+            micro_batches = list(share_of_batch(batches, step, config, trainer.replica.mesh))
+        return trainer.step(micro_batches), lr

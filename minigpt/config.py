@@ -147,17 +147,51 @@ class ModelConfig:
         return 4 * self.d_model
 
     @property
+    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter of one block, under its name within the block."""
+        d, f, kv = self.d_model, self.ff_dim, self.kv_heads * self.head_dim
+        linears = {
+            "attention.q": (d, d),
+            "attention.k": (kv, d),
+            "attention.v": (kv, d),
+            "attention.out": (d, d),
+            **({"mlp.gate": (f, d)} if self.ffn == FFN.swiglu else {}),
+            "mlp.up": (f, d),
+            "mlp.down": (d, f),
+        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in linears.items():
+            shapes[f"{name}.weight"] = shape
+            if self.bias:
+                shapes[f"{name}.bias"] = shape[:1]
+        return {
+            **self._norm_shapes("attention_norm"),
+            **self._norm_shapes("mlp_norm"),
+            **shapes,
+        }
+
+    @property
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same for what is in no block; a tied head has no parameter of its own."""
+        v, d = self.vocab_size, self.d_model
+        learned = self.positions == Positions.learned
+        return {
+            "embedding.weight": (v, d),
+            **({"positions.weight": (self.context, d)} if learned else {}),
+            **self._norm_shapes("norm"),
+            **({} if self.tied else {"head.weight": (v, d)}),
+        }
+
+    def _norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        has_bias = self.bias and self.norm == Norm.layernorm
+        bias = {f"{name}.bias": (self.d_model,)} if has_bias else {}
+        return {f"{name}.weight": (self.d_model,), **bias}
+
+    @property
     def parameters(self) -> int:
-        """Weights of the whole model, a tied head counted once (a test holds it to GPT's count)."""
-        d, f, linear_bias = self.d_model, self.ff_dim, int(self.bias)
-        kv = self.kv_heads * self.head_dim
-        norm = d * (1 + (linear_bias if self.norm == Norm.layernorm else 0))
-        attention = 2 * d * d + 2 * d * kv + linear_bias * (2 * d + 2 * kv)
-        inner = 2 if self.ffn == FFN.swiglu else 1
-        mlp = (inner + 1) * d * f + linear_bias * (inner * f + d)
-        table = self.context * d if self.positions == Positions.learned else 0
-        vocabulary = self.vocab_size * d * (1 if self.tied else 2)
-        return vocabulary + table + self.n_layer * (2 * norm + attention + mlp) + norm
+        """Weights of the whole model, a tied head counted once."""
+        block = sum(map(math.prod, self.block_shapes.values()))
+        return self.n_layer * block + sum(map(math.prod, self.outer_shapes.values()))
 
 
 @dataclass

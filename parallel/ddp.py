@@ -23,7 +23,6 @@ def apply_ddp(model: nn.Module, mesh: Mesh) -> tuple[nn.Module, Callable[[bool],
         model,
         process_group=mesh.sub("dp_replicate").get_group(),
         device_ids=[mesh.device] if mesh.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 

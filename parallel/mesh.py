@@ -13,14 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parallel.layout import MESH_AXES, Layout
 
 
-def join(backend: str, timeout_s: float, rank: int, world_size: int) -> None:
-    """Enter the default process group.
+def join(
+    backend: str, timeout_s: float, rank: int, world_size: int, store: dist.Store | None = None
+) -> None:
+    """Enter the default process group, through `store` or else the address in the environment.
 
     The timeout is explicit: torch's default would let a job with a dead rank sit for half an hour.
     """
-    dist.init_process_group(
-        backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-    )
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)
 
 
 def leave() -> None:

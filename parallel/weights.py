@@ -1,6 +1,8 @@
-"""Whole weights out of any layout, under the names that a single process gives them."""
+"""Whole tensors out of any layout, under the names that a single process gives them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -8,16 +10,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-@torch.no_grad()
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, whole and on the CPU, on rank 0; an empty dict on the others.
+    """Every parameter; see `gather`."""
+    return gather(model.named_parameters(remove_duplicate=False))
 
-    All ranks must call it: a sharded parameter is gathered, one at a time.
+
+def full_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter's gradient that is there; see `gather`."""
+    named = model.named_parameters()
+    return gather((name, p.grad) for name, p in named if p.grad is not None)
+
+
+@torch.no_grad()
+def gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Each tensor whole and on the CPU, on rank 0; an empty dict on the others.
+
+    All ranks must call it: a sharded tensor is gathered, one at a time.
     """
     keep = not dist.is_initialized() or dist.get_rank() == 0
-    weights = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    whole = {}
+    for name, tensor in named:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            weights[name] = whole.detach().to("cpu", copy=True)
-    return weights
+            whole[name] = full.detach().to("cpu", copy=True)
+    return whole

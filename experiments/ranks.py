@@ -1,10 +1,9 @@
-"""Real gloo ranks inside a test: run_ranks(2, function, ...) returns what each rank returned."""
+"""Real gloo ranks for a function: run_ranks(2, function, ...) returns what each rank returned."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,33 +12,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.environment import SINGLE_NODE
+
 ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 300.0
 
 
-def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
+class RankFailed(RuntimeError):
+    """A rank raised, died, or did not end in time; the message holds its traceback."""
+
+
+def run_ranks(
+    world_size: int, function: Callable, *args: Any, timeout_s: float = TIMEOUT_S
+) -> list[Any]:
     """Call `function(*args)`, a function of a module, on `world_size` ranks of the metered backend.
 
-    Raises AssertionError with the traceback of the first rank that failed. No process is left.
+    Raises RankFailed. No process is left behind.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        task = (function.__module__, function.__qualname__, args)
+        module = function.__module__
+        spec = sys.modules["__main__"].__spec__
+        if module == "__main__" and spec:  # of python -m: the ranks know it by its own name
+            module = spec.name
+        task = (module, function.__qualname__, args)
         (folder / "task").write_bytes(pickle.dumps(task))
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environ = {
             **os.environ,
+            **SINGLE_NODE,
             "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": path,
         }
-        command = [sys.executable, "-m", "tests.ranks", name]
+        command = [sys.executable, "-m", "experiments.ranks", name]
         ranks = [
             subprocess.Popen(command, env={**environ, "RANK": str(i), "LOCAL_RANK": str(i)})
             for i in range(world_size)
         ]
         try:
-            _wait(ranks, folder, time.monotonic() + timeout)
+            _wait(ranks, folder, time.monotonic() + timeout_s)
         finally:
             for process in ranks:
                 process.kill()
@@ -48,14 +60,17 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
 
 
 def _wait(ranks: list[subprocess.Popen], folder: Path, deadline: float) -> None:
-    """Until all have ended well; the first that does not fails the test."""
+    """Until all have ended well, or one has not."""
     while any(process.poll() is None for process in ranks):
         failed = [i for i, process in enumerate(ranks) if process.poll() not in (None, 0)]
-        assert not failed, _why(failed[0], ranks, folder)
-        assert time.monotonic() < deadline, "the ranks did not end in time"
+        if failed:
+            raise RankFailed(_why(failed[0], ranks, folder))
+        if time.monotonic() > deadline:
+            raise RankFailed("the ranks did not end in time")
         time.sleep(0.02)
     for i, process in enumerate(ranks):
-        assert process.returncode == 0, _why(i, ranks, folder)
+        if process.returncode:
+            raise RankFailed(_why(i, ranks, folder))
 
 
 def _why(rank: int, ranks: list[subprocess.Popen], folder: Path) -> str:
@@ -65,26 +80,24 @@ def _why(rank: int, ranks: list[subprocess.Popen], folder: Path) -> str:
     return f"rank {rank} exited with {ranks[rank].returncode}\n{text}"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def main(folder: Path) -> None:
     """One rank: join, call, leave the result, and end at once as the project's own ranks do."""
     import importlib
     import traceback
 
+    import torch.distributed as dist
+
     from costs.communication import BACKEND
-    from experiments.process import die_with_parent
+    from experiments.process import die_with_parent, end
     from parallel.mesh import join, leave
 
     die_with_parent()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     status = 0
     try:
-        join(BACKEND, 120, rank, world_size)
+        # a file to meet at: a port found free now may be taken a moment later
+        store = dist.FileStore(str(folder / "store"), world_size)
+        join(BACKEND, TIMEOUT_S, rank, world_size, store)
         module, name, args = pickle.loads((folder / "task").read_bytes())
         result = getattr(importlib.import_module(module), name)(*args)
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))
@@ -92,8 +105,7 @@ def main(folder: Path) -> None:
     except BaseException:
         (folder / f"error{rank}").write_text(traceback.format_exc())
         status = 1
-    sys.stdout.flush()
-    os._exit(status)
+    end(status)
 
 
 if __name__ == "__main__":
