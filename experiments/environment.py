@@ -18,6 +18,13 @@ from minigpt.config import require
 
 # gloo must not look for this machine's name on a network
 SINGLE_NODE = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+# glibc gives freed memory back and takes it again at every step, page by page: 2,800 faults and
+# 6 of 40 ms in a bf16 step of width 128. This keeps it, as CUDA's caching allocator does.
+KEEP_FREED_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 LAPTOP_RANKS = 2  # what -1 means where nothing else says how many ranks there are
 BYTES_OF_A_RANK = 350e6  # resident memory of a Python process with torch imported and a small model
 BYTES_OF_A_PARAMETER = 16  # fp32 weight, gradient and two moments of AdamW
@@ -65,6 +72,12 @@ def first_host(nodelist: str) -> str:
     if not bracket or "," in head:
         return head.split(",")[0]
     return head + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def of_a_rank(nodes: int = 1, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that a rank needs on top of the user's own, which win. One thread a rank."""
+    wanted = {"OMP_NUM_THREADS": "1", **KEEP_FREED_MEMORY, **(SINGLE_NODE if nodes == 1 else {})}
+    return {name: value for name, value in wanted.items() if name not in environ}
 
 
 def gpu_count() -> int:

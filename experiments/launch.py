@@ -82,7 +82,7 @@ def prepare_job(
         started = psutil.Process().create_time()
         write_config(folder, config, Launched(overrides, str(corpus.folder), started))
     command = torchrun_command(folder, world_size // nodes, torchrun)
-    return Job(folder, command, rank_environment(nodes))
+    return Job(folder, command, environment.of_a_rank(nodes))
 
 
 def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list[str]:
@@ -95,12 +95,6 @@ def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list
         options += ["--redirects=" + ",".join(f"{i}:3" for i in range(1, local_ranks))]
     worker = ["-m", "experiments.worker", str(folder)]
     return [sys.executable, "-m", "torch.distributed.run", *options, *worker]
-
-
-def rank_environment(nodes: int) -> dict[str, str]:
-    """Variables that the ranks need on top of the user's own, which win."""
-    wanted = {"OMP_NUM_THREADS": "1", **(environment.SINGLE_NODE if nodes == 1 else {})}
-    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def run(job: Job, quiet: bool) -> int:

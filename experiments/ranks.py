@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.environment import SINGLE_NODE
+from experiments.environment import of_a_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 300.0
@@ -23,11 +23,16 @@ class RankFailed(RuntimeError):
 
 
 def run_ranks(
-    world_size: int, function: Callable, *args: Any, timeout_s: float = TIMEOUT_S
+    world_size: int,
+    function: Callable,
+    *args: Any,
+    timeout_s: float = TIMEOUT_S,
+    variables: dict[str, str] | None = None,
 ) -> list[Any]:
     """Call `function(*args)`, a function of a module, on `world_size` ranks of the metered backend.
 
-    Raises RankFailed. No process is left behind.
+    `variables` default to what the launcher gives its ranks. Raises RankFailed. No process is left
+    behind.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -40,9 +45,8 @@ def run_ranks(
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environ = {
             **os.environ,
-            **SINGLE_NODE,
+            **(of_a_rank() if variables is None else variables),
             "WORLD_SIZE": str(world_size),
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": path,
         }
         command = [sys.executable, "-m", "experiments.ranks", name]

@@ -62,13 +62,15 @@ def low_precision_on_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Ten
 
 def plain(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Causal attention written out: softmax(q k^T / sqrt(H)) v (Vaswani et al. 2017, eq. 1)."""
-    group = q.shape[1] // k.shape[1]  # query heads that share a key-value head
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    visible = causal_mask(q.shape[2], k.shape[2], q.device)
+    queries, keys = q.shape[2], k.shape[2]
+    if q.shape[1] > k.shape[1]:
+        group = q.shape[1] // k.shape[1]  # query heads that share a key-value head
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    hidden = torch.full((queries, keys), -math.inf, dtype=q.dtype, device=q.device)
+    hidden = hidden.triu(1 + keys - queries)  # what comes after a query
     with torch.autocast(q.device.type, enabled=False):  # the softmax sums in fp32 by itself
-        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, N, T, S)
-        hide = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -math.inf)
-        weights = F.dropout((scores + hide).softmax(dim=-1), dropout)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + hidden  # (B, N, T, S)
+        weights = F.dropout(scores.softmax(dim=-1), dropout)
         return weights @ v
 
 

@@ -91,7 +91,7 @@ class ModelConfig:
     d_ff: int | None = None  # null: 4 D for gelu, 8/3 D in multiples of 64 for swiglu
     vocab_size: int = 256
     context: int = 128  # the longest sequence (rows of a learned position table); seq_len's default
-    norm: Norm = Norm.rmsnorm
+    norm: Norm = Norm.layernorm
     norm_eps: float = 1e-5
     positions: Positions = Positions.rotary
     rope_theta: float = 10000.0  # base of the rotary frequencies; Llama 3 uses 500000

@@ -41,6 +41,15 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where that is on.
+
+    Each projection that reads x would cast it again, and keep a copy of its own for backward.
+    """
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class Attention(nn.Module):
     """Multi-head attention; grouped-query where k and v have fewer heads (Ainslie et al. 2023)."""
 
@@ -58,6 +67,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None
     ) -> Tensor:
         B, T, _ = x.shape
+        x = cast_once(x)
         # -1, not N: under tensor parallelism a rank holds only some of the heads
         q, k, v = (
             project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, N or K, T, H)
@@ -84,6 +94,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        x = cast_once(x)
         hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
         return F.dropout(self.down(hidden), self.dropout, self.training)
 

@@ -1,0 +1,155 @@
+"""Training steps of several kinds that take turns: a noisy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from experiments.assemble import make_batches, make_trainer
+from experiments.config import Backend, Device, TrainConfig
+from experiments.environment import SINGLE_NODE
+from experiments.metering import Meters
+from experiments.ranks import run_ranks
+from experiments.train import train_step
+from experiments.yardstick import Shape, plain_loop
+from minigpt.config import FFN, DataConfig, ModelConfig, Norm, OptimizerConfig, Positions
+from minigpt.corpus import prepare
+from parallel.layout import Layout, Precision
+from parallel.mesh import build_mesh
+
+WARMUP = 5  # steps; by then the meters have looked at the operators (metering.MEMORY_STEP)
+TURN = 3  # steps that are counted
+GEMM_SIZE = 1024
+PATIENCE_S = 1800
+TUNED = "plain, tuned"  # with what our launcher sets for its ranks (environment.of_a_rank)
+YARDSTICKS = {"plain": None, TUNED: None, "plain ddp": "ddp", "plain fsdp": "fsdp"}
+# how the other plain loops are started: as anyone would
+AS_IT_COMES = {"OMP_NUM_THREADS": "1", **SINGLE_NODE}
+KINDS = {
+    "fp32": (Layout(), Precision.fp32),
+    "bf16": (Layout(), Precision.bf16),
+    "ddp": (Layout(dp_replicate=2), Precision.fp32),
+    "fsdp": (Layout(dp_shard=2), Precision.fp32),
+}
+
+Step = Callable[[], object]
+
+
+def our_config(shape: Shape, layout: Layout, precision: Precision, steps: int) -> TrainConfig:
+    """The yardstick's shape as a configuration of ours."""
+    model = ModelConfig(
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        d_model=shape.d_model,
+        vocab_size=shape.vocab_size,
+        context=shape.seq_len,
+        norm=Norm.layernorm,
+        positions=Positions.learned,
+        ffn=FFN.gelu,
+        tied=True,
+    )
+    return TrainConfig(
+        model=model,
+        optimizer=OptimizerConfig(lr=1e-3),
+        layout=layout,
+        precision=precision,
+        micro_batch_size=shape.batch // layout.data_parallel,
+        seq_len=shape.seq_len,
+        steps=steps,
+        device=Device.cpu,
+        backend=Backend.gloo,
+    )
+
+
+def our_loop(config: TrainConfig) -> Step:
+    """The training loop's own step, with its meters on."""
+    trainer = make_trainer(config, build_mesh(config.layout, torch.device("cpu")))
+    meters, batches = Meters(config, trainer), make_batches(config, prepare(config.data))
+    numbers = iter(range(config.steps))
+    return lambda: train_step(next(numbers), config, trainer, batches, meters)
+
+
+def gemm() -> Step:
+    """The device's best: one square matrix product in fp32."""
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE)
+    return lambda: torch.mm(a, a)
+
+
+def make_step(kind: str, shape: Shape, steps: int) -> Step:
+    """A contestant by its name in KINDS."""
+    if kind == "gemm":
+        return gemm()
+    if kind in YARDSTICKS:
+        return plain_loop(shape, prepare(DataConfig()).folder / "train.bin", YARDSTICKS[kind])
+    layout, precision = KINDS[kind]
+    return our_loop(our_config(shape, layout, precision, steps))
+
+
+class Baton:
+    """Whose turn it is, in a file: contestants live in processes of their own, and only one runs.
+
+    A process that several models share slows each of them by some per cent (caches, heap).
+    """
+
+    def __init__(self, file: Path, number: int, contestants: int) -> None:
+        self.file, self.number, self.contestants = file, number, contestants
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for this contestant's turn; afterwards it is the next one's. For all its ranks."""
+        if dist.get_rank() == 0:
+            while int(self.file.read_text()) != self.number:
+                time.sleep(0.002)
+        dist.barrier()
+        yield
+        dist.barrier()
+        if dist.get_rank() == 0:
+            part = self.file.with_suffix(f".{self.number}")
+            part.write_text(str((self.number + 1) % self.contestants))
+            part.rename(self.file)
+
+
+def perform(kind: str, shape: Shape, rounds: int, baton: Baton) -> list[float]:
+    """Seconds of TURN steps of each round, on this rank.
+
+    The first step of a turn is not counted: the caches still hold another contestant.
+    """
+    torch.set_num_threads(1)
+    with baton.turn():
+        step = make_step(kind, shape, WARMUP + rounds * (TURN + 1))
+        for _ in range(WARMUP):
+            step()
+    times = []
+    for _ in range(rounds):
+        with baton.turn():
+            step()
+            for _ in range(TURN):
+                dist.barrier()
+                start = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - start)
+    return times
+
+
+def hold(kinds: list[str], world_size: int, shape: Shape, rounds: int) -> dict[str, list[float]]:
+    """The contest: seconds of each step of each kind, of its slowest rank."""
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(kinds)) as pool:
+        file = Path(name) / "turn"
+        file.write_text("0")
+        batons = [Baton(file, number, len(kinds)) for number in range(len(kinds))]
+        running = []
+        for kind, baton in zip(kinds, batons, strict=True):
+            variables = AS_IT_COMES if kind in YARDSTICKS and kind != TUNED else None
+            limits: dict[str, Any] = {"timeout_s": PATIENCE_S, "variables": variables}
+            job = pool.submit(run_ranks, world_size, perform, kind, shape, rounds, baton, **limits)
+            running.append(job)
+        ranks = [run.result() for run in running]
+    return {k: [max(s) for s in zip(*r, strict=True)] for k, r in zip(kinds, ranks, strict=True)}
