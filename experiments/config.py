@@ -129,8 +129,7 @@ class TrainConfig:
         at_least("seed", self.seed, 0)
         above("clip", self.clip, 0)
         above("timeout_s", self.timeout_s, 0)
-        # a seed is one half of a 64-bit stream number (minigpt.model.initial_value)
-        require(self.seed < 2**31, f"seed={self.seed}: must be below {2**31}")
+        require(self.seed < 2**63, f"seed={self.seed}: must be below 2^63")
         model, data = self.model, self.data
         if self.optimizer.lr is None:
             self.optimizer.lr = LR_TIMES_WIDTH / model.d_model

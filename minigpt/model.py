@@ -11,8 +11,8 @@ only, and each weight's first value depends on its name alone.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -195,7 +195,9 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     std = 0.02
     if name.endswith(("attention.out.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.n_layer)  # so that the residual stream does not grow with depth
-    stream = torch.Generator().manual_seed(zlib.crc32(name.encode()) * 2**31 + seed)
+    # a hash, for torch's CPU generator takes no more than 32 bits of its seed
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
+    stream = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.empty(*shape).normal_(0.0, std, generator=stream)
 
 

@@ -1,0 +1,25 @@
+"""One cache and one home for the whole suite, so that no test reads or fills the user's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("home")
+    saved = {name: os.environ.get(name) for name in ("HOME", "WANDB_API_KEY", "WANDB_MODE")}
+    os.environ["HOME"] = str(folder)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        os.environ.pop(name, None)
+    yield folder
+    for name, value in saved.items():
+        if value is not None:
+            os.environ[name] = value
