@@ -68,7 +68,7 @@ class Batches:
 
     def _windows(self, tokens: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         window = tokens[places[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
-        return np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])
+        return window[:, :-1].copy(), window[:, 1:].copy()  # copies: the targets may be masked
 
     def _behind_end(self, hashes: np.ndarray) -> np.ndarray:
         """(B, T), true where a ragged sequence has ended."""
