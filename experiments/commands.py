@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import console, environment, launch
 from experiments.compose import Refused, run_hydra, to_config
@@ -60,7 +60,8 @@ class Command:
     def __call__(self, composed: DictConfig) -> None:
         hydra = HydraConfig.get()
         self.sweep = hydra.mode == RunMode.MULTIRUN
-        overrides = list(hydra.overrides.task)
+        # unresolved: an override may hold an interpolation of its own
+        overrides: list[str] = OmegaConf.to_container(hydra.overrides.task)  # type: ignore
         row = Row(" ".join(overrides), "done")
         self.rows.append(row)
         try:

@@ -9,17 +9,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from experiments.config import GenerateConfig, TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
 Config = TypeVar("Config", TrainConfig, GenerateConfig)
 
 
@@ -39,14 +41,29 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     store.store(name="generate_schema", node=GenerateConfig)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
     entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
+    schema = GenerateConfig if name == "generate" else TrainConfig
+    check_options(argv, schema)
     saved, sys.argv = sys.argv, ["launch.sh", *argv]
     try:
         entry()
     except (HydraException, OmegaConfBaseException) as error:
-        schema = GenerateConfig if name == "generate" else TrainConfig
         raise Refused(one_line(error, argv, schema)) from error
     finally:
         sys.argv = saved
+
+
+def check_options(argv: list[str], schema: type) -> None:
+    """Refuse what Hydra would answer with a page of usage, or with a traceback."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise Refused(f"{message}; --help lists what there is")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    for override in parser.parse_args(argv).overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in GROUPS and value.startswith(("[", "{")):
+            raise Refused(f"{override}: {key} takes one option")
 
 
 def to_config(config: DictConfig, schema: type[Config]) -> Config:
@@ -88,7 +105,11 @@ def one_line(error: Exception, argv: list[str], schema: type) -> str:
         return f"{error.override}: cannot be read; write KEY=VALUE"
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None) or _key_in(text)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key} is not set: give it as {key}=..."
     given = next((a for a in argv if a.lstrip("+~").partition("=")[0] == key), key)
+    if not given and len(argv) == 1:
+        given = argv[0]
     reason = str(cause).splitlines()[0].rstrip(".")
     if re.search(r"not in (struct|'\w+')|Could not override", reason):
         return no_such_key(given or "", key or "", schema)

@@ -8,6 +8,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_a_batch_is_the_same_however_it_is_shared(
     batches = Batches(corpus, 16, 12, seed, ragged=True)
     whole = batches.rows(step, 0, 12)
     edges = [0, *sorted(cuts), 12]
-    parts = [batches.rows(step, a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [batches.rows(step, a, b - a) for a, b in pairwise(edges)]
     for i in range(2):
         assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
 
@@ -124,7 +125,9 @@ def test_places_cover_the_split_evenly(tmp_path: Path) -> None:
     seen = np.zeros(2000)
     batches = Batches(corpus, 1, 1000, 0)
     for step in range(18):
-        hashes = splitmix64(splitmix64(np.array([0])) ^ (np.arange(1000) + step * 1000).astype("u8"))
+        hashes = splitmix64(
+            splitmix64(np.array([0])) ^ (np.arange(1000) + step * 1000).astype("u8")
+        )
         seen += np.bincount((hashes % np.uint64(1799)).astype(int), minlength=2000)
         assert batches.rows(step, 0, 1000)[0].shape == (1000, 1)
     assert seen[:1799].min() >= 1 and seen[:1799].max() < 40 and seen[1799:].sum() == 0
@@ -235,7 +238,7 @@ def test_a_download_is_checked_and_made_once(
     (folder / "input.txt").write_bytes(text)
     monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{url}/input.txt")
     config = DataConfig(Source.shakespeare, cache=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="SHA-256 .* is not .*: damaged is what was downloaded"):
+    with pytest.raises(ValueError, match=r"SHA-256 .* is not .*: damaged is what was downloaded"):
         prepare(config)
     assert not (tmp_path / "cache").exists(), "nothing of it is kept"
 
@@ -278,7 +281,7 @@ def test_a_first_download_sets_the_checksum_of_later_reads(tmp_path: Path) -> No
         assert fetched_once("openwebtext", path, None, fetch) == b"documents"
     assert len(calls) == 1
     path.write_bytes(b"document$")
-    with pytest.raises(ValueError, match="damaged is .*text; remove it"):
+    with pytest.raises(ValueError, match=r"damaged is .*text; remove it"):
         fetched_once("openwebtext", path, None, fetch)
 
 

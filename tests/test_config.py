@@ -1,0 +1,170 @@
+"""What the command line may say: every group composes, and every mistake is one line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.compose import CONFIGS, Refused, keys_of
+from experiments.config import TrainConfig
+from experiments.environment import check_memory, settle
+from minigpt.config import LR_TIMES_WIDTH, ModelConfig
+from parallel.layout import Layout
+from tests.configs import compose
+
+GROUPS = sorted(
+    (path.parent.name, path.stem)
+    for path in CONFIGS.glob("*/*.yaml")
+    if path.parent.name not in ("experiment",)
+)
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+NEEDED = {"text": ["data.path=README.md"], "openwebtext": ["model.vocab_size=4096"]}
+
+MISTAKES = [
+    (["lr=1"], "lr=1: no such key"),
+    (["stepz=1"], "stepz=1: no such key; did you mean steps"),
+    (["optimizer.learning_rate=1"], "optimizer.learning_rate=1: no such key; did you mean"),
+    (["+extra=1"], "extra: no such key"),
+    (["steps=abc"], "steps=abc: Value 'abc'"),
+    (["steps=1.5"], "steps=1.5: Value '1.5'"),
+    (["steps=0"], "steps=0: must be at least 1"),
+    (["steps="], "steps=: Value ''"),
+    (["steps=[1,2]"], "steps=[1,2]: Value '[1, 2]'"),
+    (["steps=${nope}"], "steps: Interpolation key 'nope' not found"),
+    (["++steps=2=3"], "++steps=2=3: cannot be read"),
+    (["precision=fp8"], "precision=fp8: Invalid value 'fp8', expected one of [fp32, bf16, fp16]"),
+    (["compile=maybe"], "compile=maybe: Value 'maybe' is not a valid bool"),
+    (["model=tinny"], "model=tinny: no such option; allowed: gpt2, "),
+    (["model=[tiny,small]"], "model=[tiny,small]: model takes one option"),
+    (["strategy=zero9"], "strategy=zero9: no such option; allowed: ddp, fsdp, single"),
+    (["experiment=fast"], "experiment=fast: no such option; allowed: accumulation"),
+    (["model.n_layer=null"], "model.n_layer=null: field 'model.n_layer' is not Optional"),
+    (["model.d_model=100", "model.n_head=3"], "model.d_model=100 % model.n_head=3 = 1"),
+    (["model.vocab_size=100"], "model.vocab_size=100: smaller than the data's 256 ids"),
+    (["seq_len=4096"], "seq_len=4096: longer than model.context=128"),
+    (["global_batch_size=15", "layout.dp_replicate=2"], "global_batch_size=15 != micro_batch"),
+    (["layout.tp=2"], "layout.tp=2: only dp_replicate and dp_shard so far"),
+    (["layout.dp_replicate=0"], "layout.dp_replicate=0: must be at least 1"),
+    (
+        ["layout.dp_shard=-1", "layout.dp_replicate=-1"],
+        "layout.dp_replicate=-1 and layout.dp_shard=-1: ",
+    ),
+    (["data=text"], "data.path is not set"),
+    (["data.tokenizer=bpe"], "data.vocab_size=256: must be at least 257"),
+    (["data=generated", "data.tokenizer=bpe"], "data.tokenizer=bpe: data=generated makes tokens"),
+    (["data.validation_fraction=1"], "data.validation_fraction=1.0: must be at least 0 and below"),
+    (["optimizer.lr=-1"], "optimizer.lr=-1.0: must be greater than 0"),
+    (["clip=inf"], "clip=inf: must be greater than 0"),
+    (["seed=-1"], "seed=-1: must be at least 0"),
+    (["backend=nccl", "device=cpu"], "backend=nccl: needs device=cuda"),
+    (["launch=slurm"], "launch=slurm: Invalid value 'slurm', expected one of [local, dry]"),
+    (["sample.prompt=''"], "sample.prompt is empty"),
+    (["validation=3"], "validation=3: Invalid type assigned"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["--cfg", "everything"], "argument --cfg/-c: invalid choice"),
+]
+
+
+@pytest.mark.parametrize("group, name", GROUPS)
+def test_every_option_of_every_group_composes(group: str, name: str) -> None:
+    config = compose(f"{group}={name}", "model.context=2048", *NEEDED.get(name, []))
+    assert isinstance(config, TrainConfig)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_begin_with_their_command(name: str) -> None:
+    package, command, *_ = (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert package == "# @package _global_", "Hydra reads it from the first line only"
+    assert command == f"# ./launch.sh experiment={name}"
+    assert compose(f"experiment={name}") != compose()
+
+
+@pytest.mark.parametrize("overrides, said", MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_a_mistake_is_one_line_with_key_and_value(overrides: list[str], said: str) -> None:
+    with pytest.raises((Refused, ValueError)) as refused:
+        compose(*overrides)
+    message = str(refused.value)
+    assert message.startswith(said), message
+    assert "\n" not in message
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 5000),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text("abcxyz01_-. ", max_size=6),
+)
+
+
+@given(st.sampled_from(sorted(keys_of(TrainConfig))), scalars)
+@settings(max_examples=60, deadline=None)
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key: str, value: object) -> None:
+    """Never another exception, never a page."""
+    said = "null" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
+    try:
+        compose(f"{key}={said}")
+    except (Refused, ValueError) as error:
+        assert str(error) and "\n" not in str(error)
+
+
+def test_the_schema_and_tiny_agree() -> None:
+    """ModelConfig() is what ./launch.sh trains, so that a test and a user mean the same model."""
+    assert compose().model == ModelConfig()
+
+
+def test_the_rate_follows_the_width() -> None:
+    assert compose("model=small").optimizer.lr == LR_TIMES_WIDTH / 384
+    assert compose("optimizer.lr=0.5").optimizer.lr == 0.5
+
+
+def test_presets_only_set_numbers() -> None:
+    by_number = compose("layout.dp_replicate=1", "layout.dp_shard=-1")
+    assert asdict(compose("strategy=fsdp")) == asdict(by_number)
+
+
+def test_devices_and_left_over_ranks_are_settled() -> None:
+    default = settle(compose(), None, gpus=0)
+    assert (default.device.value, default.backend.value) == ("cpu", "gloo")
+    assert default.layout == Layout(dp_replicate=2), "two ranks on a laptop"
+    on_gpus = settle(compose(), None, gpus=8, nodes=2)
+    assert (on_gpus.device.value, on_gpus.backend.value) == ("cuda", "nccl")
+    assert on_gpus.layout.world_size == 16
+    given_four = settle(compose("strategy=fsdp", "layout.dp_replicate=2"), 4, gpus=0)
+    assert given_four.layout == Layout(dp_replicate=2, dp_shard=2)
+
+
+@pytest.mark.parametrize(
+    "overrides, world_size, said",
+    [
+        (["device=cuda"], None, "device=cuda: torch sees no CUDA device here"),
+        (["backend=nccl"], None, "backend=nccl: needs a CUDA device"),
+        (["layout.dp_replicate=3"], 4, "layout: .* = 3 != 4 ranks"),
+        (["layout.dp_replicate=3", "layout.dp_shard=-1"], 4, "layout.dp_shard=-1: 4 ranks / "),
+        (["strategy=single"], 2, "= 1 != 2 ranks"),
+        (["global_batch_size=9"], None, "global_batch_size=9 != micro_batch_size"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused(
+    overrides: list[str], world_size: int | None, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        settle(compose(*overrides), world_size, gpus=0)
+
+
+def test_more_than_the_memory_holds_is_refused_before_it_starts() -> None:
+    many = settle(compose("layout.dp_replicate=100000"), None, gpus=0)
+    with pytest.raises(ValueError, match=r"layout needs 100000 ranks here, but the .* GB"):
+        check_memory(many, 100000)
+    large = settle(compose("model=llama3_405b"), None, gpus=0)
+    with pytest.raises(ValueError, match=r"model: 405,853,388,800 parameters need 12,987\.3 GB"):
+        check_memory(large, 2)
+
+
+def test_configs_lie_in_their_groups() -> None:
+    loose = {path.name for path in Path(CONFIGS).glob("*.yaml")}
+    assert loose == {"train.yaml", "generate.yaml"}
