@@ -1,0 +1,70 @@
+"""What the user reads."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from experiments.console import Reporter, costs_tables, human_bytes, human_seconds, share
+from experiments.tracking import without_secrets
+from tests.test_ledger import a_ledger
+
+
+@pytest.mark.parametrize(
+    "number, said",
+    [
+        (None, "-"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (3_412_480, "3.41 MB"),
+        (5e12, "5.00 TB"),
+        (5e16, "50000.00 TB"),
+    ],
+)
+def test_bytes_are_decimal(number: float | None, said: str) -> None:
+    assert human_bytes(number) == said
+
+
+def test_null_is_a_dash_and_zero_is_zero() -> None:
+    assert human_seconds(None) == share(None, 1.0) == share(1.0, None) == "-"
+    assert human_seconds(0.0) == "0.00 ms" and human_seconds(2) == "2.00 s"
+    assert share(0.0, 2.0) == "0.0 %"
+
+
+def text_of(ledger: dict) -> str:
+    console = Console(width=100, file=io.StringIO())
+    for table in costs_tables(ledger):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_tables_hold_every_part_and_every_collective() -> None:
+    said = text_of(a_ledger())
+    for word in ("exposed communication", "optimizer", "activations", "all_reduce", "dp_replicate"):
+        assert word in said
+    unknown = a_ledger()
+    unknown["step"]["communication"] = None
+    assert "not measured" in text_of(unknown)
+    unknown["step"]["communication"] = []
+    assert "none" in text_of(unknown)
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(3, shown=True) as reporter:
+        for step in range(3):
+            reporter.step(step, 2.5, 1234.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 1/3  loss 2.5000  1,234 tokens/s"
+    assert lines[-1].startswith("step 3/3")
+    with Reporter(3, shown=False) as silent:
+        silent.step(0, 2.5, 1.0)
+        silent.say("nothing")
+    assert capsys.readouterr().out == ""
+
+
+def test_no_key_reaches_a_mirror() -> None:
+    settings = {"api_key": "x", "nested": {"hf_token": "x", "PASSWORD": "x", "tokens": 5}, "lr": 1}
+    assert without_secrets(settings) == {"nested": {"tokens": 5}, "lr": 1}

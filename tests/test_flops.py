@@ -1,0 +1,83 @@
+"""Counted flops against the closed form, operator by operator and for whole steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from costs.flops import counted, measure_peak_flops, model_flops_per_token
+from experiments.metering import flops_per_token, utilisation
+from experiments.parity import make_config
+from minigpt.attention import sdpa
+from minigpt.config import FFN, ModelConfig
+from minigpt.model import token_loss
+from parallel.layout import ActivationCheckpointing, Layout, Options
+from parallel.mesh import build_mesh
+from parallel.parallelize import parallelize
+
+B, T = 2, 16
+
+
+def step_flops(config: ModelConfig, options: Options) -> int:
+    """Counted in one forward and backward of B x T tokens."""
+    replica = parallelize(config, build_mesh(Layout(), torch.device("cpu")), options, 0)
+    tokens = torch.randint(config.vocab_size, (B, T))
+    with counted() as counter:
+        loss, _ = token_loss(replica.call(tokens), tokens)
+        loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("ffn", FFN)
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_a_step_is_the_closed_form_and_what_flash_recomputes(
+    ffn: FFN, kv_heads: int | None
+) -> None:
+    """6 N + 12 L D T, and 2 L D T more: the kernel's backward makes the scores again."""
+    config = ModelConfig(n_layer=3, d_model=64, n_kv_head=kv_heads, vocab_size=96, ffn=ffn)
+    changes = {"model.n_kv_head": kv_heads, "model.ffn": ffn, "seq_len": T, "model.context": 128}
+    closed = flops_per_token(make_config(Layout(), changes))
+    recomputed = 2 * config.n_layer * config.d_model * T
+    assert step_flops(config, Options()) == B * T * (closed + recomputed)
+
+
+def test_full_checkpointing_runs_the_blocks_forward_again() -> None:
+    """But for the last projection: torch stops when backward has all that it needs."""
+    config = ModelConfig(n_layer=3, d_model=64, vocab_size=96)
+    plain = step_flops(config, Options())
+    full = step_flops(config, Options(activation_checkpointing=ActivationCheckpointing.full))
+    matrices = [s for name, s in config.block_shapes.items() if len(s) == 2 and "down" not in name]
+    forward_of_blocks = 2 * sum(rows * columns for rows, columns in matrices)
+    attention = 4 * config.d_model * T
+    assert full - plain == config.n_layer * B * T * (forward_of_blocks + attention)
+
+
+def test_selective_checkpointing_runs_no_projection_again() -> None:
+    config = ModelConfig(n_layer=3, d_model=64, vocab_size=96)
+    selective = Options(activation_checkpointing=ActivationCheckpointing.selective)
+    assert step_flops(config, selective) == step_flops(config, Options())
+
+
+def test_torch_counts_the_cpu_attention_kernel() -> None:
+    """q k^T and weights v, 2 flops a multiply-add, the mask not taken off."""
+    q, k, v = (torch.randn(2, 4, 32, 8, requires_grad=True) for _ in range(3))
+    with counted() as counter:
+        y = sdpa(q, k, v)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward == 2 * (2 * 2 * 4 * 32 * 32 * 8)
+    assert counter.get_total_flops() == forward * 7 // 2
+
+
+def test_palms_own_example() -> None:
+    """PaLM 540B, appendix B: 6 N + 12 L H Q T with L=118, H Q=12288, T=2048."""
+    weights = 540_350_000_000
+    assert model_flops_per_token(weights, 118, 12288, 2048) == 6 * weights + 12 * 118 * 12288 * 2048
+
+
+def test_the_peak_is_measured_and_utilisation_needs_it() -> None:
+    peak = measure_peak_flops(torch.device("cpu"), torch.float32, seconds=0.05)
+    assert 1e8 < peak < 1e14
+    assert utilisation(1e9, 0.5, 4e9) == 0.5
+    assert utilisation(None, 0.5, 4e9) is utilisation(1e9, None, 4e9) is None
+    assert utilisation(1e9, 0.5, None) is None
