@@ -32,14 +32,19 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     Every parameter counts once: pieces are added over the axes that shard it, and never over axes
     that hold a copy. `clip_grad_norm_` refuses parameters of several meshes; this takes them.
     """
-    by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    cut: dict[tuple, tuple[dist.ProcessGroup, ...]] = {}  # by the ranks of the groups
+    parts: dict[tuple, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
-            by_groups[_shard_groups(parameter.grad)].append(local(parameter.grad))
+            groups = _shard_groups(parameter.grad)
+            # by ranks, not by group: DTensor may hand over an equal mesh of another model
+            key = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
+            cut.setdefault(key, groups)
+            parts[key].append(local(parameter.grad))
     total = None
-    for groups, gradients in by_groups.items():
+    for key, gradients in parts.items():
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        for group in groups:
+        for group in cut[key]:
             dist.all_reduce(squares, group=group)
         total = squares if total is None else total + squares
     assert total is not None, "no parameter has a gradient"

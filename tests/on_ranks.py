@@ -1,0 +1,98 @@
+"""What tests run on real ranks: functions of a module, so that a rank can find them by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from costs.communication import Row, recorded, rows_of
+from experiments.assemble import make_batches, make_trainer, share_of_batch
+from experiments.config import TrainConfig
+from experiments.metering import Meters
+from experiments.train import train_step
+from minigpt.corpus import prepare
+from parallel.mesh import build_mesh
+from parallel.step import Trainer, evaluate
+from parallel.weights import full_weights
+
+Key = tuple[str, str, str]
+
+
+def make(config: TrainConfig) -> tuple[Trainer, list]:
+    """A trainer and its micro-batches of step 0."""
+    torch.set_num_threads(1)
+    mesh = build_mesh(config.layout, torch.device("cpu"))
+    batches = make_batches(config, prepare(config.data))
+    return make_trainer(config, mesh), list(share_of_batch(batches, 0, config, mesh))
+
+
+def payloads(configs: list[TrainConfig]) -> list[dict[Key, int]]:
+    """Payload bytes of the third step of each run, by collective, axis and dtype."""
+    measured = []
+    for config in configs:
+        trainer, micro_batches = make(config)
+        for _ in range(2):  # DDP builds its final buckets after the first
+            trainer.step(micro_batches)
+        with recorded() as meter:
+            trainer.step(micro_batches)
+        rows = rows_of(meter.calls, trainer.replica.mesh.axis_of_ranks())
+        keys = [(row["collective"], row["axis"], row["dtype"]) for row in rows]
+        measured.append(dict(zip(keys, [row["payload_bytes"] for row in rows], strict=True)))
+    return measured
+
+
+def every_collective(numbers: int) -> list[Row]:
+    """Each kind of message once, with a payload of `numbers` fp32 by NCCL's convention."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    whole, part = torch.ones(numbers), torch.ones(numbers // n)
+    parts = list(whole.chunk(n))
+    with recorded() as meter:
+        dist.all_reduce(whole)
+        dist.broadcast(whole, 0)
+        dist.reduce(whole, 0)
+        dist.all_gather(parts, part)
+        dist.all_gather_into_tensor(whole, part)
+        dist.reduce_scatter(part, parts)
+        dist.reduce_scatter_tensor(part, whole)
+        dist.all_to_all_single(torch.empty(numbers), whole)
+        dist.gather(part, parts if rank == 0 else None, 0)
+        dist.scatter(part, parts if rank == 0 else None, 0)
+        other = (rank + 1) % n
+        work = dist.isend(whole, other) if rank % 2 == 0 else dist.irecv(whole, (rank - 1) % n)
+        assert work is not None
+        work.wait()
+        dist.barrier()
+        done = dist.all_reduce(whole, async_op=True)
+        assert done is not None
+        done.wait()
+    return rows_of(meter.calls, {frozenset(range(n)): "world"})
+
+
+def step_costs(configs: list[TrainConfig]) -> list[dict[str, Any]]:
+    """This rank's `step` of the ledger after a short run of each."""
+    costs = []
+    for config in configs:
+        trainer, _ = make(config)
+        meters, batches = Meters(config, trainer), make_batches(config, prepare(config.data))
+        for step in range(config.steps):
+            train_step(step, config, trainer, batches, meters)
+        costs.append(meters.costs())
+    return costs
+
+
+def weights_and_validation(configs: list[TrainConfig]) -> list[tuple[dict, float]]:
+    """Initial weights, whole, and a held-out loss."""
+    results = []
+    for config in configs:
+        trainer, micro_batches = make(config)
+        weights = full_weights(trainer.replica.model)
+        results.append((weights, evaluate(trainer.replica, micro_batches)))
+    return results
+
+
+def random_numbers(config: TrainConfig) -> list[float]:
+    """What dropout would draw on this rank once its trainer is made."""
+    make(config)
+    return torch.rand(4).tolist()
