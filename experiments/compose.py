@@ -22,6 +22,8 @@ from experiments.config import GenerateConfig, TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
+PROMPTS = ("prompt", "sample.prompt")
+PATHS = ("run", "run.dir", "data.path", "data.cache")
 Config = TypeVar("Config", TrainConfig, GenerateConfig)
 
 
@@ -42,7 +44,8 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
     entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
     schema = GenerateConfig if name == "generate" else TrainConfig
-    check_options(argv, schema)
+    argv = [quoted(argument) for argument in argv]
+    check_options(argv)
     saved, sys.argv = sys.argv, ["launch.sh", *argv]
     try:
         entry()
@@ -52,7 +55,17 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
         sys.argv = saved
 
 
-def check_options(argv: list[str], schema: type) -> None:
+def quoted(argument: str) -> str:
+    """Free text in the quotes that Hydra's grammar wants: it would strip or refuse parts of it."""
+    key, equals, value = argument.partition("=")
+    is_text = key in PROMPTS or (key in PATHS and re.search(r"[\s()\[\]{}]", value))
+    if not is_text or value[:1] in ("'", '"', ""):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}{equals}"{escaped}"'
+
+
+def check_options(argv: list[str]) -> None:
     """Refuse what Hydra would answer with a page of usage, or with a traceback."""
     parser = get_args_parser()
 

@@ -112,6 +112,18 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key: str, value: o
         assert str(error) and "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    "text", ["class ", "def f(x): return {'a': [1, \"b\"]}", "${x}", "a,b", "\\"]
+)
+def test_a_prompt_is_free_text(text: str) -> None:
+    assert compose(f"sample.prompt={text}").sample.prompt == text
+
+
+def test_a_path_may_hold_what_hydras_grammar_does_not_take() -> None:
+    path = "/a folder (1)/text=x.txt"
+    assert compose("data=text", f"data.path={path}").data.path == path
+
+
 def test_the_schema_and_tiny_agree() -> None:
     """ModelConfig() is what ./launch.sh trains, so that a test and a user mean the same model."""
     assert compose().model == ModelConfig()

@@ -1,0 +1,70 @@
+"""launch.sh as a user runs it, small enough for a test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "data=generated",
+    "model.n_layer=2",
+    "model.d_model=32",
+    "model.context=32",
+    "micro_batch_size=2",
+    "steps=4",
+    "validation.batches=1",
+    "sample.tokens=8",
+)
+
+
+def environment() -> dict[str, str]:
+    """The suite's own interpreter, whatever is active, and no variable of a scheduler."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM", "HYDRA")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    return {**kept, "PYTHON": sys.executable}
+
+
+def start(*arguments: str, cwd: Path, **more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [str(ROOT / "launch.sh"), *arguments],
+        cwd=cwd,
+        env={**environment(), **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def launch(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess:
+    """Run to the end: status, output, errors."""
+    process = start(*arguments, cwd=cwd, **more)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def only_run(cwd: Path) -> Path:
+    """The one run folder that is there."""
+    (folder,) = (cwd / "runs").iterdir()
+    return folder
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Every process whose command line names the folder, but for this one's children's shells."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in part for part in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def wait_until(what: str, holds, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
+        time.sleep(0.05)

@@ -1,0 +1,196 @@
+"""./launch.sh from outside: what it writes, prints and refuses, and who may start the ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from costs import ledger as ledgers
+from tests.launching import ROOT, SMALL, environment, launch, only_run
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_leaves_its_record_and_says_what_it_cost(tmp_path: Path) -> None:
+    done = launch(*SMALL, "data=stdlib", "validation.every=2", "steps=9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    ledger = ledgers.read(folder / "ledger.json")
+    assert ledger["layout"]["world_size"] == 2 and len(ledger["training"]["losses"]) == 9
+    assert ledger["step"]["mfu"] > 0 and ledger["step"]["memory_bytes"]["peak"] > 0
+    assert ledger["environment"]["corpus"]["sha256"] and ledger["training"]["startup_s"] > 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(9))
+    assert [line["validation_loss"] is not None for line in lines] == [False, True] * 4 + [True]
+    assert [line["loss"] for line in lines] == ledger["training"]["losses"]
+    for said in ("dp_replicate2 on 2 ranks", "step 9/9", "all_reduce", "peak", "validation loss"):
+        assert said in done.stdout
+    assert f"run folder {folder.relative_to(tmp_path)}" in done.stdout
+    assert "--- sample ---\ndef " in done.stdout
+    assert done.stderr == ""
+
+    text = launch("generate", f"run={folder}", "tokens=20", "prompt=class ", cwd=tmp_path)
+    assert text.returncode == 0 and text.stdout.startswith("class ")
+    shutil.rmtree(Path(json.loads((folder / "launch.json").read_text())["corpus"]))
+    said = launch("generate", f"run={folder}", "tokens=20", "--json", cwd=tmp_path)
+    assert set(json.loads(said.stdout)) == {"run", "prompt", "text"}, "the run folder is enough"
+
+
+def test_json_is_the_ledger_and_nothing_else(tmp_path: Path) -> None:
+    done = launch(*SMALL, "strategy=fsdp", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout) == ledgers.read(only_run(tmp_path) / "ledger.json")
+
+
+def test_a_dry_run_prints_a_line_that_runs(tmp_path: Path) -> None:
+    done = launch(*SMALL, "launch=dry", "layout.dp_replicate=3", cwd=tmp_path)
+    assert "torch.distributed.run" in done.stdout and "--nproc-per-node=3" in done.stdout
+    assert not (only_run(tmp_path) / "ledger.json").exists()
+    line = done.stdout.strip()
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    subprocess.run(line, shell=True, cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert ledgers.read(only_run(tmp_path) / "ledger.json")["layout"]["world_size"] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["precision=fp8"], "precision=fp8: Invalid value 'fp8'"),
+        (["data=text", "data.path=nowhere.txt"], "data.path=nowhere.txt: no such file"),
+        (["layout.dp_replicate=99999"], "layout needs 99999 ranks here"),
+        (["run.dir=/proc/nowhere"], "run.dir=/proc/nowhere: cannot be made"),
+        (["data.cache=/proc/nowhere"], "data.cache=/proc/nowhere"),
+        (["trian"], "trian: no such command; there are train, generate, test"),
+        (["--nnodes", "2"], "--nnodes: write it with its value"),
+        (["--nnodes=2", "run.dir=x"], "--node-rank is not set"),
+        (["--nnodes=two"], "--nnodes=two: must be a whole number"),
+        (["generate"], "run is not set"),
+        (["generate", "run=nowhere"], "run=nowhere: no config.yaml there"),
+    ],
+)
+def test_what_is_refused_is_one_line_and_leaves_nothing(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    done = launch(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"launch.sh: {said}") and done.stderr.count("\n") == 1
+    assert done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
+    assert launch(*SMALL, "run.dir=mine", "sample.tokens=0", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "mine" / "ledger.json").read_bytes()
+    again = launch(*SMALL, "run.dir=mine", cwd=tmp_path)
+    assert again.returncode == 2 and "run.dir=mine: already holds a run" in again.stderr
+    assert (tmp_path / "mine" / "ledger.json").read_bytes() == before
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    assert launch(*SMALL, "run.dir=mine", cwd=tmp_path).returncode == 0
+    path = tmp_path / "mine" / "model.pt"
+    weights = torch.load(path, weights_only=True)
+    path.write_bytes(path.read_bytes()[:-100])
+    done = launch("generate", "run=mine", cwd=tmp_path)
+    assert done.returncode == 2 and "is damaged" in done.stderr and done.stderr.count("\n") == 1
+    torch.save({name: tensor[:1] for name, tensor in weights.items()}, path)
+    done = launch("generate", "run=mine", cwd=tmp_path)
+    assert done.returncode == 2 and "does not fit" in done.stderr
+
+
+def test_a_sweep_is_a_launch_a_job_and_a_bad_job_is_a_row(tmp_path: Path) -> None:
+    jobs = ("strategy=ddp,fsdp", "optimizer.lr=1e-3,1e30", "clip=null", "model.tied=true")
+    done = launch("-m", *SMALL, *jobs, "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    rows = json.loads(done.stdout)["jobs"]
+    assert [row["status"] for row in rows] == ["done", "failed"] * 2
+    for row in rows:
+        folder = tmp_path / row["run"]
+        assert (folder / "ledger.json").exists() == (row["status"] == "done")
+        assert (row["status"] == "done") or "NonFinite: the loss is" in row["reason"]
+    assert len({row["run"] for row in rows}) == 4
+    refused = launch("-m", *SMALL, "model=tiny,llama3_405b", "launch=dry", cwd=tmp_path)
+    assert refused.returncode == 2 and "refused: " in refused.stdout
+
+
+def test_a_run_that_fails_is_one_line_with_its_traceback_in_a_file(tmp_path: Path) -> None:
+    done = launch(*SMALL, "optimizer.lr=1e30", "run.dir=mine", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "launch.sh: the run failed: rank " in done.stderr and "NonFinite" in done.stderr
+    path = Path(done.stderr.partition("(traceback: ")[2].rstrip(")\n"))
+    assert "Traceback" in (tmp_path / path).read_text()
+
+
+def test_torchrun_may_start_the_ranks(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    command = [*torchrun, "-m", "experiments", *SMALL, "strategy=fsdp"]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+    ledger = ledgers.read(only_run(tmp_path) / "ledger.json")
+    assert ledger["layout"]["dp_shard"] == 2, "one folder for both ranks"
+
+
+def test_slurm_may_start_the_ranks(tmp_path: Path) -> None:
+    """srun's variables; a task of its own for each rank, and launch.sh in each."""
+    shared = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_JOB_ID": "4711",
+    }
+    tasks = [
+        subprocess.Popen(
+            [str(ROOT / "launch.sh"), *SMALL],
+            cwd=tmp_path,
+            env={**environment(), **shared, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert "run folder" in said[0] and said[1] == ""
+    assert ledgers.read(only_run(tmp_path) / "ledger.json")["layout"]["dp_replicate"] == 2
+
+
+def test_two_nodes_make_one_run(tmp_path: Path) -> None:
+    """Both on this machine: torchrun's own options are passed through."""
+    shared = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29871")
+    more = (*SMALL, "run.dir=shared", "layout.dp_replicate=2", "layout.dp_shard=2")
+    from tests.launching import start
+
+    nodes = []
+    for i in range(2):
+        nodes.append(start(*shared, f"--node-rank={i}", *more, cwd=tmp_path))
+        if i == 0:
+            from tests.launching import wait_until
+
+            wait_until("the config", (tmp_path / "shared" / "config.yaml").exists)
+    said = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert ledgers.read(tmp_path / "shared" / "ledger.json")["layout"]["world_size"] == 4
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
+    command = f"{ROOT}/launch.sh {' '.join(SMALL)} | head -1"
+    subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), check=True)
+    assert ledgers.read(only_run(tmp_path) / "ledger.json")["training"]["steps"] == 4
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_blocks_train_alike(tmp_path: Path, strategy: str) -> None:
+    losses = []
+    for compiled in ("true", "false"):
+        small = (*SMALL, "model.n_layer=1", f"strategy={strategy}", f"run.dir=compiled-{compiled}")
+        done = launch(*small, f"compile={compiled}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        ledger = ledgers.read(tmp_path / f"compiled-{compiled}" / "ledger.json")
+        losses.append(ledger["training"]["losses"])
+        assert (ledger["step"]["memory_bytes"]["peak"] is None) == (compiled == "true")
+    assert losses[0] == pytest.approx(losses[1], abs=5e-6)

@@ -1,0 +1,164 @@
+"""No process outlives its launcher, nothing is lost or half-written, and a mirror stops nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from costs import ledger as ledgers
+from tests.launching import (
+    ROOT,
+    SMALL,
+    environment,
+    launch,
+    only_run,
+    processes_of,
+    start,
+    wait_until,
+)
+
+pytestmark = pytest.mark.slow
+LONG = (*SMALL, "steps=100000", "run.dir=long")
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_every_process_and_keeps_what_was_measured(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process, folder = start(*LONG, cwd=tmp_path), tmp_path / "long"
+    wait_until("three steps", lambda: lines(folder) > 3)
+    assert len(processes_of(Path("long"))) >= 3, "torchrun and two ranks"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert err == "launch.sh: stopped; what was measured is in long\n"
+    wait_until("no process is left", lambda: not ranks_of(tmp_path), 10)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["loss"] > 0
+    assert not (folder / "ledger.json").exists()
+
+
+@pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank"])
+def test_a_kill_leaves_no_process(tmp_path: Path, victim: str) -> None:
+    process, folder = start(*LONG, cwd=tmp_path), tmp_path / "long"
+    wait_until("three steps", lambda: lines(folder) > 3)
+    ranks = ranks_of(tmp_path)
+    if victim == "launcher":
+        process.kill()
+    else:
+        module = {"torchrun": "torch.distributed.run", "rank": "experiments.worker"}[victim]
+        # python -m MODULE ...; torchrun's own line names the worker's module later on
+        next(p for p in ranks if module in p.cmdline()[:4]).kill()
+    _, err = process.communicate(timeout=60)
+    wait_until("no process is left", lambda: not ranks_of(tmp_path), 15)
+    if victim != "launcher":
+        assert process.returncode == 1 and err.startswith("launch.sh: the run failed: ")
+        assert err.count("\n") == 1
+
+
+def ranks_of(cwd: Path) -> list:
+    """torchrun and its ranks, which run in the test's folder."""
+    return [p for p in processes_of(Path("long")) if p.is_running() and p.cwd() == str(cwd)]
+
+
+def limited(kilobytes: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Launch where no file may grow beyond a size: as on a disk that is full."""
+    command = f"ulimit -f {kilobytes}; exec {ROOT}/launch.sh {' '.join(arguments)}"
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=environment(), capture_output=True, text=True
+    )
+
+
+def test_a_full_disk_while_saving_leaves_no_half_file(tmp_path: Path) -> None:
+    done = limited(64, *SMALL, "model.d_model=128", "sample.tokens=0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr or "rank 0" in done.stderr
+    assert done.stderr.count("\n") == 1
+    folder = only_run(tmp_path)
+    assert not (folder / "model.pt").exists() and not list(folder.glob("*.part"))
+    assert ledgers.read(folder / "ledger.json")["training"]["steps"] == 4
+    refused = launch("generate", f"run={folder}", cwd=tmp_path)
+    assert refused.returncode == 2 and "no model.pt there" in refused.stderr
+
+
+def test_a_full_disk_while_caching_leaves_nothing_to_be_read_as_whole(tmp_path: Path) -> None:
+    small = (*SMALL, "data=stdlib", "data.cache=cache")
+    done = limited(64, *small, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "launch.sh: data.cache=cache: File too large\n"
+    assert not list((tmp_path / "cache").iterdir())
+    assert launch(*small, cwd=tmp_path).returncode == 0
+
+
+def test_wandb_is_offline_and_holds_config_steps_and_ledger(tmp_path: Path) -> None:
+    done = launch(*SMALL, "logging=wandb", "run.dir=mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wandb sync mine/wandb/offline-run-*" in done.stdout
+    (record,) = (tmp_path / "mine" / "wandb").glob("offline-run-*/run-*.wandb")
+    seen = wandb_records(record)
+    assert seen["config"]["steps"] == 4 and seen["config"]["model"]["d_model"] == 32
+    assert [row["step"] for row in seen["history"]] == [0, 1, 2, 3]
+    assert all(row["loss"] > 0 for row in seen["history"])
+    assert "ledger" in {key.partition(".")[0] for key in seen["summary"]}
+
+
+def wandb_records(path: Path) -> dict:
+    """What an offline run's file holds: W&B's records in LevelDB's log format, after 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    seen: dict = {"config": {}, "history": [], "summary": {}}
+    for content in leveldb_records(path.read_bytes(), start=7):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            items = record.run.config.update
+            seen["config"] |= {item.key: json.loads(item.value_json) for item in items}
+        elif kind == "history":
+            seen["history"].append(values_of(record.history.item))
+        elif kind == "summary":
+            seen["summary"] |= values_of(record.summary.update)
+    return seen
+
+
+def values_of(items: Any) -> dict:
+    return {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
+
+
+def leveldb_records(data: bytes, start: int) -> Iterator[bytes]:
+    """Whole records; one that spans blocks of 32 KiB comes in parts (first, middle, last)."""
+    block, head, position, parts = 2**15, 7, start, b""
+    while position + head <= len(data):
+        if block - position % block < head:
+            position += block - position % block
+            continue
+        length, kind = (
+            int.from_bytes(data[position + 4 : position + 6], "little"),
+            data[position + 6],
+        )
+        parts += data[position + head : position + head + length]
+        position += head + length
+        if kind in (1, 4):  # full, or the last part
+            yield parts
+            parts = b""
+
+
+def test_a_mirror_that_fails_says_so_once_and_stops_nothing(tmp_path: Path) -> None:
+    online = ("logging=wandb", "logging.mode=online")
+    done = launch(*SMALL, *online, "run.dir=mine", cwd=tmp_path)
+    assert done.returncode == 0
+    assert (
+        done.stdout.count("W&B is off for this run: logging.mode=online needs WANDB_API_KEY") == 1
+    )
+    assert ledgers.read(tmp_path / "mine" / "ledger.json")["training"]["steps"] == 4
