@@ -50,6 +50,7 @@ class Reporter:
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
                 TimeRemainingColumn(),
+                refresh_per_second=4,  # drawn on a thread of rank 0, which has better to do
                 console=self.console,
             )
             self.task = self.progress.add_task("training", total=steps, loss=DASH, speed=DASH)
