@@ -13,14 +13,15 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import console, environment, launch
-from experiments.compose import Refused, run_hydra, to_config
+from costs import ledger as ledgers
+from experiments import console, environment, launch, run_folder
+from experiments.compose import Refused, jobs_of, run_hydra, to_config
 from experiments.config import Launch, TrainConfig
 from experiments.run_folder import Launched, failure
 from experiments.worker import last_act
@@ -38,54 +39,68 @@ TORCHRUN_OPTIONS = (
 
 @dataclass
 class Row:
-    """One job of a sweep."""
+    """One job, and how it ended."""
 
-    overrides: str
-    status: str  # done | failed | refused | stopped
+    overrides: list[str]
+    status: str  # done | failed | refused | stopped | dry
     folder: Path | None = None
-    reason: str | None = None
+    reason: str | None = None  # for a dry job its command
+
+    def said(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "overrides": self.overrides,
+            "status": self.status,
+            "reason": self.reason,
+            "run": str(self.folder) if self.folder else None,
+        }
+
+    def ledger(self) -> dict[str, Any] | None:
+        """What the run cost, where it was done."""
+        if self.status != "done" or self.folder is None:
+            return None
+        return ledgers.read(self.folder / "ledger.json")
 
 
 @dataclass
 class Command:
-    """The jobs of one command line; Hydra calls it once for each."""
+    """What Hydra calls with a composed job: launch it, and keep how it ended."""
 
     torchrun: launch.Torchrun
     as_json: bool
+    sweep: Path | None = None  # the folder of the sweep that it belongs to
     rows: list[Row] = field(default_factory=list)
     status: int = 0
-    sweep: bool = False
-    refused: Exception | None = None
 
     def __call__(self, composed: DictConfig) -> None:
-        hydra = HydraConfig.get()
-        self.sweep = hydra.mode == RunMode.MULTIRUN
         # unresolved: an override may hold an interpolation of its own
+        hydra = HydraConfig.get()
         overrides: list[str] = OmegaConf.to_container(hydra.overrides.task)  # type: ignore
-        row = Row(" ".join(overrides), "done")
+        row = Row(overrides, "done")
         self.rows.append(row)
         try:
-            config = to_config(composed, TrainConfig)
-            folder = None
-            if self.sweep:
-                base = Path(config.run.dir or hydra.sweep.dir)
-                folder = base / str(hydra.job.num)
-            status = self._launch(config, overrides, folder, row)
+            status = self._launch(to_config(composed, TrainConfig), overrides, row)
         except (Refused, ValueError) as error:
-            self.refused = error
-            row.status, row.reason, status = "refused", str(error), 2
-        self.status = max(self.status, status)
-        if status > 128:  # a signal ends the sweep too
-            sys.exit(status)
+            self.refuse(row, error)
+        else:
+            self.status = max(self.status, status)
 
-    def _launch(
-        self, config: TrainConfig, overrides: list[str], folder: Path | None, row: Row
-    ) -> int:
+    def refuse(self, row: Row, error: Exception) -> None:
+        row.status, row.reason = "refused", str(error)
+        self.status = max(self.status, 2)
+
+    def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
+        folder = Path(config.run.dir) if config.run.dir else None
+        if self.sweep:
+            folder = self.sweep / str(len(self.rows) - 1)
+            config.logging.group = config.logging.group or self.sweep.name
         job = launch.prepare_job(config, overrides, self.torchrun, folder)
         row.folder = job.folder
         if config.launch == Launch.dry:
             variables = [f"{name}={value}" for name, value in job.environ.items()]
-            print(" ".join([*variables, shlex.join(job.command)]))
+            row.status, row.reason = "dry", " ".join([*variables, shlex.join(job.command)])
+            if not self.as_json:
+                print(row.reason)
             return 0
         status = launch.run(job, quiet=self.as_json)
         if status > 128:
@@ -109,34 +124,40 @@ def train(argv: list[str]) -> int:
         raise Refused(f"{bare[0]}: write it with its value, {bare[0]}=VALUE")
     if environment.given_rank():
         return train_as_rank(rest)
-    command = Command(launch.Torchrun(options), as_json)
-    try:
-        run_hydra("train", rest, command)
-    finally:
-        if command.sweep:
-            print_sweep(command.rows, as_json)
-    if command.refused and not command.sweep:
-        raise command.refused
-    if as_json and not command.sweep and command.status == 0 and command.rows:
-        show_ledger(command.rows[0])
+    torchrun, jobs = launch.Torchrun(options), jobs_of(rest)
+    if jobs is not None:
+        return sweep(jobs, torchrun, as_json)
+    command = Command(torchrun, as_json)
+    run_hydra("train", rest, command)
+    for row in command.rows:
+        if row.status == "refused":
+            print(f"launch.sh: {row.reason}", file=sys.stderr)
+        elif as_json and row.status in ("done", "dry"):
+            print(json.dumps(row.ledger() or row.said(), indent=1))
     return command.status
 
 
-def show_ledger(row: Row) -> None:
-    """The ledger on standard output, for --json."""
-    path = row.folder / "ledger.json" if row.folder else None
-    if path and path.exists():
-        print(path.read_text())
-
-
-def print_sweep(rows: list[Row], as_json: bool) -> None:
-    """Every job of a sweep as a row: one that failed is not the end of it."""
+def sweep(jobs: list[list[str]], torchrun: launch.Torchrun, as_json: bool) -> int:
+    """One fresh launch a job. A job that is refused or fails is a row and not the end."""
+    given = [a.partition("=")[2] for a in jobs[0] if a.startswith(("run.dir=", "hydra.sweep.dir="))]
+    folder = Path(given[0].strip("'\"")) if given else run_folder.sweep_folder()
+    command = Command(torchrun, as_json, folder)
+    for argv in jobs:
+        try:
+            run_hydra("train", argv, command)
+        except Refused as error:  # composed badly: Hydra never called the command
+            row = Row(argv, "refused")
+            command.rows.append(row)
+            command.refuse(row, error)
+        if command.status > 128:  # a signal ends the sweep too
+            break
     if as_json:
-        keys = ("overrides", "status", "reason")
-        jobs = [{**{k: getattr(r, k) for k in keys}, "run": str(r.folder or "")} for r in rows]
-        print(json.dumps({"jobs": jobs}))
-    else:
-        console.print_sweep([(r.overrides, r.status, r.reason, r.folder) for r in rows])
+        print(json.dumps({"jobs": [row.said() for row in command.rows]}, indent=1))
+    elif command.rows:  # none with --cfg and its like
+        console.print_sweep(
+            folder, [(r.overrides, r.status, r.reason, r.ledger()) for r in command.rows]
+        )
+    return command.status
 
 
 def train_as_rank(argv: list[str]) -> int:

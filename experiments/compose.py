@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -55,6 +59,27 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
         sys.argv = saved
 
 
+def jobs_of(argv: list[str]) -> list[list[str]] | None:
+    """The command line of each job of a sweep (-m), in Hydra's own order; None for a single run.
+
+    Hydra's sweeper would compose all jobs first and let one bad value end them all. It still does
+    where a launcher or sweeper of Hydra's is asked for.
+    """
+    argv = [quoted(argument) for argument in argv]
+    given = check_options(argv)
+    theirs = ("hydra/launcher=", "hydra/sweeper=")
+    if not given.multirun or any(override.startswith(theirs) for override in given.overrides):
+        return None
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        try:
+            (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(given.overrides), None)
+        except HydraException as error:
+            raise Refused(one_line(error, argv, TrainConfig)) from error
+    options = [a for a in argv if a not in given.overrides and a not in ("-m", "--multirun")]
+    return [[*options, *job] for job in jobs]
+
+
 def quoted(argument: str) -> str:
     """Free text in the quotes that Hydra's grammar wants: it would strip or refuse parts of it."""
     key, equals, value = argument.partition("=")
@@ -65,18 +90,20 @@ def quoted(argument: str) -> str:
     return f'{key}{equals}"{escaped}"'
 
 
-def check_options(argv: list[str]) -> None:
-    """Refuse what Hydra would answer with a page of usage, or with a traceback."""
+def check_options(argv: list[str]) -> argparse.Namespace:
+    """Parse Hydra's options; refuse what it would answer with a page of usage or a traceback."""
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
         raise Refused(f"{message}; --help lists what there is")
 
     parser.error = refuse  # type: ignore[method-assign]
-    for override in parser.parse_args(argv).overrides:
+    given = parser.parse_args(argv)
+    for override in given.overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key in GROUPS and value.startswith(("[", "{")):
             raise Refused(f"{override}: {key} takes one option")
+    return given
 
 
 def to_config(config: DictConfig, schema: type[Config]) -> Config:

@@ -179,12 +179,34 @@ def print_costs(console: Console, ledger: dict[str, Any]) -> None:
     console.print(f"{speed} tokens/s  {rates}")
 
 
-def print_sweep(rows: list[tuple[str, str, str | None, Path | None]]) -> None:
-    """The jobs of a sweep: overrides, how they ended, and where."""
-    table = Table(title="sweep", title_justify="left")
-    for name in ("job", "overrides", "status", "run"):
+SweepRow = tuple[list[str], str, str | None, dict[str, Any] | None]
+
+
+def print_sweep(folder: Path, rows: list[SweepRow]) -> None:
+    """The jobs of a sweep: what differs, how each ended, and what a step of it cost."""
+    shared = set(rows[0][0]).intersection(*(row[0] for row in rows))
+    table = Table(title=f"sweep {folder}", title_justify="left")
+    for name in ("run", "what differs", "status"):
         table.add_column(name, overflow="fold")
-    for number, (overrides, status, reason, folder) in enumerate(rows):
-        ended = f"{status}: {reason}" if reason else status
-        table.add_row(str(number), overrides, ended, str(folder or DASH))
+    for name in ("step", "peak memory", "on the wire", "validation loss"):
+        table.add_column(name, justify="right")
+    for number, (overrides, status, reason, ledger) in enumerate(rows):
+        differs = " ".join(o for o in overrides if o not in shared) or DASH
+        ended = f"{status}: {reason}" if reason and status != "dry" else status
+        table.add_row(str(number), differs, ended, *costs_in_short(ledger))
     make_console().print(table)
+
+
+def costs_in_short(ledger: dict[str, Any] | None) -> list[str]:
+    """Time of a step, memory at its peak, bytes sent by a rank, held-out loss."""
+    if ledger is None:
+        return [DASH] * 4
+    step, loss = ledger["step"], ledger["training"]["validation_loss"]
+    rows = step["communication"]
+    sent = None if rows is None else sum(row["wire_bytes"] for row in rows)
+    return [
+        human_seconds(step["time_s"]["total"]),
+        human_bytes(step["memory_bytes"]["peak"]),
+        human_bytes(sent),
+        DASH if loss is None else f"{loss:.4f}",
+    ]

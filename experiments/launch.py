@@ -62,7 +62,8 @@ def prepare_job(
 ) -> Job:
     """Check all that can be checked before a process starts, then write the run folder.
 
-    Raises ValueError with one line. Nothing is written where the input is refused.
+    `folder` None: one is picked. Raises ValueError with one line. Nothing is written where the
+    input is refused.
     """
     nodes = torchrun.nodes
     config = environment.settle(config, None, environment.gpu_count(), nodes)
@@ -75,7 +76,6 @@ def prepare_job(
     corpus.check_length(config.seq_len)
     if nodes > 1 and not config.run.dir:
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
-    folder = Path(config.run.dir) if folder is None and config.run.dir else folder
     folder = make_folder(folder, config.layout, shared=not torchrun.is_first_node)
     if torchrun.is_first_node:
         # launch.sh hands its process over, so this is when the user's command began

@@ -49,6 +49,11 @@ def make_folder(folder: Path | None, layout: Layout, shared: bool = False) -> Pa
     raise ValueError(f"run.dir: could not make a folder like {folder}")
 
 
+def sweep_folder() -> Path:
+    """Where the jobs of a sweep leave their run folders."""
+    return Path("runs") / time.strftime("sweep-%Y%m%d-%H%M%S")
+
+
 def _make(folder: Path, exist_ok: bool = True) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)

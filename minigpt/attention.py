@@ -68,10 +68,10 @@ def plain(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     hidden = torch.full((queries, keys), -math.inf, dtype=q.dtype, device=q.device)
     hidden = hidden.triu(1 + keys - queries)  # what comes after a query
-    with torch.autocast(q.device.type, enabled=False):  # the softmax sums in fp32 by itself
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + hidden  # (B, N, T, S)
-        weights = F.dropout(scores.softmax(dim=-1), dropout)
-        return weights @ v
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + hidden  # (B, N, T, S)
+    # the dtype is named, for autocast would make it fp32; the kernel sums in fp32 anyway
+    weights = F.dropout(scores.softmax(dim=-1, dtype=q.dtype), dropout)
+    return weights @ v
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from experiments.console import Reporter, costs_tables, human_bytes, human_seconds, share
+from experiments.console import (
+    Reporter,
+    costs_tables,
+    human_bytes,
+    human_seconds,
+    print_sweep,
+    share,
+)
 from experiments.tracking import without_secrets
 from tests.test_ledger import a_ledger
 
@@ -63,6 +71,20 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
         silent.step(0, 2.5, 1.0)
         silent.say("nothing")
     assert capsys.readouterr().out == ""
+
+
+def test_a_sweeps_table_shows_what_differs_and_what_it_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows: list = [
+        (["steps=3", "strategy=ddp"], "done", None, a_ledger()),
+        (["steps=3", "strategy=none"], "refused", "strategy=none: no such option", None),
+    ]
+    print_sweep(Path("runs/sweep"), rows)
+    said = capsys.readouterr().out
+    assert "strategy=ddp" in said and "steps=3" not in said
+    for cost in ("500.00 ms", "60 B", "4.00 kB", "refused: "):
+        assert cost in said
 
 
 def test_no_key_reaches_a_mirror() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from costs import ledger as ledgers
-from tests.launching import ROOT, SMALL, environment, launch, only_run
+from tests.launching import ROOT, SMALL, environment, launch, only_run, start
 
 pytestmark = pytest.mark.slow
 
@@ -108,13 +108,32 @@ def test_a_sweep_is_a_launch_a_job_and_a_bad_job_is_a_row(tmp_path: Path) -> Non
     assert done.returncode == 1
     rows = json.loads(done.stdout)["jobs"]
     assert [row["status"] for row in rows] == ["done", "failed"] * 2
+    assert rows[3]["overrides"][-4:] == [
+        "strategy=fsdp",
+        "optimizer.lr=1e+30",
+        "clip=null",
+        "model.tied=True",
+    ]
     for row in rows:
         folder = tmp_path / row["run"]
         assert (folder / "ledger.json").exists() == (row["status"] == "done")
         assert (row["status"] == "done") or "NonFinite: the loss is" in row["reason"]
     assert len({row["run"] for row in rows}) == 4
-    refused = launch("-m", *SMALL, "model=tiny,llama3_405b", "launch=dry", cwd=tmp_path)
-    assert refused.returncode == 2 and "refused: " in refused.stdout
+
+
+def test_a_value_that_does_not_compose_is_a_row_too(tmp_path: Path) -> None:
+    jobs = ("model=tiny,tinny,llama3_405b", "precision=fp32,fp8", "launch=dry", "run.dir=all")
+    done = launch("-m", *SMALL, *jobs, "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    rows = json.loads(done.stdout)["jobs"]
+    assert [row["status"] for row in rows] == ["dry", *["refused"] * 5]
+    for i, said in (
+        (1, "precision=fp8: Invalid"),
+        (2, "model=tinny: no"),
+        (4, "model.d_model=32 % "),
+    ):
+        assert rows[i]["reason"].startswith(said)
+    assert [folder.name for folder in (tmp_path / "all").iterdir()] == ["0"]
 
 
 def test_a_run_that_fails_is_one_line_with_its_traceback_in_a_file(tmp_path: Path) -> None:
@@ -162,15 +181,7 @@ def test_two_nodes_make_one_run(tmp_path: Path) -> None:
     """Both on this machine: torchrun's own options are passed through."""
     shared = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29871")
     more = (*SMALL, "run.dir=shared", "layout.dp_replicate=2", "layout.dp_shard=2")
-    from tests.launching import start
-
-    nodes = []
-    for i in range(2):
-        nodes.append(start(*shared, f"--node-rank={i}", *more, cwd=tmp_path))
-        if i == 0:
-            from tests.launching import wait_until
-
-            wait_until("the config", (tmp_path / "shared" / "config.yaml").exists)
+    nodes = [start(*shared, f"--node-rank={i}", *more, cwd=tmp_path) for i in range(2)]
     said = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert ledgers.read(tmp_path / "shared" / "ledger.json")["layout"]["world_size"] == 4
