@@ -25,11 +25,11 @@ sys.exit(not all(map(find.find_spec, sys.argv[1:]))
 PY
 }
 
-# Make .venv once; the stamp says for which pins, so that new pins install again.
+# Make .venv once; a stamp says for which pins, so that new pins install again. [dev] has all.
 make_venv() {
     local stamp="$root/.venv/ready$extra" pins
     pins="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$pins" ]; then
+    if ! grep -qsxF "$pins" "$stamp" "$root/.venv/ready[dev]"; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
             die "$python is $("$python" -V 2>&1); Python 3.10 or newer is needed (PYTHON=... names another)"
         echo "worldsize: setting up .venv, once (one to three minutes)" >&2
