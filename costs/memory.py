@@ -17,11 +17,11 @@ other          the rest: batches, temporaries of the optimizer
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,12 +41,20 @@ STRONGEST_FIRST = (
 STRENGTH = {category: -i for i, category in enumerate(STRONGEST_FIRST)}
 
 
+class HoldsTensors(Protocol):
+    """A module, or what stands for several."""
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+
 class MemoryMeter(TorchDispatchMode):
     """Follows every storage between entering and leaving. Enter before gradients are zeroed."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: HoldsTensors, optimizer_state: Mapping[Any, Any]) -> None:
         super().__init__()
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer_state = model, optimizer_state
         self.default = "other"  # the category of what is made now; the phases set it
         self.log: list[tuple[int, int]] = []  # (storage number, change in bytes)
         self.category: dict[int, str] = {}  # by storage number
@@ -73,7 +81,7 @@ class MemoryMeter(TorchDispatchMode):
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 self._add(parameter.grad, "gradients")
-        for state in self.optimizer.state.values():
+        for state in self.optimizer_state.values():
             for tensor in tensors_in(list(state.values())):
                 self._add(tensor, "optimizer")
 

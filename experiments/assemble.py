@@ -21,8 +21,11 @@ from minigpt.optimizer import build_optimizer, learning_rate, set_learning_rate
 from parallel.layout import Precision
 from parallel.mesh import Mesh, join
 from parallel.parallelize import parallelize
+from parallel.passes import MicroBatch
 from parallel.precision import LossScaler
-from parallel.step import MicroBatch, Trainer
+from parallel.replica import Replica
+from parallel.step import Trainer
+from parallel.zero1 import sharded_optimizer
 
 
 def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
@@ -65,18 +68,38 @@ def agree_on_folder(config: TrainConfig, launched: Launched, folder: Path | None
 
 def make_trainer(config: TrainConfig, mesh: Mesh) -> Trainer:
     """The model under its layout, with its optimiser: the same initial weights for every layout."""
-    torch.manual_seed(
-        config.seed + mesh.data_rank
-    )  # dropout: each share of the batch its own masks
+    torch.manual_seed(dropout_seed(config, mesh))
     replica = parallelize(config.model, mesh, config.options, config.seed)
     return Trainer(
         replica,
-        build_optimizer(replica.model.named_parameters(), config.optimizer),
+        make_optimizer(replica, config),
         micro_batch_tokens=config.micro_batch_size * config.seq_len,
         accumulation=config.gradient_accumulation_steps,
         clip=config.clip,
         scaler=LossScaler() if config.precision == Precision.fp16 else None,
     )
+
+
+def make_optimizer(replica: Replica, config: TrainConfig) -> torch.optim.Optimizer:
+    """The update rule over this rank's weights; ZeRO's first stage shares the work out."""
+    shards = replica.mesh.data("shard")
+    if config.zero_stage == 1 and shards is not None:
+        group = shards.get_group()
+        return sharded_optimizer(replica.named_parameters(), config.optimizer, group)
+    return build_optimizer(replica.named_parameters(), config.optimizer)
+
+
+def dropout_seed(config: TrainConfig, mesh: Mesh) -> int:
+    """Each share of the batch and each stage has masks of its own.
+
+    Along tp activations are copies, and so must their masks be; sequence parallelism cuts them, and
+    then each rank needs its own.
+    """
+    apart = ["pp", "dp_replicate", "dp_shard", *(["tp"] if config.sequence_parallel else [])]
+    place = 0
+    for axis in apart:
+        place = place * getattr(config.layout, axis) + mesh.index(axis)
+    return config.seed + place
 
 
 def make_batches(config: TrainConfig, corpus: Corpus) -> Batches:

@@ -18,7 +18,15 @@ from minigpt.config import (
     at_least,
     require,
 )
-from parallel.layout import ActivationCheckpointing, Layout, Options, Precision
+from parallel.layout import (
+    ActivationCheckpointing,
+    Impl,
+    Layout,
+    Options,
+    PipelineConfig,
+    Precision,
+)
+from parallel.rules import check
 
 
 class Device(str, Enum):
@@ -116,6 +124,14 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     compile: bool = False
+    impl: Impl = Impl.torch
+    zero_stage: int = (
+        3  # what layout.dp_shard cuts: 1 the optimizer, 2 gradients too, 3 weights too
+    )
+    sequence_parallel: bool = (
+        False  # with layout.tp: norms and residuals are cut along the sequence
+    )
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     clip: float | None = 1.0  # the gradient norm's upper bound; null: no clipping
     device: Device = Device.auto
     backend: Backend = Backend.auto
@@ -148,11 +164,11 @@ class TrainConfig:
         self._check_layout()
 
     def _check_layout(self) -> None:
-        """What this version can train, and a global batch size that divides."""
-        for axis in ("pp", "cp", "tp", "ep"):
-            size = getattr(self.layout, axis)
-            require(size == 1, f"layout.{axis}={size}: only dp_replicate and dp_shard so far, so 1")
-        if self.layout.open_axis or self.global_batch_size is None:
+        """A layout that can train this model, and a global batch size that divides."""
+        if self.layout.open_axis:
+            return
+        check(self.model, self.layout, self.options)
+        if self.global_batch_size is None:
             return
         made = self.batch_size
         require(
@@ -172,7 +188,18 @@ class TrainConfig:
     @property
     def options(self) -> Options:
         """What parallelize() takes besides the model and the mesh."""
-        return Options(self.precision, self.activation_checkpointing, self.compile)
+        return Options(
+            precision=self.precision,
+            activation_checkpointing=self.activation_checkpointing,
+            compile=self.compile,
+            impl=self.impl,
+            zero_stage=self.zero_stage,
+            sequence_parallel=self.sequence_parallel,
+            pipeline=self.pipeline,
+            micro_batch_size=self.micro_batch_size,
+            seq_len=self.seq_len,
+            micro_batches=self.gradient_accumulation_steps,
+        )
 
 
 @dataclass

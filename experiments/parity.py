@@ -120,7 +120,7 @@ def trajectory(config: TrainConfig) -> Trajectory:
         done.losses.append(result.loss)
         done.norms.append(result.gradient_norm)
         if step == 0:
-            done.gradients.update(full_gradients(trainer.replica.model))
+            done.gradients.update(full_gradients(trainer.replica))
     return done
 
 

@@ -60,7 +60,7 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
             tracker.log(step, record.last)
 
     ledger = record.finish(meters, validation_loss)
-    weights = full_weights(trainer.replica.model) if config.run.save or config.sample.tokens else {}
+    weights = full_weights(trainer.replica) if config.run.save or config.sample.tokens else {}
     if ledger:  # rank 0
         tracker.finish(ledger)
         if config.run.save:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +19,35 @@ def build_optimizer(
 
     Needs a resolved `config.lr`.
     """
+    kind, groups, settings = recipe(named_parameters, config)
+    return kind(groups, **settings)
+
+
+def recipe(
+    named_parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig
+) -> tuple[type[torch.optim.Optimizer], list[dict[str, Any]], dict[str, Any]]:
+    """Class, parameter groups and settings of the optimizer, for whoever wants to make it."""
     assert config.lr is not None
     parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == OptimizerName.sgd:
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD, groups, {"lr": config.lr, "momentum": config.momentum}
     betas = (config.beta1, config.beta2)
     # fused: one pass over memory, and no temporaries as large as the model
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return (
+        torch.optim.AdamW,
+        groups,
+        {
+            "lr": config.lr,
+            "betas": betas,
+            "eps": config.eps,
+            "fused": True,
+        },
+    )
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+
+from parallel.mesh import Mesh
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -21,16 +23,17 @@ def _shard_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
     if not isinstance(gradient, DTensor):
         return ()
     mesh = gradient.device_mesh
-    sharded = [i for i, placement in enumerate(gradient.placements) if isinstance(placement, Shard)]
+    sharded = [i for i, placement in enumerate(gradient.placements) if not placement.is_replicate()]
     return tuple(mesh.get_group(i) for i in sharded)
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor], mesh: Mesh) -> Tensor:
     """The 2-norm of all gradients together, the same 0-d tensor on all ranks.
 
-    Every parameter counts once: pieces are added over the axes that shard it, and never over axes
-    that hold a copy. `clip_grad_norm_` refuses parameters of several meshes; this takes them.
+    Every parameter counts once: pieces are added over the axes that shard it and over the stages of
+    a pipeline, and never over axes that hold a copy. `clip_grad_norm_` refuses parameters of
+    several meshes; this takes them.
     """
     cut: dict[tuple, tuple[dist.ProcessGroup, ...]] = {}  # by the ranks of the groups
     parts: dict[tuple, list[Tensor]] = defaultdict(list)
@@ -41,14 +44,30 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
             key = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
             cut.setdefault(key, groups)
             parts[key].append(local(parameter.grad))
-    total = None
+    total = torch.zeros((), device=mesh.device)
     for key, gradients in parts.items():
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         for group in cut[key]:
             dist.all_reduce(squares, group=group)
-        total = squares if total is None else total + squares
-    assert total is not None, "no parameter has a gradient"
+        total += squares
+    if mesh.layout.pp > 1:
+        dist.all_reduce(total, group=mesh.group("pp"))
     return total.sqrt()
+
+
+@torch.no_grad()
+def align_gradients(parameters: Iterable[Tensor]) -> None:
+    """Give each gradient the placements of its parameter, where autograd left it otherwise.
+
+    Under sequence parallelism each rank has the partial sum of a norm's gradient for its part of
+    the sequence; of an embedding that is cut by rows each has the whole gradient and keeps its own.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+            continue
+        if gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Standard library only: the launcher and the simulator read layouts without impor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 # Mesh axes, outermost first: neighbours on the last are neighbours in rank, so tp stays in a node.
@@ -101,12 +101,85 @@ class ActivationCheckpointing(str, Enum):
     none = "none"
     selective = "selective"
     full = "full"
+    offload = "offload"
+
+
+class Impl(str, Enum):
+    torch = "torch"  # torch's own wrappers
+    by_hand = "by_hand"  # parallel/by_hand/: the same, written out in torch.distributed primitives
+    accelerate = "accelerate"  # through Hugging Face Accelerate
+
+
+# By its value, for 1f1b is no name in Python.
+PipelineSchedule = Enum(
+    "PipelineSchedule",
+    {
+        "gpipe": "gpipe",
+        "1f1b": "1f1b",
+        "interleaved_1f1b": "interleaved_1f1b",
+        "looped_bfs": "looped_bfs",
+        "interleaved_zero_bubble": "interleaved_zero_bubble",
+        "zbv_zero_bubble": "zbv_zero_bubble",
+        "dualpipev": "dualpipev",
+    },
+    type=str,
+)
+
+
+ONE_F_ONE_B = PipelineSchedule("1f1b")
+
+
+@dataclass
+class PipelineConfig:
+    """How a model is cut into stages, and in which order they work."""
+
+    schedule: PipelineSchedule = ONE_F_ONE_B
+    stages_per_rank: int | None = None  # null: what the schedule takes; 2 for those that loop
+    split: list[int] | None = None  # blocks of each stage, in order; null: balanced by flops
+
+    @property
+    def one_stage_a_rank(self) -> bool:
+        return self.schedule.value in ("gpipe", "1f1b")
+
+    @property
+    def is_v_shaped(self) -> bool:
+        """The second half of the stages runs back over the ranks, so rank 0 has first and last."""
+        return self.schedule.value in ("zbv_zero_bubble", "dualpipev")
+
+    @property
+    def splits_backward(self) -> bool:
+        """Gradients of inputs and of weights are computed apart (Qi et al. 2023, zero bubble)."""
+        return self.schedule.value in ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev")
+
+    @property
+    def local_stages(self) -> int:
+        """Stages that each rank holds."""
+        return self.stages_per_rank or (1 if self.one_stage_a_rank else 2)
+
+    def rank_of(self, stage: int, ranks: int) -> int:
+        """The pp rank that holds `stage`."""
+        lap, place = divmod(stage, ranks)
+        return ranks - 1 - place if self.is_v_shaped and lap % 2 else place
+
+    def stages_of(self, rank: int, ranks: int) -> list[int]:
+        """The stages that a pp rank holds, in order."""
+        stages = range(ranks * self.local_stages)
+        return [stage for stage in stages if self.rank_of(stage, ranks) == rank]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What applies to every layout alike."""
+    """What a strategy may want to know besides the mesh."""
 
     precision: Precision = Precision.fp32
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     compile: bool = False
+    impl: Impl = Impl.torch
+    # What dp_shard cuts: 1 the optimizer, 2 gradients too, 3 weights too (ZeRO's stages)
+    zero_stage: int = 3
+    sequence_parallel: bool = False
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    # of one forward pass of one data-parallel rank, before cp cuts the sequence
+    micro_batch_size: int = 1
+    seq_len: int = 1
+    micro_batches: int = 1  # of one optimiser step

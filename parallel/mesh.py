@@ -38,12 +38,16 @@ def leave() -> None:
 class Mesh:
     """The axes of a layout that have more than one rank, as torch's DeviceMesh.
 
-    A mesh of one rank (`device_mesh` is None) needs no process group.
+    `axes_mesh` has one dimension for each of them. `weights_mesh` is how weights are spread, for
+    which cp counts as data: its ranks hold the same weights and see other tokens, so that cp is
+    joined with the axis that shards, or else with the one that replicates ("dp_shard*cp").
+    Both are None on a mesh of one rank, which needs no process group.
     """
 
     layout: Layout
     device: torch.device
-    device_mesh: DeviceMesh | None
+    axes_mesh: DeviceMesh | None
+    weights_mesh: DeviceMesh | None
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -52,46 +56,98 @@ class Mesh:
 
     @property
     def rank(self) -> int:
-        return dist.get_rank() if self.device_mesh else 0
+        return dist.get_rank() if self.axes_mesh else 0
 
     @property
     def data_rank(self) -> int:
         """Which share of the global batch this rank reads: 0 ... layout.data_parallel - 1."""
-        return self._index("dp_replicate") * self.layout.dp_shard + self._index("dp_shard")
+        return self.index("dp_replicate") * self.layout.dp_shard + self.index("dp_shard")
 
-    def sub(self, *axes: str) -> DeviceMesh:
-        """The mesh of those axes, which all have more than one rank."""
-        assert self.device_mesh is not None
-        return self.device_mesh[axes if len(axes) > 1 else axes[0]]
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's loss is its own; along tp all ranks have the same one."""
+        return self.index("tp") == 0
+
+    def index(self, axis: str) -> int:
+        """This rank's place on an axis."""
+        return self.sub(axis).get_local_rank() if getattr(self.layout, axis) > 1 else 0
+
+    def sub(self, axis: str) -> DeviceMesh:
+        """The mesh of one axis, which has more than one rank."""
+        assert self.axes_mesh is not None
+        return self.axes_mesh[axis]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks along one axis, this one among them."""
+        return self.sub(axis).get_group()
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """The mesh of tp, such that the data axes can cut the same weights again."""
+        assert self.weights_mesh is not None
+        return self.weights_mesh["tp"]
+
+    def data(self, *kinds: str) -> DeviceMesh | None:
+        """The mesh over which weights are replicated, sharded, or (both named) first one, then the
+        other; None where none of the axes has more than one rank."""
+        names = [name for kind in kinds if (name := weights_axes(self.layout)[kind][0])]
+        if not names:
+            return None
+        assert self.weights_mesh is not None
+        return self.weights_mesh[tuple(names) if len(names) > 1 else names[0]]
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
         """Add a small tensor up over all ranks, in place."""
-        if self.device_mesh:
+        if self.axes_mesh:
             dist.all_reduce(numbers)
         return numbers
 
     def axis_of_ranks(self) -> dict[frozenset[int], str]:
         """The axis that a group of global ranks stands for, for every group this rank is in.
 
-        The group of all ranks has the axes joined by a star where the layout has several.
+        Joined axes have a star between them, as has the group of all ranks.
         """
         names = {}
-        if self.device_mesh:
+        if self.axes_mesh and self.weights_mesh:
             names[frozenset(range(self.layout.world_size))] = "*".join(self.axes)
-            for axis in self.axes:
-                names[frozenset(dist.get_process_group_ranks(self.sub(axis).get_group()))] = axis
+            for mesh in (self.weights_mesh, self.axes_mesh):
+                for name in mesh.mesh_dim_names or ():
+                    names[frozenset(dist.get_process_group_ranks(mesh[name].get_group()))] = name
         return names
 
-    def _index(self, axis: str) -> int:
-        return self.sub(axis).get_local_rank() if getattr(self.layout, axis) > 1 else 0
+
+def weights_axes(layout: Layout) -> dict[str, tuple[str | None, int]]:
+    """Name (None: one rank) and size of the axis that replicates weights, and the one that shards.
+
+    cp goes with the axis that shards, where there is one.
+    """
+
+    def joined(*axes: str) -> tuple[str | None, int]:
+        named = [axis for axis in axes if getattr(layout, axis) > 1]
+        return "*".join(named) or None, math.prod(getattr(layout, axis) for axis in axes)
+
+    if layout.dp_shard > 1:
+        return {"replicate": joined("dp_replicate"), "shard": joined("dp_shard", "cp")}
+    return {"replicate": joined("dp_replicate", "cp"), "shard": (None, 1)}
 
 
 def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     """Make the mesh of a resolved layout. The process group must be up unless it is one rank."""
-    names = tuple(axis for axis in MESH_AXES if getattr(layout, axis) > 1)
-    if not names:
-        return Mesh(layout, device, None)
-    sizes = tuple(getattr(layout, axis) for axis in names)
+    named = [(axis, getattr(layout, axis)) for axis in MESH_AXES if getattr(layout, axis) > 1]
+    if not named:
+        return Mesh(layout, device, None, None)
     world_size = dist.get_world_size()
-    assert math.prod(sizes) == world_size, f"{layout} != {world_size} ranks"
-    return Mesh(layout, device, init_device_mesh(device.type, sizes, mesh_dim_names=names))
+    assert layout.world_size == world_size, f"{layout} != {world_size} ranks"
+    axes_mesh = _init(device, named)
+    if layout.cp == 1:
+        return Mesh(layout, device, axes_mesh, axes_mesh)
+    data = weights_axes(layout)
+    spread = [("pp", layout.pp), data["replicate"], data["shard"], ("tp", layout.tp)]
+    return Mesh(
+        layout, device, axes_mesh, _init(device, [(n, s) for n, s in spread if n and s > 1])
+    )
+
+
+def _init(device: torch.device, named: list[tuple[str, int]]) -> DeviceMesh:
+    names, sizes = zip(*named, strict=True)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=names)

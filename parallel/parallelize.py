@@ -1,63 +1,107 @@
 """From a model and a layout to a replica that trains: the only file that knows the order.
 
-Activation checkpointing comes first (it must see the plain block), then compile (it must see the
-checkpoint), then the data axes (their hooks stay outside of the compiled graph).
+Stages are split first, for each is then a model of its own. Tensor parallel cuts the plain modules.
+Activation checkpointing must see blocks that are already cut, compile must see the checkpoint, and
+the data axes come last: they take weights as they are by then, and their hooks stay outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import loss_parallel
 
 from minigpt.config import ModelConfig
 from minigpt.model import GPT, initial_value
 from parallel.activation_checkpointing import apply_activation_checkpointing
-from parallel.ddp import apply_ddp
+from parallel.ddp import apply_ddp, apply_replicate
 from parallel.fsdp import apply_fsdp
 from parallel.layout import Options
 from parallel.mesh import Mesh
-from parallel.precision import autocast
-
-
-@dataclass(frozen=True)
-class Replica:
-    """A model that is ready to train on this rank."""
-
-    model: GPT  # the plain module: its parameters, under their global names
-    call: nn.Module  # what to call in its place
-    mesh: Mesh
-    sync_gradients: Callable[[bool], None]  # thrown before the forward of each micro-batch
-    autocast: Callable[[], AbstractContextManager]  # around each forward
+from parallel.passes import OneByOne
+from parallel.pipeline import Pipeline, split_model
+from parallel.precision import DTYPES, autocast
+from parallel.replica import Replica
+from parallel.tensor_parallel import apply_tensor_parallel
 
 
 def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) -> Replica:
     """Build the model for this rank, with the same initial weights for every layout."""
-    with torch.device("meta"):
-        model = GPT(config)
-    mode = options.activation_checkpointing
-    apply_activation_checkpointing(model.blocks, mode, dropout=config.dropout > 0)
-    if options.compile:
-        for block in model.blocks.values():
-            block.compile()
-
-    if mesh.layout.dp_shard > 1:
-        sync_gradients = apply_fsdp(model, model.blocks, mesh, options.precision)
-        fill(model, mesh.device, seed)
-        return Replica(model, model, mesh, sync_gradients, nullcontext)
-    fill(model, mesh.device, seed)
+    layout = mesh.layout
+    stages = split_model(config, mesh, options) if layout.pp > 1 else {0: whole_model(config)}
+    for stage in stages.values():
+        if layout.tp > 1:
+            apply_tensor_parallel(stage, mesh.tensor, options.sequence_parallel)
+        if options.sequence_parallel and layout.pp > 1:
+            supply_positions(stage, mesh)
+        mode = options.activation_checkpointing
+        apply_activation_checkpointing(stage.blocks, mode, dropout=config.dropout > 0)
+        if options.compile:
+            for block in stage.blocks.values():
+                block.compile()
+    calls, switches, policed = zip(
+        *[apply_data_axes(stage, mesh, options, seed) for stage in stages.values()], strict=True
+    )
 
     def cast() -> AbstractContextManager:
-        return autocast(options.precision, mesh.device)
+        return nullcontext() if policed[0] else autocast(options.precision, mesh.device)
 
-    if mesh.layout.dp_replicate > 1:
-        replica, sync_gradients = apply_ddp(model, mesh)
-        return Replica(model, replica, mesh, sync_gradients, cast)
-    return Replica(model, model, mesh, lambda on: None, cast)
+    spread = loss_parallel if layout.tp > 1 else nullcontext
+    if layout.pp == 1:
+        passes = OneByOne(calls[0], mesh.device, switches[0], cast, spread)
+        return Replica([stages[0]], mesh, passes)
+    dtype = DTYPES[options.precision] if policed[0] else torch.float32
+    sequence = options.seq_len // layout.cp // (layout.tp if options.sequence_parallel else 1)
+    activation = dtype, (options.micro_batch_size, sequence, config.d_model)
+    pipeline = Pipeline(stages, mesh, options, activation, cast, spread)
+    copies = frozenset({"head.weight"} if config.tied else ())
+    return Replica(list(stages.values()), mesh, pipeline, copies=copies)
+
+
+def whole_model(config: ModelConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def supply_positions(stage: GPT, mesh: Mesh) -> None:
+    """Tell a stage the positions of its tokens, which it cannot count off a cut activation."""
+    forward, cuts = stage.forward, mesh.layout.tp if stage.embedding is None else 1
+
+    def forward_at(x: Tensor) -> Tensor:
+        return forward(x, torch.arange(x.shape[1] * cuts, device=x.device))
+
+    stage.forward = forward_at  # type: ignore[method-assign, assignment]
+
+
+def apply_data_axes(
+    stage: GPT, mesh: Mesh, options: Options, seed: int
+) -> tuple[nn.Module, Callable[[bool], None], bool]:
+    """Shard or replicate a stage and fill it.
+
+    Returns the module to call, the switch that says whether the next backward averages gradients,
+    and whether the weights have a precision policy of their own (else it is for autocast).
+    """
+    layout = mesh.layout
+    if layout.dp_shard > 1 and options.zero_stage > 1:
+        shards = mesh.data("replicate", "shard")
+        assert shards is not None
+        keep = options.zero_stage == 2
+        switch = apply_fsdp(stage, stage.blocks, shards, options.precision, not keep)
+        fill(stage, mesh.device, seed)
+        return stage, switch, True
+    replicas = mesh.data("replicate", "shard")
+    if replicas is not None and (layout.pp > 1 or layout.tp > 1):
+        switch = apply_replicate(stage, stage.blocks, replicas, options.precision)
+        fill(stage, mesh.device, seed)
+        return stage, switch, True
+    fill(stage, mesh.device, seed)
+    if replicas is not None:
+        return *apply_ddp(stage, replicas, mesh.device), False
+    return stage, lambda on: None, False
 
 
 def fill(model: GPT, device: torch.device, seed: int) -> None:
@@ -70,6 +114,8 @@ def fill(model: GPT, device: torch.device, seed: int) -> None:
     model.tie()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name == "head.weight" and model.config.tied:
+                name = "embedding.weight"  # a stage that has the head only
             value = initial_value(name, parameter.shape, model.config, seed).to(device)
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements

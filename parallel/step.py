@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from minigpt.model import token_loss
-from parallel.gradients import gradient_norm, scale_gradients
-from parallel.parallelize import Replica
+from parallel.gradients import align_gradients, gradient_norm, scale_gradients
+from parallel.passes import Marks, MicroBatch, NoMarks
 from parallel.precision import LossScaler
-
-MicroBatch = tuple[Tensor, Tensor]  # inputs (B, T) and targets (B, T), int64
-
-
-class Marks(Protocol):
-    """What a meter wants to be told while a step runs."""
-
-    def phase(self, name: str) -> AbstractContextManager: ...
-
-    def backward(self, loss: Tensor) -> AbstractContextManager: ...
-
-
-class NoMarks:
-    """Nobody listens."""
-
-    def phase(self, name: str) -> AbstractContextManager:
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> AbstractContextManager:
-        return nullcontext()
+from parallel.replica import Replica
 
 
 @dataclass(frozen=True)
@@ -65,7 +43,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         # once: walking the modules takes a tenth of a millisecond
-        self.parameters = list(self.replica.model.parameters())
+        self.parameters = list(self.replica.parameters())
+        self.counted = self.replica.counted_parameters()
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> Result:
         """Train on this rank's share of one global batch."""
@@ -86,18 +65,13 @@ class Trainer:
         sum / nominal tokens, whatever the true counts were: _update corrects by their ratio once.
         A mean here would be a mean of means: wrong as soon as ranks or micro-batches differ.
         """
-        replica = self.replica
-        factor = self._scale / (self.micro_batch_tokens * self.accumulation)
-        totals = torch.zeros(2, dtype=torch.float64, device=replica.mesh.device)
-        for i, (inputs, targets) in enumerate(micro_batches):
-            replica.sync_gradients(i == self.accumulation - 1)
-            with replica.autocast():
-                loss, count = token_loss(replica.call(inputs), targets)
-            totals += torch.stack((loss.detach().double(), count.double()))
-            scaled = loss * factor
-            with self.marks.backward(scaled):
-                scaled.backward()
-        return totals
+        replica, layout = self.replica, self.replica.mesh.layout
+        factor = self._scale * layout.cp / (self.micro_batch_tokens * self.accumulation)
+        mine = [replica.take(micro_batch) for micro_batch in micro_batches]
+        totals = replica.passes.train(mine, factor, self.marks)
+        if layout.tp > 1:
+            align_gradients(self.parameters)
+        return totals if replica.mesh.counts else torch.zeros_like(totals)
 
     def _update(self, totals: Tensor) -> Result:
         """Correct, clip and apply the gradients, given the totals over all ranks."""
@@ -112,7 +86,7 @@ class Trainer:
         correction = nominal / count / self._scale
         norm = None
         if self.clip is not None or self.scaler is not None:
-            norm = correction * float(gradient_norm(self.parameters))
+            norm = correction * float(gradient_norm(self.counted, self.replica.mesh))
             if not math.isfinite(norm):
                 result = Result(loss, int(count), norm, True)
                 return self._overflow(f"the gradient norm is {norm}", result)
@@ -143,11 +117,11 @@ class Trainer:
 def evaluate(replica: Replica, batches: Iterable[MicroBatch]) -> float:
     """Mean loss over the valid tokens of `batches` on all ranks; every rank must call it."""
     totals = torch.zeros(2, dtype=torch.float64, device=replica.mesh.device)
-    replica.call.eval()
-    for inputs, targets in batches:
-        with replica.autocast():
-            loss, count = token_loss(replica.call(inputs), targets)
-        totals += torch.stack((loss.double(), count.double()))
-    replica.call.train()
+    replica.train(False)
+    for micro_batch in batches:
+        totals += replica.passes.evaluate(*replica.take(micro_batch))
+    replica.train(True)
+    if not replica.mesh.counts:
+        totals.zero_()
     loss_sum, count_sum = replica.mesh.sum(totals).tolist()
     return loss_sum / count_sum if count_sum else math.nan

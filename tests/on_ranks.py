@@ -87,7 +87,7 @@ def weights_and_validation(configs: list[TrainConfig]) -> list[tuple[dict, float
     results = []
     for config in configs:
         trainer, micro_batches = make(config)
-        weights = full_weights(trainer.replica.model)
+        weights = full_weights(trainer.replica)
         results.append((weights, evaluate(trainer.replica, micro_batches)))
     return results
 

@@ -75,7 +75,7 @@ def test_sharding_over_four_ranks_keeps_a_quarter_of_each_state() -> None:
 def test_a_storage_counts_once_and_only_while_it_lives() -> None:
     model = torch.nn.Linear(10, 10, bias=False)
     optimizer = torch.optim.SGD(model.parameters())
-    with MemoryMeter(model, optimizer) as meter:
+    with MemoryMeter(model, optimizer.state) as meter:
         first = torch.ones(1000)
         views = [first[:10], first.view(10, 100), first.t()]
         del first, views

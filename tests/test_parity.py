@@ -11,7 +11,7 @@ import torch
 from experiments import parity
 from experiments.parity import DATA_LAYOUTS, VARIANTS, Difference, compare, differences, make_config
 from experiments.ranks import run_ranks
-from parallel import step
+from parallel import passes, step
 from parallel.layout import Layout, Precision
 from parallel.precision import LossScaler
 from tests.on_ranks import make, random_numbers, weights_and_validation
@@ -41,13 +41,13 @@ def test_accumulation_changes_nothing(name: str) -> None:
 
 def mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each micro-batch divides by its own count of valid tokens."""
-    true_loss = step.token_loss
+    true_loss = passes.token_loss
 
     def planted(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss, count = true_loss(logits, targets)
         return loss / count.clamp(min=1) * targets.numel(), count
 
-    monkeypatch.setattr(step, "token_loss", planted)
+    monkeypatch.setattr(passes, "token_loss", planted)
 
 
 def four_times_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

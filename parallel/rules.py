@@ -1,0 +1,285 @@
+"""Which layouts can train which models: checked before any process starts. No torch.
+
+Every refusal is one line: the equation with its numbers, and the nearest layouts that would do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from minigpt.config import FFN, ModelConfig, require
+from parallel.layout import (
+    MESH_AXES,
+    ActivationCheckpointing,
+    Impl,
+    Layout,
+    Options,
+    PipelineConfig,
+    Precision,
+)
+
+SHOWN = 3  # alternatives that a refusal names
+BY_HAND = ("dp_replicate", "dp_shard", "tp", "pp")  # axes that parallel/by_hand/ has
+
+
+def check(model: ModelConfig, layout: Layout, options: Options) -> None:
+    """Raise ValueError, one line, where `layout` cannot train `model`. Needs a resolved layout."""
+    try:
+        _check(model, layout, options)
+    except ValueError as error:
+        near = nearest(model, layout, options)
+        if not near or not str(error).startswith(("layout.", "model.", "seq_len")):
+            raise
+        raise ValueError(f"{error}; {layout.world_size} ranks could be {', '.join(near)}") from None
+
+
+def _check(model: ModelConfig, layout: Layout, options: Options) -> None:
+    _check_tensor(model, layout, options)
+    _check_context(model, layout, options)
+    _check_experts(model, layout)
+    _check_pipeline(model, layout, options)
+    _check_sharding(layout, options)
+    _check_impl(model, layout, options)
+
+
+def nearest(model: ModelConfig, layout: Layout, options: Options) -> list[str]:
+    """The layouts of as many ranks that differ least, as they are written on the command line."""
+
+    def distance(other: Layout) -> tuple[float, Layout]:
+        pairs = zip(layout.sizes, other.sizes, strict=True)
+        return sum(abs(math.log2(a / b)) for a, b in pairs), other
+
+    fitting = [other for other in of_size(layout) if fits(model, other, options)]
+    best = sorted(map(distance, fitting), key=lambda pair: pair[0])[:SHOWN]
+    return [_written(other) for _, other in best]
+
+
+def fits(model: ModelConfig, layout: Layout, options: Options) -> bool:
+    """Whether `check` would let it pass."""
+    try:
+        _check(model, layout, options)
+    except ValueError:
+        return False
+    return True
+
+
+def of_size(layout: Layout) -> Iterator[Layout]:
+    """All layouts of as many ranks, with the same ep."""
+
+    def products(rest: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (rest,)
+            return
+        for size in (n for n in range(1, rest + 1) if rest % n == 0):
+            for others in products(rest // size, axes - 1):
+                yield (size, *others)
+
+    for sizes in products(layout.world_size, len(MESH_AXES)):
+        yield replace(layout, **dict(zip(MESH_AXES, sizes, strict=True)))
+
+
+def _written(layout: Layout) -> str:
+    sizes = zip(MESH_AXES, layout.sizes, strict=True)
+    return " ".join(f"{axis}={size}" for axis, size in sizes if size > 1) or "single"
+
+
+def _divides(key: str, value: int, axis: str, size: int, why: str) -> None:
+    require(
+        value % size == 0,
+        f"layout.{axis}={size}: {key}({value}) % {axis}({size}) = {value % size}: {why}",
+    )
+
+
+def _check_tensor(model: ModelConfig, layout: Layout, options: Options) -> None:
+    tp = layout.tp
+    if tp == 1:
+        wanted = options.sequence_parallel
+        require(not wanted, "sequence_parallel=true: it cuts along layout.tp, which is 1")
+        return
+    _divides("model.n_head", model.n_head, "tp", tp, "each rank takes whole heads")
+    _divides("model.n_kv_head", model.kv_heads, "tp", tp, "each rank takes whole key-value heads")
+    _divides("model.d_ff", model.ff_dim, "tp", tp, "the MLP is cut along its width")
+    _divides("model.vocab_size", model.vocab_size, "tp", tp, "embedding and head are cut by rows")
+    if options.sequence_parallel:
+        part = options.seq_len // layout.cp
+        _divides("seq_len / cp", part, "tp", tp, "sequence_parallel cuts the sequence")
+
+
+def _check_context(model: ModelConfig, layout: Layout, options: Options) -> None:
+    cp = layout.cp
+    if cp == 1:
+        return
+    require(
+        options.seq_len % (2 * cp) == 0,
+        f"layout.cp={cp}: seq_len({options.seq_len}) % (2 * cp({cp})) = "
+        f"{options.seq_len % (2 * cp)}: each rank takes an early and a late chunk",
+    )
+    require(
+        model.dropout == 0,
+        f"model.dropout={model.dropout}: ring attention (layout.cp={cp}) has no dropout; use 0",
+    )
+
+
+def _check_experts(model: ModelConfig, layout: Layout) -> None:
+    ep, has_experts = layout.ep, model.ffn == "moe"
+    require(
+        not has_experts or layout.tp == 1,
+        f"layout.tp={layout.tp}: model.ffn=moe spreads its experts over ep, and tp must be 1",
+    )
+    if ep == 1:
+        return
+    require(has_experts, f"layout.ep={ep}: model.ffn={FFN(model.ffn).value} has no experts")
+    experts = model.n_expert  # type: ignore[attr-defined]
+    _divides("model.n_expert", experts, "ep", ep, "each rank takes whole experts")
+    axis = "dp_shard" if layout.dp_shard > 1 else "dp_replicate"
+    _divides(f"layout.{axis}", getattr(layout, axis), "ep", ep, "ep is carved out of it")
+
+
+def _check_pipeline(model: ModelConfig, layout: Layout, options: Options) -> None:
+    pipeline, pp = options.pipeline, layout.pp
+    name = pipeline.schedule.value
+    if pp == 1:
+        require(pipeline.split is None, "pipeline.split: there is one stage, for layout.pp=1")
+        return
+    local = pipeline.local_stages
+    require(
+        local == 1 if pipeline.one_stage_a_rank else local >= 2,
+        f"pipeline.stages_per_rank={local}: {name} takes "
+        f"{'one' if pipeline.one_stage_a_rank else 'two or more'} a rank",
+    )
+    require(
+        not pipeline.is_v_shaped or local == 2,
+        f"pipeline.stages_per_rank={local}: {name} takes two a rank",
+    )
+    stages = pp * local
+    require(
+        stages <= model.n_layer,
+        f"layout.pp={pp}: pp({pp}) * stages_per_rank({local}) = {stages} stages > "
+        f"model.n_layer({model.n_layer})",
+    )
+    if pipeline.split is not None:
+        _check_split(pipeline.split, stages, model.n_layer)
+    _check_micro_batches(pipeline, pp, options.micro_batches)
+    require(
+        not pipeline.splits_backward or options.zero_stage != 3 or layout.dp_shard == 1,
+        f"zero_stage=3: {name} computes gradients of weights later than torch's fully_shard can "
+        f"keep them gathered; zero_stage=2 works (layout.dp_shard={layout.dp_shard})",
+    )
+    selective = options.activation_checkpointing == ActivationCheckpointing.selective
+    require(
+        not (pipeline.splits_backward and selective),
+        f"activation_checkpointing=selective: {name} runs backward in two parts, and torch's "
+        "selective policy allows one; none and full work",
+    )
+
+
+def _check_split(split: list[int], stages: int, layers: int) -> None:
+    said = f"pipeline.split={split}"
+    require(len(split) == stages, f"{said}: {len(split)} numbers for {stages} stages")
+    require(min(split) >= 1, f"{said}: each stage needs at least one block")
+    require(sum(split) == layers, f"{said}: sum {sum(split)} != model.n_layer({layers})")
+
+
+def takes(pipeline: PipelineConfig, pp: int, micro_batches: int) -> bool:
+    """Whether a schedule can run so many micro-batches (what torch's schedule objects check)."""
+    name = pipeline.schedule.value
+    if name == "1f1b":
+        return micro_batches >= pp
+    if name in ("interleaved_1f1b", "interleaved_zero_bubble"):
+        return micro_batches % max(1, micro_batches // pp) == 0
+    if name == "dualpipev":
+        return micro_batches >= 2 * pp
+    return True
+
+
+def _check_micro_batches(pipeline: PipelineConfig, pp: int, micro_batches: int) -> None:
+    if takes(pipeline, pp, micro_batches):
+        return
+    can = [n for n in range(1, 4 * pp + micro_batches) if takes(pipeline, pp, n)]
+    near = sorted(sorted(can, key=lambda n: abs(n - micro_batches))[:4])
+    raise ValueError(
+        f"gradient_accumulation_steps={micro_batches}: {pipeline.schedule.value} with "
+        f"layout.pp={pp} cannot take that many micro-batches; the nearest that it takes: "
+        f"{', '.join(map(str, near))}"
+    )
+
+
+def _check_sharding(layout: Layout, options: Options) -> None:
+    stage = options.zero_stage
+    require(stage in (1, 2, 3), f"zero_stage={stage}: must be 1, 2 or 3")
+    if stage == 1 and layout.dp_shard > 1:
+        require(
+            layout.dp_replicate == 1,
+            f"zero_stage=1: weights are copies on all of layout.dp_shard, so "
+            f"layout.dp_replicate={layout.dp_replicate} must be 1 and dp_shard take its ranks",
+        )
+        axes = [axis for axis in ("pp", "tp", "ep") if getattr(layout, axis) > 1]
+        require(
+            not axes,
+            f"zero_stage=1: torch's ZeroRedundancyOptimizer takes whole plain weights, and "
+            f"layout.{'/'.join(axes)} cuts them; zero_stage=2 shards the optimizer too",
+        )
+
+
+def _check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:
+    if options.impl == Impl.torch:
+        return
+    axes = [axis for axis in (*MESH_AXES, "ep") if getattr(layout, axis) > 1]
+    if options.impl == Impl.by_hand:
+        require(
+            len(axes) <= 1 and set(axes) <= set(BY_HAND),
+            f"impl=by_hand: {layout.label} has {', '.join(axes)}; it shows one of "
+            f"{', '.join(BY_HAND)} at a time",
+        )
+        plain = options.precision == Precision.fp32 and not options.compile
+        require(plain, "impl=by_hand: it is written for precision=fp32 and compile=false")
+    if options.impl == Impl.accelerate:
+        require(
+            set(axes) <= {"dp_replicate", "dp_shard"},
+            f"impl=accelerate: {layout.label}; it takes dp_replicate, and dp_shard on GPUs",
+        )
+
+
+def split_layers(model: ModelConfig, stages: int, seq_len: int) -> list[int]:
+    """Blocks of each stage, so that the costliest stage is as cheap as can be.
+
+    Costs are flops of a token: the embedding adds its lookup to the first stage, the head its
+    product to the last. Of the best splits it takes the one with most blocks in front: those ranks
+    wait longest for their last gradient, and the head sits at the other end anyway.
+    """
+    block = flops_of_block(model, seq_len)
+    first, last = float(model.d_model), 2.0 * model.vocab_size * model.d_model
+    most = math.ceil(model.n_layer / stages) * block + first + last
+
+    def longest(limit: float) -> list[int] | None:
+        """Fill each stage up to `limit`, front first, leaving a block for each that follows."""
+        left, split = model.n_layer, []
+        for stage in range(stages):
+            room = limit - (first if stage == 0 else 0.0) - (last if stage == stages - 1 else 0.0)
+            after = stages - stage - 1
+            count = min(int(room // block), left - after)
+            if count < 1:
+                return None
+            split.append(count)
+            left -= count
+        return split if left == 0 else None
+
+    limits = [n * block + extra for n in range(1, model.n_layer + 1) for extra in (0, first, last)]
+    if stages == 1:
+        return [model.n_layer]
+    for limit in sorted({*limits, most}):
+        split = longest(limit * (1 + 1e-9))
+        if split:
+            return split
+    raise AssertionError(f"{model.n_layer} blocks do not fill {stages} stages")
+
+
+def flops_of_block(model: ModelConfig, seq_len: int) -> float:
+    """Forward flops of one token in one block: 2 a weight, and attention over seq_len keys."""
+    d, kv = model.d_model, model.kv_heads * model.head_dim
+    matrices = 2 if model.ffn == FFN.gelu else 3
+    experts = getattr(model, "experts_per_token", 1) if model.ffn == "moe" else 1
+    weights = 2 * d * d + 2 * d * kv + experts * matrices * d * model.ff_dim
+    return 2.0 * weights + 4.0 * seq_len * d
