@@ -73,9 +73,10 @@ def _efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.empty((), dtype=torch.int64, device=q.device)  # not read without dropout
-    lse = F.pad(lse, (0, -lse.shape[-1] % LSE_ALIGNMENT), value=math.inf)  # no weight: e^-inf
+    padding = (0, -lse.shape[-1] % LSE_ALIGNMENT)
+    lse = F.pad(lse, padding, value=math.inf).contiguous()  # no weight: e^-inf
     wanted = [True, True, True, False]  # all but the gradient of a bias, which there is not
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, k, v, None, out, lse.contiguous(), random, random, 0.0, wanted, causal
+        grad.contiguous(), q, k, v, None, out, lse, random, random, 0.0, wanted, causal
     )
     return dq, dk, dv

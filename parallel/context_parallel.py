@@ -52,7 +52,7 @@ def positions(length: int, rank: int, size: int, device: torch.device) -> Tensor
 def apply_context_parallel(model: GPT, group: dist.ProcessGroup) -> None:
     """Make `model`, in place, take this rank's part of each sequence and give that part's logits.
 
-    Parameters and their names stay as they are. Must come before activation checkpointing.
+    Parameters and their names stay as they are.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     whole, own = model.forward, partial(positions, rank=rank, size=size)
@@ -114,8 +114,8 @@ class RingAttention(torch.autograd.Function):
         """The same ring again, with gradients one round behind the K and V that they are of."""
         q, kv, out, lse = ctx.saved_tensors
         rank, size = dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
-        kernels, own_dkv = kernels_for(q), torch.empty(0)
-        dq = torch.zeros_like(q, dtype=torch.float32)
+        kernels = kernels_for(q)
+        dq, own_dkv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, kv))
         travelling: Callable[[], Tensor] | None = None
         for step in range(size):
             next_kv = pass_on(kv, ctx.group) if step < size - 1 else None
@@ -131,11 +131,9 @@ class RingAttention(torch.autograd.Function):
                 source == rank,
             )
             dq[:, :, queries] += dq_part
-            dkv = torch.zeros_like(kv, dtype=torch.float32)
+            dkv = own_dkv if source == rank else torch.zeros_like(own_dkv)
             dkv[:, :, :, keys] = sum_heads(dkv_part, kv.shape[2])
-            if step == 0:
-                own_dkv = dkv
-            else:
+            if source != rank:
                 if travelling:
                     dkv += travelling()
                 travelling = pass_on(dkv, ctx.group)
