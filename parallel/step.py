@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minigpt.experts import set_loss_factor
 from minigpt.model import token_loss
 from parallel.gradients import gradient_norm, scale_gradients
 from parallel.parallelize import Replica
@@ -88,6 +89,7 @@ class Trainer:
         """
         replica = self.replica
         factor = self._scale / (self.micro_batch_tokens * self.accumulation)
+        set_loss_factor(replica.model, factor)
         totals = torch.zeros(2, dtype=torch.float64, device=replica.mesh.device)
         for i, (inputs, targets) in enumerate(micro_batches):
             replica.sync_gradients(i == self.accumulation - 1)
