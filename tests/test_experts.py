@@ -1,4 +1,4 @@
-"""Mixture of experts on one process and, spread over ranks, against one process."""
+"""Mixture of experts on one process, against loops over tokens and experts."""
 
 from __future__ import annotations
 
@@ -10,26 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.ranks import run_ranks
 from minigpt.config import FFN, ModelConfig
 from minigpt.experts import MoE, set_loss_factor
 from minigpt.generate import KVCache, generate
 from minigpt.model import GPT, initial_value, token_loss
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.layout import ActivationCheckpointing
-from simulator.formula import expert_payload_bytes
 from tests.configs import model_of
-from tests.experts_on_ranks import (
-    SMALL,
-    Outcome,
-    expert_parallel,
-    inputs,
-    make_moe,
-    refused,
-    train_once,
-)
-
-CAPACITIES = [None, 0.5, 1.25]
+from tests.experts_on_ranks import CAPACITIES, SMALL, close, inputs, make_moe
 
 
 def naive(moe: MoE, x: Tensor, capacity: int | None) -> Tensor:
@@ -65,10 +53,6 @@ def naive_balance(moe: MoE, x: Tensor) -> Tensor:
 
 def gradients(moe: MoE, objective: Tensor, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(objective, [x, *moe.parameters()]))
-
-
-def close(ours: Any, theirs: Any, far: float = 1e-6) -> None:
-    torch.testing.assert_close(ours, theirs, atol=far, rtol=1e-5)
 
 
 @pytest.mark.parametrize("capacity_factor", CAPACITIES)
@@ -238,38 +222,3 @@ def test_experts_start_as_an_mlp_does() -> None:
         shape = config.block_shapes[f"mlp.experts.{name}"]
         value = initial_value(f"blocks.0.mlp.experts.{name}", shape, config, 0)
         assert value.std().item() == pytest.approx(std, rel=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_experts_on_other_ranks_give_the_single_process_results(world_size: int) -> None:
-    batch = 4
-    whole = {capacity: train_once(capacity, *inputs(batch)) for capacity in CAPACITIES}
-    ranks = run_ranks(world_size, expert_parallel, CAPACITIES, batch)
-    for i, capacity in enumerate(CAPACITIES):
-        wanted, found = whole[capacity], [rank[i] for rank in ranks]
-        close(torch.cat([part.y for part in found]), wanted.y)
-        close(torch.cat([part.x_gradient for part in found]), wanted.x_gradient, 1e-5)
-        close(sum(part.router for part in found), wanted.router, 1e-5)
-        for name, gradient in wanted.experts.items():
-            close(torch.cat([part.experts[name] for part in found]), gradient, 1e-5)
-        close(torch.cat([part.evaluated for part in found]), wanted.evaluated)
-        check_bytes(capacity, found, batch // world_size)
-
-
-def check_bytes(capacity: float | None, ranks: list[Outcome], batch: int) -> None:
-    """To the byte: of each rank under a capacity, else of all ranks together."""
-    config = make_moe(capacity_factor=capacity).config
-    wanted = expert_payload_bytes(config, batch, seq_len=16)
-    sent = [part.payload_bytes for part in ranks]
-    if capacity is not None:
-        assert sent == [wanted] * len(ranks)
-        return
-    assert [part["int64"] for part in sent] == [wanted["int64"]] * len(ranks)
-    assert sum(part["float32"] for part in sent) == len(ranks) * wanted["float32"]
-
-
-@pytest.mark.slow
-def test_experts_that_do_not_divide_by_the_ranks_are_refused() -> None:
-    said = "model.n_expert=3 % layout.ep=2 = 1: the experts must divide by the ranks"
-    assert run_ranks(2, refused) == [said, said]
