@@ -18,11 +18,21 @@ aten = torch.ops.aten
 
 
 def matmul_parameters(
-    n_layer: int, d_model: int, kv_dim: int, d_ff: int, gated: bool, vocab_size: int
+    n_layer: int,
+    d_model: int,
+    kv_dim: int,
+    d_ff: int,
+    gated: bool,
+    vocab_size: int,
+    n_expert: int = 0,
+    experts_per_token: int = 1,
 ) -> int:
-    """Weights that every token is multiplied with: projections, MLP and head; no embedding."""
+    """Weights that a token is multiplied with: projections, MLP and head; no embedding.
+
+    With experts, `d_ff` wide each: the active ones and the router (Jiang et al. 2024, section 2.1).
+    """
     attention = 2 * d_model * d_model + 2 * d_model * kv_dim
-    mlp = (3 if gated else 2) * d_model * d_ff
+    mlp = experts_per_token * (3 if gated else 2) * d_model * d_ff + n_expert * d_model
     return n_layer * (attention + mlp) + vocab_size * d_model
 
 

@@ -166,9 +166,10 @@ class Meters:
 def flops_per_token(config: TrainConfig) -> int:
     """Model flops of one token, forward and backward."""
     model = config.model
-    kv_dim, gated = model.kv_heads * model.head_dim, model.ffn == FFN.swiglu
+    kv_dim, gated = model.kv_heads * model.head_dim, model.ffn != FFN.gelu
+    experts = (model.n_expert, model.experts_per_token) if model.ffn == FFN.moe else (0, 1)
     weights = flops.matmul_parameters(
-        model.n_layer, model.d_model, kv_dim, model.ff_dim, gated, model.vocab_size
+        model.n_layer, model.d_model, kv_dim, model.ff_dim, gated, model.vocab_size, *experts
     )
     return flops.model_flops_per_token(weights, model.n_layer, model.d_model, config.seq_len)
 

@@ -57,6 +57,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer.name": OptimizerName.sgd, "optimizer.lr": 0.1, "optimizer.momentum": 0.9},
     "full checkpointing": {"activation_checkpointing": ActivationCheckpointing.full},
     "selective checkpointing": {"activation_checkpointing": ActivationCheckpointing.selective},
+    "experts": {"model.ffn": "moe", "model.n_expert": 4, "gradient_accumulation_steps": 2},
+    "experts with a capacity": {
+        "model.ffn": "moe",
+        "model.n_expert": 4,
+        "model.capacity_factor": 1.0,
+        "model.balance": 1.0,
+        "gradient_accumulation_steps": 2,
+    },
     "gpt2": {
         "model.norm": "layernorm",
         "model.positions": "learned",

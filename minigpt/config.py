@@ -2,7 +2,7 @@
 
 Standard library only: the launcher and the simulator read these without importing torch.
 A ValueError names the key as it is written on the command line, its value and what is allowed.
-Shape letters: T sequence, D width, H head width, F MLP width, L layers, V vocabulary.
+Shape letters: T sequence, D width, H head width, F MLP width, E experts, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Positions(str, Enum):
 class FFN(str, Enum):
     gelu = "gelu"
     swiglu = "swiglu"
+    moe = "moe"  # experts that are swiglu each
 
 
 class Attention(str, Enum):
@@ -88,7 +89,7 @@ class ModelConfig:
     n_head: int = 4
     n_kv_head: int | None = None  # fewer than n_head is grouped-query attention; null: n_head
     d_model: int = 128
-    d_ff: int | None = None  # null: 4 D for gelu, 8/3 D in multiples of 64 for swiglu
+    d_ff: int | None = None  # null: 4 D for gelu, else 8/3 D in multiples of 64; of one expert
     vocab_size: int = 256
     context: int = 128  # the longest sequence (rows of a learned position table); seq_len's default
     norm: Norm = Norm.layernorm
@@ -96,7 +97,11 @@ class ModelConfig:
     positions: Positions = Positions.rotary
     rope_theta: float = 10000.0  # base of the rotary frequencies; Llama 3 uses 500000
     ffn: FFN = FFN.swiglu
-    bias: bool = False  # biases in linear layers and LayerNorm; the head never has one
+    n_expert: int = 8  # these four: of ffn=moe
+    experts_per_token: int = 2
+    capacity_factor: float | None = None  # slots of an expert, in even shares; null: none dropped
+    balance: float = 0.01  # weight of the load-balancing loss
+    bias: bool = False  # in linear layers and LayerNorm; the head and the experts never have one
     tied: bool = False  # the head shares the embedding's weight
     dropout: float = 0.0
     attention: Attention = Attention.sdpa
@@ -104,6 +109,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "context"):
             at_least(f"model.{key}", getattr(self, key), 1)
+        at_least("model.n_expert", self.n_expert, 1)
+        at_least("model.experts_per_token", self.experts_per_token, 1)
+        require(
+            self.experts_per_token <= self.n_expert,
+            f"model.experts_per_token={self.experts_per_token}: "
+            f"must be at most model.n_expert={self.n_expert}",
+        )
+        above("model.capacity_factor", self.capacity_factor, 0)
+        at_least("model.balance", self.balance, 0)
         above("model.norm_eps", self.norm_eps, 0)
         above("model.rope_theta", self.rope_theta, 0)
         fraction("model.dropout", self.dropout)
@@ -139,12 +153,21 @@ class ModelConfig:
 
     @property
     def ff_dim(self) -> int:
-        """F, the width of the MLP, with null resolved."""
+        """F, the width of the MLP or of one expert, with null resolved."""
         if self.d_ff is not None:
             return self.d_ff
-        if self.ffn == FFN.swiglu:
-            return 64 * math.ceil(8 * self.d_model / (3 * 64))
-        return 4 * self.d_model
+        if self.ffn == FFN.gelu:
+            return 4 * self.d_model
+        return 64 * math.ceil(8 * self.d_model / (3 * 64))
+
+    def expert_slots(self, seq_len: int) -> int:
+        """C, choices of one sequence that an expert takes (Lepikhin et al. 2020, section 2.2).
+
+        Never more than T: a token chooses an expert once. Needs a capacity_factor.
+        """
+        assert self.capacity_factor is not None
+        share = seq_len * self.experts_per_token / self.n_expert
+        return min(seq_len, math.ceil(self.capacity_factor * share))
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -155,10 +178,11 @@ class ModelConfig:
             "attention.k": (kv, d),
             "attention.v": (kv, d),
             "attention.out": (d, d),
-            **({"mlp.gate": (f, d)} if self.ffn == FFN.swiglu else {}),
-            "mlp.up": (f, d),
-            "mlp.down": (d, f),
         }
+        if self.ffn == FFN.swiglu:
+            linears["mlp.gate"] = (f, d)
+        if self.ffn != FFN.moe:
+            linears |= {"mlp.up": (f, d), "mlp.down": (d, f)}
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in linears.items():
             shapes[f"{name}.weight"] = shape
@@ -168,6 +192,16 @@ class ModelConfig:
             **self._norm_shapes("attention_norm"),
             **self._norm_shapes("mlp_norm"),
             **shapes,
+            **(self._expert_shapes() if self.ffn == FFN.moe else {}),
+        }
+
+    def _expert_shapes(self) -> dict[str, tuple[int, ...]]:
+        e, f, d = self.n_expert, self.ff_dim, self.d_model
+        return {
+            "mlp.router.weight": (e, d),
+            "mlp.experts.gate": (e, f, d),
+            "mlp.experts.up": (e, f, d),
+            "mlp.experts.down": (e, d, f),
         }
 
     @property

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.attention import plain, rotary_angles, rotate, sdpa
+from minigpt.autocast import cast_once
 from minigpt.config import FFN, ModelConfig, Norm, Positions
 from minigpt.config import Attention as AttentionKind
+from minigpt.experts import MoE
 
 IGNORE = -1  # a target that does not count
 
@@ -39,15 +41,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == Norm.rmsnorm:
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
-
-
-def cast_once(x: Tensor) -> Tensor:
-    """x in autocast's dtype, where that is on.
-
-    Each projection that reads x would cast it again, and keep a copy of its own for backward.
-    """
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Attention(nn.Module):
@@ -107,7 +100,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.ffn == FFN.moe else MLP(config)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None
@@ -193,7 +186,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     if "norm" in name:
         return torch.ones(*shape)
     std = 0.02
-    if name.endswith(("attention.out.weight", "mlp.down.weight")):
+    if name.endswith(("attention.out.weight", "mlp.down.weight", "mlp.experts.down")):
         std /= math.sqrt(2 * config.n_layer)  # so that the residual stream does not grow with depth
     # a hash, for torch's CPU generator takes no more than 32 bits of its seed
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()

@@ -29,25 +29,18 @@ def recipe(
     """Class, parameter groups and settings of the optimizer, for whoever wants to make it."""
     assert config.lr is not None
     parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    # fused kernels refuse a group whose tensors are spread over several meshes, or some over none
+    groups: dict[tuple, dict[str, Any]] = {}
+    for parameter in parameters:
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        key = decay, getattr(parameter, "device_mesh", None)
+        groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(parameter)
+    split = list(groups.values())
     if config.name == OptimizerName.sgd:
-        return torch.optim.SGD, groups, {"lr": config.lr, "momentum": config.momentum}
-    betas = (config.beta1, config.beta2)
+        return torch.optim.SGD, split, {"lr": config.lr, "momentum": config.momentum}
     # fused: one pass over memory, and no temporaries as large as the model
-    return (
-        torch.optim.AdamW,
-        groups,
-        {
-            "lr": config.lr,
-            "betas": betas,
-            "eps": config.eps,
-            "fused": True,
-        },
-    )
+    settings = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
+    return torch.optim.AdamW, split, {"lr": config.lr, **settings}
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -49,10 +49,11 @@ def positions(length: int, rank: int, size: int, device: torch.device) -> Tensor
     return local_part(torch.arange(length, device=device), rank, size, dim=0)
 
 
-def apply_context_parallel(model: GPT, group: dist.ProcessGroup) -> None:
+def apply_context_parallel(model: GPT, group: dist.ProcessGroup, cuts: int = 1) -> None:
     """Make `model`, in place, take this rank's part of each sequence and give that part's logits.
 
-    Parameters and their names stay as they are.
+    Parameters and their names stay as they are. `cuts`: in how many pieces sequence parallelism has
+    cut what a pipeline stage takes, which is then shorter than this rank's part.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     whole, own = model.forward, partial(positions, rank=rank, size=size)
@@ -62,7 +63,7 @@ def apply_context_parallel(model: GPT, group: dist.ProcessGroup) -> None:
 
     def forward(x: Tensor, positions: Tensor | None = None) -> Tensor:
         if positions is None:
-            positions = own(x.shape[1] * size, device=x.device)
+            positions = own(x.shape[1] * cuts * size, device=x.device)
         return whole(x, positions)
 
     for block in model.blocks.values():

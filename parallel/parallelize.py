@@ -18,14 +18,15 @@ from torch.distributed.tensor.parallel import loss_parallel
 from minigpt.config import ModelConfig
 from minigpt.model import GPT, initial_value
 from parallel.activation_checkpointing import apply_activation_checkpointing
+from parallel.context_parallel import apply_context_parallel, local_part
 from parallel.ddp import apply_ddp, apply_replicate
 from parallel.fsdp import apply_fsdp
 from parallel.layout import Options
 from parallel.mesh import Mesh
-from parallel.passes import OneByOne
+from parallel.passes import MicroBatch, OneByOne
 from parallel.pipeline import Pipeline, split_model
 from parallel.precision import DTYPES, autocast
-from parallel.replica import Replica
+from parallel.replica import Replica, as_it_is
 from parallel.tensor_parallel import apply_tensor_parallel
 
 
@@ -36,8 +37,11 @@ def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) ->
     for stage in stages.values():
         if layout.tp > 1:
             apply_tensor_parallel(stage, mesh.tensor, options.sequence_parallel)
-        if options.sequence_parallel and layout.pp > 1:
-            supply_positions(stage, mesh)
+        cuts = layout.tp if options.sequence_parallel and stage.embedding is None else 1
+        if layout.cp > 1:
+            apply_context_parallel(stage, mesh.group("cp"), cuts)
+        elif cuts > 1:
+            supply_positions(stage, cuts)
         mode = options.activation_checkpointing
         apply_activation_checkpointing(stage.blocks, mode, dropout=config.dropout > 0)
         if options.compile:
@@ -50,16 +54,21 @@ def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) ->
     def cast() -> AbstractContextManager:
         return nullcontext() if policed[0] else autocast(options.precision, mesh.device)
 
+    def take(micro_batch: MicroBatch) -> MicroBatch:
+        inputs, targets = (local_part(x, mesh.index("cp"), layout.cp) for x in micro_batch)
+        return inputs, targets
+
+    mine = take if layout.cp > 1 else as_it_is
     spread = loss_parallel if layout.tp > 1 else nullcontext
     if layout.pp == 1:
         passes = OneByOne(calls[0], mesh.device, switches[0], cast, spread)
-        return Replica([stages[0]], mesh, passes)
+        return Replica([stages[0]], mesh, passes, mine)
     dtype = DTYPES[options.precision] if policed[0] else torch.float32
     sequence = options.seq_len // layout.cp // (layout.tp if options.sequence_parallel else 1)
     activation = dtype, (options.micro_batch_size, sequence, config.d_model)
     pipeline = Pipeline(stages, mesh, options, activation, cast, spread)
     copies = frozenset({"head.weight"} if config.tied else ())
-    return Replica(list(stages.values()), mesh, pipeline, copies=copies)
+    return Replica(list(stages.values()), mesh, pipeline, mine, copies)
 
 
 def whole_model(config: ModelConfig) -> GPT:
@@ -67,9 +76,9 @@ def whole_model(config: ModelConfig) -> GPT:
         return GPT(config)
 
 
-def supply_positions(stage: GPT, mesh: Mesh) -> None:
-    """Tell a stage the positions of its tokens, which it cannot count off a cut activation."""
-    forward, cuts = stage.forward, mesh.layout.tp if stage.embedding is None else 1
+def supply_positions(stage: GPT, cuts: int) -> None:
+    """Tell a stage the positions of its tokens: it would count those of an activation's piece."""
+    forward = stage.forward
 
     def forward_at(x: Tensor) -> Tensor:
         return forward(x, torch.arange(x.shape[1] * cuts, device=x.device))

@@ -120,10 +120,14 @@ def _check_context(model: ModelConfig, layout: Layout, options: Options) -> None
         model.dropout == 0,
         f"model.dropout={model.dropout}: ring attention (layout.cp={cp}) has no dropout; use 0",
     )
+    require(
+        model.ffn != FFN.moe,
+        f"layout.cp={cp}: model.ffn=moe balances its experts over whole sequences, so cp must be 1",
+    )
 
 
 def _check_experts(model: ModelConfig, layout: Layout) -> None:
-    ep, has_experts = layout.ep, model.ffn == "moe"
+    ep, has_experts = layout.ep, model.ffn == FFN.moe
     require(
         not has_experts or layout.tp == 1,
         f"layout.tp={layout.tp}: model.ffn=moe spreads its experts over ep, and tp must be 1",
@@ -131,8 +135,7 @@ def _check_experts(model: ModelConfig, layout: Layout) -> None:
     if ep == 1:
         return
     require(has_experts, f"layout.ep={ep}: model.ffn={FFN(model.ffn).value} has no experts")
-    experts = model.n_expert  # type: ignore[attr-defined]
-    _divides("model.n_expert", experts, "ep", ep, "each rank takes whole experts")
+    _divides("model.n_expert", model.n_expert, "ep", ep, "each rank takes whole experts")
     axis = "dp_shard" if layout.dp_shard > 1 else "dp_replicate"
     _divides(f"layout.{axis}", getattr(layout, axis), "ep", ep, "ep is carved out of it")
 
@@ -280,6 +283,6 @@ def flops_of_block(model: ModelConfig, seq_len: int) -> float:
     """Forward flops of one token in one block: 2 a weight, and attention over seq_len keys."""
     d, kv = model.d_model, model.kv_heads * model.head_dim
     matrices = 2 if model.ffn == FFN.gelu else 3
-    experts = getattr(model, "experts_per_token", 1) if model.ffn == "moe" else 1
+    experts = model.experts_per_token if model.ffn == FFN.moe else 1
     weights = 2 * d * d + 2 * d * kv + experts * matrices * d * model.ff_dim
     return 2.0 * weights + 4.0 * seq_len * d

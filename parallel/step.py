@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minigpt.experts import set_loss_factor
 from parallel.gradients import align_gradients, gradient_norm, scale_gradients
 from parallel.passes import Marks, MicroBatch, NoMarks
 from parallel.precision import LossScaler
@@ -67,6 +68,8 @@ class Trainer:
         """
         replica, layout = self.replica, self.replica.mesh.layout
         factor = self._scale * layout.cp / (self.micro_batch_tokens * self.accumulation)
+        for stage in replica.stages:
+            set_loss_factor(stage, factor)
         mine = [replica.take(micro_batch) for micro_batch in micro_batches]
         totals = replica.passes.train(mine, factor, self.marks)
         if layout.tp > 1:

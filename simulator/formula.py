@@ -65,3 +65,29 @@ def padded_size(shapes: Iterable[tuple[int, ...]], n: int) -> int:
     It cuts the first dimension, and pads it to a multiple of n.
     """
     return sum(math.ceil(shape[0] / n) * n * math.prod(shape[1:]) for shape in shapes)
+
+
+def expert_payload_bytes(
+    model: ModelConfig,
+    micro_batch_size: int,
+    seq_len: int,
+    precision: Precision = Precision.fp32,
+    checkpointed: bool = False,
+) -> dict[str, int]:
+    """Payload of the all_to_alls of one layer and micro-batch, from one rank of ep, by dtype.
+
+    Two of the tokens' slots in forward and two in backward (Lepikhin et al. 2020, GShard, section
+    3.2), two more where blocks are `checkpointed`. Dropless: on the average of the ranks, and the
+    counts of each expert go first, in int64.
+    """
+    dropless = model.capacity_factor is None
+    of_sequence = (
+        seq_len * model.experts_per_token
+        if dropless
+        else model.n_expert * model.expert_slots(seq_len)
+    )
+    numbers = (6 if checkpointed else 4) * micro_batch_size * of_sequence * model.d_model
+    sent = {DTYPE_NAMES[precision]: numbers * ITEM_BYTES[precision]}
+    if dropless:
+        sent["int64"] = (2 if checkpointed else 1) * 8 * model.n_expert
+    return sent

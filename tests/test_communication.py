@@ -22,6 +22,7 @@ CHANGES: list[dict[str, Any]] = [
     {"model.tied": True, "model.bias": True, "model.positions": "learned", "clip": 1.0},
     {"precision": Precision.bf16},
     {"model.d_ff": 50, "model.vocab_size": 97},  # divides by neither 2 nor 4: fully_shard pads
+    {"model.ffn": "moe", "model.n_expert": 5},
 ]
 LAYOUTS = {
     2: [Layout(dp_replicate=2), Layout(dp_shard=2)],
