@@ -54,6 +54,7 @@ METHODS = {
     "barrier": ("barrier", None),
     "monitored_barrier": ("barrier", None),
 }
+AXIS = "mesh_"  # how DeviceMesh describes the groups that it makes, before the axis's name
 Row = dict[str, Any]
 
 
@@ -63,6 +64,7 @@ class Call:
 
     collective: str
     ranks: frozenset[int]  # global
+    axis: str | None  # as the group's maker called it
     dtype: str
     payload_bytes: int
     start: float
@@ -93,15 +95,16 @@ def rows_of(calls: list[Call], axis_of_ranks: dict[frozenset[int], str]) -> list
     grouped: dict[tuple, list[Call]] = defaultdict(list)
     for call in calls:
         if len(call.ranks) > 1 and call.collective != "barrier":
-            grouped[call.collective, call.ranks, call.dtype].append(call)
+            unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
+            axis = call.axis or axis_of_ranks.get(call.ranks, unnamed)
+            grouped[call.collective, axis, len(call.ranks), call.dtype].append(call)
     rows = []
-    for (collective, ranks, dtype), same in grouped.items():
-        n = len(ranks)
+    for (collective, axis, n, dtype), same in grouped.items():
         seconds = [call.end - call.start for call in same if call.end is not None]
         rows.append(
             {
                 "collective": collective,
-                "axis": axis_of_ranks.get(ranks, "ranks " + ",".join(map(str, sorted(ranks)))),
+                "axis": axis,
                 "group_size": n,
                 "dtype": dtype,
                 "calls": len(same),
@@ -126,15 +129,16 @@ def tensors_in(argument: Any) -> Iterator[Tensor]:
 
 
 def describe(
-    collective: str, ranks: frozenset[int], argument: Any, start: float, end: float | None = None
+    collective: str, group: RecordingGroup, argument: Any, start: float, end: float | None = None
 ) -> Call:
-    """The record of a call whose payload is `argument`."""
+    """The record of a call over `group` whose payload is `argument`."""
+    ranks = group.ranks
     tensors = list(tensors_in(argument))
     size = sum(t.numel() * t.element_size() for t in tensors)
     if collective in ("gather", "scatter"):
         size *= len(ranks)  # the argument is one rank's share
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
-    return Call(collective, ranks, dtype, size, start, end)
+    return Call(collective, ranks, group.axis, dtype, size, start, end)
 
 
 class RecordedWork(dist.Work):
@@ -214,6 +218,14 @@ class RecordingGroup(dist.ProcessGroup):
         self.own_desc = desc
         self.inner._set_group_desc(desc)
 
+    @property
+    def axis(self) -> str | None:
+        """The mesh axis that this group was made for. None: nobody said, as of the group of all.
+
+        Two axes may have the same ranks (ep and dp_shard), but each has a group of its own.
+        """
+        return self.own_desc.removeprefix(AXIS) if self.own_desc.startswith(AXIS) else None
+
     def getGroupName(self) -> str:
         return self.own_name
 
@@ -236,7 +248,7 @@ def _recorded(method: str, collective: str, payload: int | None) -> Callable:
         if not meter.recording:
             return inner(*args, **kwargs)
         argument = args[payload] if payload is not None and len(args) > payload else ()
-        made = describe(collective, self.ranks, argument, time.perf_counter())
+        made = describe(collective, self, argument, time.perf_counter())
         meter.calls.append(made)
         work = inner(*args, **kwargs)
         if work is None:  # monitored_barrier is over when it returns

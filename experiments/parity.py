@@ -1,6 +1,4 @@
-"""Does a layout train as a single process does? Losses, gradients and norms, side by side.
-
-./launch.sh python -m experiments.parity        ddp, fsdp and hsdp at 2 and 4 ranks, about a minute
+"""Does a plan train as a single process does? Losses, gradients and norms, side by side.
 
 A loss alone hides a wrong gradient: AdamW forgives its scale. So the gradient of every parameter
 after the first step is compared too, and the norm of every step.
@@ -8,6 +6,7 @@ after the first step is compared too, and the norm of every step.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from experiments.assemble import make_batches, make_trainer, set_step, share_of_batch
 from experiments.config import Backend, Device, TrainConfig
-from experiments.ranks import run_ranks
+from experiments.ranks import TIMEOUT_S, run_ranks
 from minigpt.config import DataConfig, ModelConfig, OptimizerConfig, OptimizerName, Source
 from minigpt.corpus import prepare
 from parallel.layout import ActivationCheckpointing, Layout
-from parallel.mesh import build_mesh
+from parallel.mesh import Mesh, build_mesh
 from parallel.weights import full_gradients
 
 STEPS = 20
@@ -30,10 +29,11 @@ LOSS_BOUND = 5e-6  # nats; five times what legitimate changes of order were seen
 GRADIENT_BOUND = 1e-5  # relative, per parameter
 NOISE = 1e-5  # of the norm of all gradients: what is smaller is compared with this instead
 NORM_BOUND = 3e-5  # relative, per step
+LOW_PRECISION_BOUNDS = (2e-2, 0.2, 2e-2)  # bf16 keeps 8 bits; a wrong factor would be seen still
 
 # dotted keys as on the command line, on top of BASE
 BASE: dict[str, Any] = {
-    "model.n_layer": 3,
+    "model.n_layer": 4,
     "model.d_model": 64,
     "model.vocab_size": 96,
     "model.context": 32,
@@ -92,11 +92,20 @@ class Difference:
     gradient: float  # relative, of one parameter
     norm: float | None  # relative; None where no norm was taken
 
+    def within(self, loss: float, gradient: float, norm: float) -> bool:
+        """No further than that; NaN is."""
+        norm_holds = self.norm is None or self.norm <= norm
+        return self.loss <= loss and self.gradient <= gradient and norm_holds
+
     @property
     def holds(self) -> bool:
-        """Within the bounds; NaN is not."""
-        norm_holds = self.norm is None or self.norm <= NORM_BOUND
-        return self.loss <= LOSS_BOUND and self.gradient <= GRADIENT_BOUND and norm_holds
+        """Within the bounds of fp32."""
+        return self.within(LOSS_BOUND, GRADIENT_BOUND, NORM_BOUND)
+
+    @property
+    def is_near(self) -> bool:
+        """Within the loose bounds of a lower precision."""
+        return self.within(*LOW_PRECISION_BOUNDS)
 
 
 def make_config(layout: Layout, changes: dict[str, Any]) -> TrainConfig:
@@ -117,9 +126,20 @@ def make_config(layout: Layout, changes: dict[str, Any]) -> TrainConfig:
     )
 
 
+MESHES: dict[tuple[int, ...], Mesh] = {}
+
+
+def mesh_of(layout: Layout) -> Mesh:
+    """One mesh for all runs of a layout in this process: process groups are dear, and stay."""
+    key = *layout.sizes, layout.ep
+    if key not in MESHES:
+        MESHES[key] = build_mesh(layout, torch.device("cpu"))
+    return MESHES[key]
+
+
 def trajectory(config: TrainConfig) -> Trajectory:
     """Train on this process's ranks; every rank calls it, rank 0 gets the gradients."""
-    mesh = build_mesh(config.layout, torch.device("cpu"))
+    mesh = mesh_of(config.layout)
     trainer, batches = make_trainer(config, mesh), make_batches(config, prepare(config.data))
     done = Trajectory([], [], {})
     for step in range(config.steps):
@@ -170,38 +190,61 @@ def _worst(differences: list[float]) -> float:
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A layout and the options that make it a strategy."""
+
+    name: str
+    layout: Layout
+    changes: dict[str, Any]
+
+    def config(self, variant: dict[str, Any]) -> TrainConfig:
+        """This plan with a variant. Raises ValueError where it is refused, with the reason.
+
+        A pipeline needs micro-batches to fill it, so it takes the larger of both numbers.
+        """
+        merged = {**variant, **self.changes}
+        key = "gradient_accumulation_steps"
+        merged[key] = max(variant.get(key, 1), self.changes.get(key, 1))
+        return make_config(self.layout, merged)
+
+    def alone(self, variant: dict[str, Any]) -> dict[str, Any]:
+        """What a single process is given to do the same."""
+        changes = {**variant, **self.changes}
+        return {k: v for k, v in changes.items() if k.startswith(WHAT_IS_LEARNED) or k == "clip"}
+
+
+# Keys that change what is learned; all others change only how, and a single process goes without
+WHAT_IS_LEARNED = ("model.", "data.", "optimizer.", "seq_len", "steps")
+
+
+REFERENCES: dict[str, Trajectory] = {}  # of a single process, which many plans are compared with
+
+
 def differences(
-    layouts: list[Layout], variants: dict[str, dict[str, Any]]
-) -> dict[tuple[str, str], Difference]:
-    """By (layout's label, variant): each layout against a single process on the same batches.
+    plans: list[Plan], variants: dict[str, dict[str, Any]], timeout_s: float = TIMEOUT_S
+) -> dict[tuple[str, str], Difference | str]:
+    """By (plan's name, variant): each plan against a single process on the same batches.
 
-    All layouts must have the same world size.
+    A plan that a variant's rules refuse has the reason instead. All plans must have the same world
+    size: they run one after the other on the same ranks.
     """
-    cells = [(layout, name) for layout in layouts for name in variants]
-    single = {"gradient_accumulation_steps": 1}
-    alone = [make_config(Layout(), {**variants[name], **single}) for name in variants]
-    references = dict(zip(variants, trajectories(alone), strict=True))
-    configs = [make_config(layout, variants[name]) for layout, name in cells]
-    runs = run_ranks(layouts[0].world_size, trajectories, configs)[0]
-    pairs = zip(cells, runs, strict=True)
-    return {(layout.label, name): compare(run, references[name]) for (layout, name), run in pairs}
-
-
-DATA_LAYOUTS = {
-    2: [Layout(dp_replicate=2), Layout(dp_shard=2)],
-    4: [Layout(dp_replicate=4), Layout(dp_shard=4), Layout(dp_replicate=2, dp_shard=2)],
-}
-
-
-def main() -> None:
-    """Print the table as Markdown."""
-    print("| layout | variant | loss | gradient | norm | holds |\n|---|---|--:|--:|--:|---|")
-    for layouts in DATA_LAYOUTS.values():
-        for (label, variant), far in differences(layouts, VARIANTS).items():
-            norm = "-" if far.norm is None else f"{far.norm:.1e}"
-            row = f"{far.loss:.1e} | {far.gradient:.1e} | {norm} | {'yes' if far.holds else 'NO'}"
-            print(f"| {label} | {variant} | {row} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    configs: dict[tuple[str, str], TrainConfig] = {}
+    cells: dict[tuple[str, str], Difference | str] = {}
+    wanted: dict[tuple[str, str], str] = {}
+    for plan, variant in itertools.product(plans, variants):
+        cell = plan.name, variant
+        try:
+            configs[cell] = plan.config(variants[variant])
+        except ValueError as error:
+            cells[cell] = str(error)
+            continue
+        alone = plan.alone(variants[variant])
+        wanted[cell] = str(sorted(alone.items()))
+        if wanted[cell] not in REFERENCES:
+            REFERENCES[wanted[cell]] = trajectory(make_config(Layout(), alone))
+    ranks = plans[0].layout.world_size
+    runs = run_ranks(ranks, trajectories, list(configs.values()), timeout_s=timeout_s)[0]
+    for cell, run in zip(configs, runs, strict=True):
+        cells[cell] = compare(run, REFERENCES[wanted[cell]])
+    return {cell: cells[cell] for cell in itertools.product([p.name for p in plans], variants)}

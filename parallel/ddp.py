@@ -40,15 +40,20 @@ def apply_ddp(
 
 
 def apply_replicate(
-    model: nn.Module, blocks: nn.ModuleDict, mesh: DeviceMesh, precision: Precision
+    model: nn.Module,
+    blocks: nn.ModuleDict,
+    mesh: DeviceMesh,
+    precision: Precision,
+    leave: frozenset[nn.Parameter] = frozenset(),
 ) -> Callable[[bool], None]:
     """The same for weights that tp has cut, and for stages of a pipeline: in place, block by block.
 
     The DDP wrapper is wrong there: it takes the local part of a DTensor for the whole, and most
-    pipeline schedules run into an assertion of its reducer. Returns the same switch.
+    pipeline schedules run into an assertion of its reducer. `leave`: parameters that are not to be
+    averaged. Returns the same switch.
     """
     policy = sharding_policy(precision)
     for block in blocks.values():
-        replicate(block, mesh=mesh, mp_policy=policy)
-    root = replicate(model, mesh=mesh, mp_policy=policy)
+        replicate(block, mesh=mesh, mp_policy=policy, ignored_params=set(leave))
+    root = replicate(model, mesh=mesh, mp_policy=policy, ignored_params=set(leave))
     return root.set_requires_gradient_sync

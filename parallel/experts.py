@@ -2,8 +2,8 @@
 
 Each rank routes its own tokens, sends each to the rank of its expert, and gets the result back
 (Lepikhin et al. 2020, GShard, section 3.2). What a rank's experts learn is from the tokens of all
-ep ranks: their gradients are sums over those ranks, where all other gradients are of this rank's
-tokens alone. Averaging over data ranks is the caller's, who divides the experts' by ep too.
+ep ranks: their gradients are divided by ep as they arise, so that they are averages over those
+ranks, and the data axes have to average over the other ranks only.
 
 Payload bytes of a layer and micro-batch, all of it all_to_all over ep, from one rank of n
 (shape letters as in minigpt/experts.py):
@@ -17,6 +17,7 @@ Checkpointed blocks dispatch and combine again in backward: 6 in the place of 4,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,17 @@ from parallel.gradients import local
 Splits = list[int] | None  # rows for each rank of the group; None: equal parts
 
 
-def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+def apply_expert_parallel(
+    model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None
+) -> None:
     """Leave each of the `mesh`'s n ranks 1/n of every layer's experts, and let tokens travel.
 
     `mesh` has one axis. The model may be on the meta device; if it is not, its weights must be
     equal on all ranks. Parameters keep their names: the experts' become DTensors, Shard(0).
 
-    All n ranks must run each forward and backward together, with equal B and T under a capacity.
+    `dtype`: what the experts compute in, where neither autocast nor a policy of fully_shard says
+    so. All n ranks must run each forward and backward together, with equal B and T under a
+    capacity.
     """
     exchange = Exchange(mesh.get_group(), mesh.size())
     for moe in [module for module in model.modules() if isinstance(module, MoE)]:
@@ -51,8 +56,27 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             # no rank sends: each cuts its part out of its own copy
             sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
             moe.experts.register_parameter(name, nn.Parameter(sharded, weight.requires_grad))
-        moe.experts.read = local
+        moe.experts.read = partial(own_experts, ranks=mesh.size(), dtype=dtype)
         moe.exchange = exchange
+
+
+def own_experts(weight: Tensor, ranks: int, dtype: torch.dtype | None) -> Tensor:
+    """This rank's part of a weight, whose gradient is averaged over the ranks of the tokens."""
+    part = AverageGradient.apply(local(weight), ranks)
+    return part if dtype is None else part.to(dtype)
+
+
+class AverageGradient(torch.autograd.Function):
+    """x as it is, and its gradient divided by `ranks`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.ranks, None
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,22 @@ def apply_fsdp(
     mesh: DeviceMesh,
     precision: Precision,
     reshard_after_forward: bool = True,
+    leave: frozenset[nn.Parameter] = frozenset(),
 ) -> Callable[[bool], None]:
     """Shard `model` in place, block by block; it may still be on the meta device.
 
     `mesh`: the ranks that share the weights, with replicas as a first dimension where there are
-    some. Returns a switch that says whether the next backward reduces gradients.
+    some. `leave`: parameters that are not to be sharded. Returns a switch that says whether the
+    next backward reduces gradients.
     """
     policy = sharding_policy(precision)
     for block in blocks.values():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    root = fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+            ignored_params=set(leave),
+        )
+    root = fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(leave))
     return root.set_requires_gradient_sync

@@ -91,6 +91,32 @@ class Layout:
         return " * ".join(f"{axis}({getattr(self, axis)})" for axis in MESH_AXES if axis != skip)
 
 
+Named = tuple[str, int]  # an axis and its size
+
+
+def weights_axes(layout: Layout) -> dict[str, Named]:
+    """The axis that replicates weights, and the one that shards them.
+
+    cp goes with the axis that shards, where there is one.
+    """
+
+    def joined(*axes: str) -> Named:
+        named = [axis for axis in axes if getattr(layout, axis) > 1]
+        return "*".join(named), math.prod(getattr(layout, axis) for axis in axes)
+
+    if layout.dp_shard > 1:
+        return {"replicate": joined("dp_replicate"), "shard": joined("dp_shard", "cp")}
+    return {"replicate": joined("dp_replicate", "cp"), "shard": ("", 1)}
+
+
+def expert_axes(layout: Layout) -> list[Named]:
+    """The axes that replicate or shard experts, outermost first: what ep leaves of the data."""
+    ep = layout.ep
+    if layout.dp_shard > 1:
+        return [("dp_replicate", layout.dp_replicate), ("dp_shard/ep", layout.dp_shard // ep)]
+    return [("dp_replicate/ep", layout.dp_replicate // ep)]
+
+
 class Precision(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.layout import MESH_AXES, Layout
+from parallel.layout import MESH_AXES, Layout, Named, expert_axes, weights_axes
 
 
 def join(
@@ -41,13 +41,16 @@ class Mesh:
     `axes_mesh` has one dimension for each of them. `weights_mesh` is how weights are spread, for
     which cp counts as data: its ranks hold the same weights and see other tokens, so that cp is
     joined with the axis that shards, or else with the one that replicates ("dp_shard*cp").
-    Both are None on a mesh of one rank, which needs no process group.
+    `experts_mesh` is how experts are spread: ep takes neighbours out of a data axis, and what that
+    axis has left ("dp_shard/ep") holds copies or shards of the same experts.
+    All are None on a mesh of one rank, which needs no process group.
     """
 
     layout: Layout
     device: torch.device
     axes_mesh: DeviceMesh | None
     weights_mesh: DeviceMesh | None
+    experts_mesh: DeviceMesh | None = None
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -90,11 +93,18 @@ class Mesh:
     def data(self, *kinds: str) -> DeviceMesh | None:
         """The mesh over which weights are replicated, sharded, or (both named) first one, then the
         other; None where none of the axes has more than one rank."""
-        names = [name for kind in kinds if (name := weights_axes(self.layout)[kind][0])]
-        if not names:
-            return None
-        assert self.weights_mesh is not None
-        return self.weights_mesh[tuple(names) if len(names) > 1 else names[0]]
+        axes = weights_axes(self.layout)
+        return _sub_mesh(self.weights_mesh, [axes[kind] for kind in kinds])
+
+    @property
+    def experts(self) -> DeviceMesh:
+        """The mesh of ep."""
+        assert self.experts_mesh is not None
+        return self.experts_mesh["ep"]
+
+    def expert_data(self) -> DeviceMesh | None:
+        """What `data("replicate", "shard")` is for weights, for experts that ep has spread."""
+        return _sub_mesh(self.experts_mesh, expert_axes(self.layout))
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
         """Add a small tensor up over all ranks, in place."""
@@ -110,25 +120,19 @@ class Mesh:
         names = {}
         if self.axes_mesh and self.weights_mesh:
             names[frozenset(range(self.layout.world_size))] = "*".join(self.axes)
-            for mesh in (self.weights_mesh, self.axes_mesh):
+            for mesh in filter(None, (self.experts_mesh, self.weights_mesh, self.axes_mesh)):
                 for name in mesh.mesh_dim_names or ():
                     names[frozenset(dist.get_process_group_ranks(mesh[name].get_group()))] = name
         return names
 
 
-def weights_axes(layout: Layout) -> dict[str, tuple[str | None, int]]:
-    """Name (None: one rank) and size of the axis that replicates weights, and the one that shards.
-
-    cp goes with the axis that shards, where there is one.
-    """
-
-    def joined(*axes: str) -> tuple[str | None, int]:
-        named = [axis for axis in axes if getattr(layout, axis) > 1]
-        return "*".join(named) or None, math.prod(getattr(layout, axis) for axis in axes)
-
-    if layout.dp_shard > 1:
-        return {"replicate": joined("dp_replicate"), "shard": joined("dp_shard", "cp")}
-    return {"replicate": joined("dp_replicate", "cp"), "shard": (None, 1)}
+def _sub_mesh(mesh: DeviceMesh | None, axes: list[Named]) -> DeviceMesh | None:
+    """The dimensions of those axes that have more than one rank; None where none has."""
+    names = tuple(name for name, size in axes if size > 1)
+    if not names:
+        return None
+    assert mesh is not None
+    return mesh[names if len(names) > 1 else names[0]]
 
 
 def build_mesh(layout: Layout, device: torch.device) -> Mesh:
@@ -138,16 +142,23 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
         return Mesh(layout, device, None, None)
     world_size = dist.get_world_size()
     assert layout.world_size == world_size, f"{layout} != {world_size} ranks"
-    axes_mesh = _init(device, named)
-    if layout.cp == 1:
-        return Mesh(layout, device, axes_mesh, axes_mesh)
-    data = weights_axes(layout)
-    spread = [("pp", layout.pp), data["replicate"], data["shard"], ("tp", layout.tp)]
-    return Mesh(
-        layout, device, axes_mesh, _init(device, [(n, s) for n, s in spread if n and s > 1])
-    )
+    axes_mesh = weights_mesh = _init(device, named)
+    experts_mesh = None
+    if layout.cp > 1:
+        data = weights_axes(layout).values()
+        weights_mesh = _init(device, [("pp", layout.pp), *data, ("tp", layout.tp)])
+    if layout.ep > 1:
+        spread = [("pp", layout.pp), *expert_axes(layout), ("ep", layout.ep)]
+        experts_mesh = _init(device, spread, own_group="ep")
+    return Mesh(layout, device, axes_mesh, weights_mesh, experts_mesh)
 
 
-def _init(device: torch.device, named: list[tuple[str, int]]) -> DeviceMesh:
-    names, sizes = zip(*named, strict=True)
-    return init_device_mesh(device.type, sizes, mesh_dim_names=names)
+def _init(device: torch.device, axes: list[Named], own_group: str | None = None) -> DeviceMesh:
+    """A mesh of those axes that have more than one rank.
+
+    `own_group`: the axis that gets a group of its own even if it spans all ranks: DeviceMesh would
+    give it the default group, and its messages could not be told from those of another axis.
+    """
+    names, sizes = zip(*[(name, size) for name, size in axes if size > 1], strict=True)
+    override: Any = {own_group: dist.get_backend()} if own_group else None
+    return init_device_mesh(device.type, sizes, mesh_dim_names=names, backend_override=override)

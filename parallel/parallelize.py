@@ -9,23 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from minigpt.config import ModelConfig
+from minigpt.experts import Experts
 from minigpt.model import GPT, initial_value
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.context_parallel import apply_context_parallel, local_part
 from parallel.ddp import apply_ddp, apply_replicate
+from parallel.experts import apply_expert_parallel
 from parallel.fsdp import apply_fsdp
 from parallel.layout import Options
 from parallel.mesh import Mesh
 from parallel.passes import MicroBatch, OneByOne
 from parallel.pipeline import Pipeline, split_model
-from parallel.precision import DTYPES, autocast
+from parallel.precision import DTYPES, autocast, sharding_policy
 from parallel.replica import Replica, as_it_is
 from parallel.tensor_parallel import apply_tensor_parallel
 
@@ -37,6 +43,8 @@ def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) ->
     for stage in stages.values():
         if layout.tp > 1:
             apply_tensor_parallel(stage, mesh.tensor, options.sequence_parallel)
+        if layout.ep > 1:
+            apply_expert_parallel(stage, mesh.experts, experts_dtype(mesh, options))
         cuts = layout.tp if options.sequence_parallel and stage.embedding is None else 1
         if layout.cp > 1:
             apply_context_parallel(stage, mesh.group("cp"), cuts)
@@ -95,22 +103,44 @@ def apply_data_axes(
     and whether the weights have a precision policy of their own (else it is for autocast).
     """
     layout = mesh.layout
-    if layout.dp_shard > 1 and options.zero_stage > 1:
-        shards = mesh.data("replicate", "shard")
-        assert shards is not None
-        keep = options.zero_stage == 2
-        switch = apply_fsdp(stage, stage.blocks, shards, options.precision, not keep)
-        fill(stage, mesh.device, seed)
-        return stage, switch, True
-    replicas = mesh.data("replicate", "shard")
-    if replicas is not None and (layout.pp > 1 or layout.tp > 1):
-        switch = apply_replicate(stage, stage.blocks, replicas, options.precision)
+    ranks = mesh.data("replicate", "shard")
+    sharded = layout.dp_shard > 1 and options.zero_stage > 1
+    if ranks is not None and (sharded or layout.pp > 1 or layout.tp > 1 or layout.ep > 1):
+        experts = apply_data_axes_to_experts(stage, mesh, options) if layout.ep > 1 else frozenset()
+        apply: Any = apply_replicate
+        if sharded:
+            apply = partial(apply_fsdp, reshard_after_forward=options.zero_stage == 3)
+        switch = apply(stage, stage.blocks, ranks, options.precision, leave=experts)
         fill(stage, mesh.device, seed)
         return stage, switch, True
     fill(stage, mesh.device, seed)
-    if replicas is not None:
-        return *apply_ddp(stage, replicas, mesh.device), False
+    if ranks is not None:
+        return *apply_ddp(stage, ranks, mesh.device), False
     return stage, lambda on: None, False
+
+
+def apply_data_axes_to_experts(stage: GPT, mesh: Mesh, options: Options) -> frozenset[nn.Parameter]:
+    """Shard or replicate experts over the data ranks that ep has left, as the rest will be.
+
+    Returns their parameters where ep has left none: they are whole as they are.
+    """
+    experts = [module for module in stage.modules() if isinstance(module, Experts)]
+    rest = mesh.expert_data()
+    if rest is None:
+        return frozenset(p for module in experts for p in module.parameters())
+    policy = sharding_policy(options.precision)
+    for module in experts:
+        if mesh.layout.dp_shard > mesh.layout.ep:
+            keep = options.zero_stage == 2
+            fully_shard(module, mesh=rest, mp_policy=policy, reshard_after_forward=not keep)
+        else:
+            replicate(module, mesh=rest, mp_policy=policy)
+    return frozenset()
+
+
+def experts_dtype(mesh: Mesh, options: Options) -> torch.dtype | None:
+    """Experts that no data axis takes have no policy that would cast them."""
+    return DTYPES[options.precision] if mesh.expert_data() is None else None
 
 
 def fill(model: GPT, device: torch.device, seed: int) -> None:

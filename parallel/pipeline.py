@@ -217,7 +217,8 @@ def _ends_of_pipeline(mesh: Mesh, last_rank: int) -> dist.ProcessGroup | None:
     own = None
     for ranks in pipelines.tolist():
         pair = [ranks[0], ranks[last_rank]]
-        group = dist.new_group(pair)  # a group must be made by all ranks, members or not
+        # a group must be made by all ranks, members or not; it is described as one of the axis
+        group = dist.new_group(pair, group_desc="mesh_pp")
         if dist.get_rank() in pair:
             own = group
     return own

@@ -38,7 +38,7 @@ def check(model: ModelConfig, layout: Layout, options: Options) -> None:
 def _check(model: ModelConfig, layout: Layout, options: Options) -> None:
     _check_tensor(model, layout, options)
     _check_context(model, layout, options)
-    _check_experts(model, layout)
+    _check_experts(model, layout, options)
     _check_pipeline(model, layout, options)
     _check_sharding(layout, options)
     _check_impl(model, layout, options)
@@ -126,7 +126,7 @@ def _check_context(model: ModelConfig, layout: Layout, options: Options) -> None
     )
 
 
-def _check_experts(model: ModelConfig, layout: Layout) -> None:
+def _check_experts(model: ModelConfig, layout: Layout, options: Options) -> None:
     ep, has_experts = layout.ep, model.ffn == FFN.moe
     require(
         not has_experts or layout.tp == 1,
@@ -138,6 +138,13 @@ def _check_experts(model: ModelConfig, layout: Layout) -> None:
     _divides("model.n_expert", model.n_expert, "ep", ep, "each rank takes whole experts")
     axis = "dp_shard" if layout.dp_shard > 1 else "dp_replicate"
     _divides(f"layout.{axis}", getattr(layout, axis), "ep", ep, "ep is carved out of it")
+    selective = options.activation_checkpointing == ActivationCheckpointing.selective
+    require(
+        not selective or ep == layout.data_parallel,
+        f"activation_checkpointing=selective: with layout.ep={ep} of {layout.data_parallel} data "
+        "ranks experts are sharded inside the block, which torch's selective policy cannot repeat; "
+        "none and full work",
+    )
 
 
 def _check_pipeline(model: ModelConfig, layout: Layout, options: Options) -> None:

@@ -9,19 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from costs.communication import recorded, rows_of
 from minigpt.config import FFN, ModelConfig
-from minigpt.experts import MoE, set_loss_factor
-from minigpt.model import GPT, initial_value, token_loss
-from parallel.activation_checkpointing import apply_activation_checkpointing
+from minigpt.experts import MoE
+from minigpt.model import initial_value
 from parallel.experts import apply_expert_parallel
-from parallel.gradients import gradient_norm, local
-from parallel.layout import ActivationCheckpointing, Precision
-from parallel.parallelize import fill as fill_gpt
-from parallel.precision import autocast
-from parallel.weights import full_gradients
+from parallel.gradients import local
 
 CAPACITIES = [None, 0.5, 1.25]
 SMALL: dict[str, Any] = {
@@ -111,52 +105,6 @@ def expert_parallel(capacities: list[float | None], batch: int) -> list[Outcome]
     n, rank = dist.get_world_size(), dist.get_rank()
     x, target = (whole.chunk(n)[rank] for whole in inputs(batch))
     return [train_once(capacity, x, target, spread=True) for capacity in capacities]
-
-
-def a_gpt(capacity: float | None) -> ModelConfig:
-    more = {"n_layer": 2, "vocab_size": 40, "context": 16, "capacity_factor": capacity}
-    return ModelConfig(**{**SMALL, **more})
-
-
-def token_batch(batch: int) -> tuple[Tensor, Tensor]:
-    stream = torch.Generator().manual_seed(4)
-    tokens = torch.randint(40, (batch, 17), generator=stream)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def whole_model(
-    capacity: float | None, batch: int, mode: ActivationCheckpointing, low: bool = False
-) -> tuple[dict[str, Tensor], float, dict[str, int]]:
-    """Whole gradients (on rank 0), their norm, and payload bytes of the all_to_alls, by dtype.
-
-    Built as parallelize() builds a model: on the meta device, then filled. `low`: under autocast.
-    """
-    torch.set_num_threads(1)
-    tokens, targets = token_batch(batch)
-    with torch.device("meta"):
-        model = GPT(a_gpt(capacity))
-    spread = dist.is_initialized()
-    if spread:
-        n, rank = dist.get_world_size(), dist.get_rank()
-        apply_expert_parallel(model, init_device_mesh("cpu", (n,)))
-        tokens, targets = tokens.chunk(n)[rank], targets.chunk(n)[rank]
-    apply_activation_checkpointing(model.blocks, mode, dropout=False)
-    fill_gpt(model, torch.device("cpu"), 0)
-    set_loss_factor(model, 0.01)
-    with recorded() as meter:
-        with autocast(Precision.bf16 if low else Precision.fp32, torch.device("cpu")):
-            loss, _ = token_loss(model(tokens), targets)
-        (0.01 * loss).backward()
-    for parameter in model.parameters():
-        if spread and not isinstance(parameter, DTensor):
-            assert parameter.grad is not None
-            dist.all_reduce(parameter.grad)  # as data parallelism does, which then averages
-    sent = {row["dtype"]: row["payload_bytes"] for row in rows_of(meter.calls, {})}
-    return full_gradients(model), float(gradient_norm(model.parameters())), sent
-
-
-def whole_models(cases: list[tuple]) -> list[tuple[dict[str, Tensor], float, dict[str, int]]]:
-    return [whole_model(*case) for case in cases]
 
 
 def refused() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from costs.communication import Row, recorded, rows_of
 from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.config import TrainConfig
 from experiments.metering import Meters
+from experiments.parity import mesh_of
 from experiments.train import train_step
 from minigpt.corpus import prepare
-from parallel.mesh import build_mesh
 from parallel.step import Trainer, evaluate
 from parallel.weights import full_weights
 
@@ -23,7 +24,7 @@ Key = tuple[str, str, str]
 def make(config: TrainConfig) -> tuple[Trainer, list]:
     """A trainer and its micro-batches of step 0."""
     torch.set_num_threads(1)
-    mesh = build_mesh(config.layout, torch.device("cpu"))
+    mesh = mesh_of(config.layout)
     batches = make_batches(config, prepare(config.data))
     return make_trainer(config, mesh), list(share_of_batch(batches, 0, config, mesh))
 
@@ -38,8 +39,10 @@ def payloads(configs: list[TrainConfig]) -> list[dict[Key, int]]:
         with recorded() as meter:
             trainer.step(micro_batches)
         rows = rows_of(meter.calls, trainer.replica.mesh.axis_of_ranks())
-        keys = [(row["collective"], row["axis"], row["dtype"]) for row in rows]
-        measured.append(dict(zip(keys, [row["payload_bytes"] for row in rows], strict=True)))
+        sent: Counter[Key] = Counter()
+        for row in rows:  # an axis may have groups of several sizes
+            sent[row["collective"], row["axis"], row["dtype"]] += row["payload_bytes"]
+        measured.append(dict(sent))
     return measured
 
 

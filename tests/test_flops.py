@@ -34,7 +34,13 @@ def test_a_step_is_the_closed_form_and_what_flash_recomputes(
 ) -> None:
     """6 N + 12 L D T, and 2 L D T more: the kernel's backward makes the scores again."""
     config = ModelConfig(n_layer=3, d_model=64, n_kv_head=kv_heads, vocab_size=96, ffn=ffn)
-    changes = {"model.n_kv_head": kv_heads, "model.ffn": ffn, "seq_len": T, "model.context": 128}
+    changes = {
+        "model.n_layer": 3,
+        "model.n_kv_head": kv_heads,
+        "model.ffn": ffn,
+        "seq_len": T,
+        "model.context": 128,
+    }
     closed = flops_per_token(make_config(Layout(), changes))
     recomputed = 2 * config.n_layer * config.d_model * T
     assert step_flops(config, Options()) == B * T * (closed + recomputed)

@@ -96,7 +96,9 @@ def test_the_end_of_backward_is_exposed_while_a_message_is_in_flight(clock: Cloc
         clock.now += 2
         with timer.backward(loss):
             loss.backward()
-            sent = Call("all_reduce", frozenset({0, 1}), "float32", 8, clock.now - 1, clock.now + 3)
+            sent = Call(
+                "all_reduce", frozenset({0, 1}), None, "float32", 8, clock.now - 1, clock.now + 3
+            )
             meter.calls.append(sent)
             clock.now += 4  # what DDP's finalisation takes: the message ends before it
     assert timer.last["exposed_communication"] == 3

@@ -1,0 +1,161 @@
+"""docs/parity.md: every strategy and combination against a single process.
+
+./launch.sh python -m experiments.matrix > docs/parity.md           half an hour on two cores
+./launch.sh python -m experiments.matrix cp4 "fsdp2 x tp2"           only those, to the screen
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from experiments import environment
+from experiments.parity import (
+    GLOBAL_BATCH,
+    STEPS,
+    VARIANTS,
+    Difference,
+    Plan,
+    differences,
+)
+from experiments.ranks import RankFailed
+from parallel.layout import (
+    ActivationCheckpointing,
+    Layout,
+    PipelineConfig,
+    PipelineSchedule,
+    Precision,
+)
+
+COMMAND = "./launch.sh python -m experiments.matrix > docs/parity.md"
+PATIENCE_S = 900.0
+COLUMNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation 4": VARIANTS["accumulation"],
+    "clipping": VARIANTS["clipping"],
+    "tied": VARIANTS["tied"],
+    "checkpointing": {"activation_checkpointing": ActivationCheckpointing.full},
+    "selective": {"activation_checkpointing": ActivationCheckpointing.selective},
+    "uneven tokens": VARIANTS["uneven"],
+    "SGD": VARIANTS["sgd"],
+    "bf16": {"precision": Precision.bf16, "clip": 0.5},
+}
+FILLED = {"gradient_accumulation_steps": 4}  # micro-batches of a pipeline
+EXPERTS = {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64}
+CAPPED = {**EXPERTS, "model.capacity_factor": 1.0}
+SEQUENCE = {"sequence_parallel": True}
+KEPT = {"zero_stage": 2}
+
+
+def schedule(name: str) -> dict[str, Any]:
+    return {**FILLED, "pipeline": PipelineConfig(schedule=PipelineSchedule(name))}
+
+
+def plan(name: str, changes: dict[str, Any] | None = None, **axes: int) -> Plan:
+    return Plan(name, Layout(**axes), changes or {})
+
+
+PLANS = [
+    # alone
+    plan("ddp2", dp_replicate=2),
+    plan("zero1 2", {"zero_stage": 1}, dp_shard=2),
+    plan("zero2 2", KEPT, dp_shard=2),
+    plan("fsdp2", dp_shard=2),
+    plan("tp2", tp=2),
+    plan("tp2 sequence", SEQUENCE, tp=2),
+    *[plan(f"pp2 {s.value}", schedule(s.value), pp=2) for s in PipelineSchedule],
+    plan("pp2 3+1 blocks", {**FILLED, "pipeline": PipelineConfig(split=[3, 1])}, pp=2),
+    plan("cp2", cp=2),
+    plan("ep2 of ddp2", EXPERTS, dp_replicate=2, ep=2),
+    plan("ep2 of fsdp2", EXPERTS, dp_shard=2, ep=2),
+    plan("ddp4", dp_replicate=4),
+    plan("zero1 4", {"zero_stage": 1}, dp_shard=4),
+    plan("zero2 4", KEPT, dp_shard=4),
+    plan("fsdp4", dp_shard=4),
+    plan("tp4", tp=4),
+    plan("tp4 sequence", SEQUENCE, tp=4),
+    plan("pp4 1f1b", FILLED, pp=4),
+    plan("pp4 gpipe", schedule("gpipe"), pp=4),
+    plan("cp4", cp=4),
+    plan("ep4 of fsdp4, capacity", CAPPED, dp_shard=4, ep=4),
+    # pairs
+    plan("hsdp 2 x 2", dp_replicate=2, dp_shard=2),
+    plan("ddp2 x tp2", dp_replicate=2, tp=2),
+    plan("fsdp2 x tp2", dp_shard=2, tp=2),
+    plan("fsdp2 x tp2 sequence", SEQUENCE, dp_shard=2, tp=2),
+    plan("pp2 x ddp2", FILLED, pp=2, dp_replicate=2),
+    plan("pp2 x fsdp2", FILLED, pp=2, dp_shard=2),
+    plan("pp2 x zero2 2", {**FILLED, **KEPT}, pp=2, dp_shard=2),
+    plan("pp2 zero bubble x zero2 2", {**schedule("zbv_zero_bubble"), **KEPT}, pp=2, dp_shard=2),
+    plan("pp2 interleaved x ddp2", schedule("interleaved_1f1b"), pp=2, dp_replicate=2),
+    plan("pp2 x tp2", FILLED, pp=2, tp=2),
+    plan("pp2 x tp2 sequence", {**FILLED, **SEQUENCE}, pp=2, tp=2),
+    plan("cp2 x ddp2", cp=2, dp_replicate=2),
+    plan("cp2 x fsdp2", cp=2, dp_shard=2),
+    plan("cp2 x tp2", cp=2, tp=2),
+    plan("cp2 x tp2 sequence", SEQUENCE, cp=2, tp=2),
+    plan("pp2 x cp2", FILLED, pp=2, cp=2),
+    plan("fsdp4, ep2", EXPERTS, dp_shard=4, ep=2),
+    plan("ddp4, ep2, capacity", CAPPED, dp_replicate=4, ep=2),
+    plan("hsdp 2 x 2, ep2", EXPERTS, dp_replicate=2, dp_shard=2, ep=2),
+    plan("pp2 x fsdp2, ep2", {**FILLED, **EXPERTS}, pp=2, dp_shard=2, ep=2),
+    # three and more
+    plan("pp2 x fsdp2 x tp2", FILLED, pp=2, dp_shard=2, tp=2),
+    plan("pp2 x zero2 2 x tp2 sequence", {**FILLED, **KEPT, **SEQUENCE}, pp=2, dp_shard=2, tp=2),
+    plan("pp2 x ddp2 x tp2", FILLED, pp=2, dp_replicate=2, tp=2),
+    plan("hsdp 2 x 2 x tp2", dp_replicate=2, dp_shard=2, tp=2),
+    plan("fsdp2 x cp2 x tp2", dp_shard=2, cp=2, tp=2),
+    plan("pp2 x fsdp2 x cp2", FILLED, pp=2, dp_shard=2, cp=2),
+    plan("pp2 x cp2 x tp2", FILLED, pp=2, cp=2, tp=2),
+]
+
+
+def measure(one: Plan) -> dict[str, Difference | str]:
+    """The cells of a plan; a plan that fails says so in each of them."""
+    print(one.name, file=sys.stderr, flush=True)
+    try:
+        cells = differences([one], COLUMNS, PATIENCE_S)
+    except RankFailed as failed:
+        return dict.fromkeys(COLUMNS, f"FAILED: {str(failed).splitlines()[-1]}")
+    return {variant: cell for (_, variant), cell in cells.items()}
+
+
+def shown(variant: str, cell: Difference | str, reasons: list[str]) -> str:
+    """A cell of the table. What is refused points to its reason."""
+    if isinstance(cell, str):
+        if cell not in reasons:
+            reasons.append(cell)
+        return f"refused [{reasons.index(cell) + 1}]"
+    holds = cell.is_near if variant == "bf16" else cell.holds
+    norm = "-" if cell.norm is None else f"{cell.norm:.0e}"
+    return f"{cell.loss:.0e} {cell.gradient:.0e} {norm}" + ("" if holds else " **NO**")
+
+
+INTRO = f"""
+Each cell: the largest difference to a single process over {STEPS} steps of the loss (nats), of any
+parameter's gradient after the first step (relative), and of the gradient norm (relative; - where
+none was taken). fp32, {GLOBAL_BATCH} sequences a step for every layout, dealt in the same order.
+Bounds: 5e-6, 1e-5, 3e-5; for bf16, against fp32: 2e-2, 0.2, 2e-2. **NO** would mark a cell that
+is not within them. Plans with experts are compared with a single process with experts.
+"""
+
+
+def main(names: list[str]) -> None:
+    """Print the document, or the rows that are asked for."""
+    facts = environment.facts()
+    print(f"# Parity\n\nMade by `{COMMAND}` on {time.strftime('%Y-%m-%d')}")
+    print(f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).")
+    print(INTRO)
+    print(f"| layout | ranks | {' | '.join(COLUMNS)} |")
+    print(f"|---|--:|{'---|' * len(COLUMNS)}")
+    reasons: list[str] = []
+    for one in [p for p in PLANS if not names or p.name in names]:
+        row = [shown(variant, cell, reasons) for variant, cell in measure(one).items()]
+        print(f"| {one.name} | {one.layout.world_size} | {' | '.join(row)} |", flush=True)
+    for number, reason in enumerate(reasons, 1):
+        print(f"\n[{number}] {reason}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
