@@ -20,7 +20,10 @@ MAY_IMPORT = {
     "simulator": {"numpy", "minigpt.config", "parallel.layout", "costs.ledger"},
     "experiments": None,  # everything
 }
-FILES_THAT_MAY_MORE = {"simulator/trace.py": {"torch", "parallel", "minigpt", "costs"}}
+FILES_THAT_MAY_MORE = {
+    "simulator/trace.py": {"torch", "parallel", "minigpt", "costs"},
+    "parallel/through_accelerate.py": {"accelerate"},
+}
 PURE = ("minigpt/config.py", "parallel/layout.py", "costs/ledger.py")
 TORCH_FREE = ("minigpt/corpus.py", "minigpt/sources.py")  # the launcher runs them, and must be fast
 
