@@ -152,8 +152,10 @@ def test_its_fsdp2_trains_and_sends_as_ours_does() -> None:
 
 @needs_accelerate
 @pytest.mark.slow
-def test_one_rank_is_alone() -> None:
+def test_one_rank_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun's variables would make it a process group of one, and messages."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
     config = through(Layout(), {"steps": 2})
     reference = single({"steps": 2})
     assert compare(*trajectories([config, reference])).holds
