@@ -11,7 +11,10 @@ extra="" # what of pyproject.toml's optional dependencies this command needs
 modules="torch numpy hydra omegaconf rich wandb tokenizers psutil"
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
     extra="[dev]"
-    modules="$modules pytest hypothesis ruff mypy"
+    modules="$modules pytest hypothesis ruff mypy accelerate"
+elif [[ " $*" == *" strategy="*accelerate* || " $*" == *" impl="*accelerate* ]]; then
+    extra="[accelerate]"
+    modules="$modules accelerate"
 fi
 
 die() { echo "launch.sh: $*" >&2; exit 2; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ import psutil
 
 from experiments.config import Backend, Device, TrainConfig
 from minigpt.config import require
+from parallel.layout import Impl, Layout
 
 # gloo must not look for this machine's name on a network
 SINGLE_NODE = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
@@ -44,11 +46,15 @@ def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
 
     A batch script is no rank, although SLURM numbers it too: only srun makes a step of several
     tasks. One task is none either: it calls the launcher, as a user would.
+    `accelerate launch --cpu` starts one process, whatever number it was told, and says nothing of
+    the number: where that was one, so be it, else the launcher starts what the layout says.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    elif "ACCELERATE_USE_CPU" in environ and "MASTER_ADDR" not in environ:
+        return Rank(0, 0, 1)  # accelerate launch --num_processes 1
     else:
         return None
     rank, local_rank, world_size = (int(environ.get(name, "0")) for name in names)
@@ -82,6 +88,8 @@ def of_a_rank(nodes: int = 1, environ: Mapping[str, str] = os.environ) -> dict[s
 
 def gpu_count() -> int:
     """CUDA devices that torch can use. Asks torch only where a driver is loaded: it is slow."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":  # accelerate launch --cpu
+        return 0
     nvidia, amd = Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd")
     if not (nvidia.exists() or amd.exists()) or "+cpu" in metadata.version("torch"):
         return 0
@@ -122,7 +130,27 @@ def settle(config: TrainConfig, world_size: int | None, gpus: int, nodes: int = 
         not config.compile or device == Device.cuda or _has_compiler(),
         "compile=true: needs a C++ compiler (c++, g++ or clang++) on a CPU; compile=false works",
     )
+    if config.impl == Impl.accelerate:
+        _check_accelerate(layout, device)
     return replace(config, layout=layout, device=device, backend=backend)
+
+
+def _check_accelerate(layout: Layout, device: Device) -> None:
+    """What Accelerate cannot do on this machine; the rest is in parallel/rules.py."""
+    require(
+        _has_accelerate(),
+        "impl=accelerate: the package is not installed; pip install 'accelerate>=1.15,<2', or let "
+        "./launch.sh strategy=accelerate make its .venv",
+    )
+    require(
+        layout.dp_shard == 1 or device == Device.cuda,
+        f"impl=accelerate: layout.dp_shard={layout.dp_shard} needs device=cuda: on CPU ranks "
+        "Accelerate's FSDP becomes DDP without a word; impl=torch shards there",
+    )
+
+
+def _has_accelerate() -> bool:
+    return importlib.util.find_spec("accelerate") is not None
 
 
 def _wanted_ranks(config: TrainConfig, there_are: int) -> int:

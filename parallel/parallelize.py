@@ -27,7 +27,7 @@ from parallel.context_parallel import apply_context_parallel, local_part
 from parallel.ddp import apply_ddp, apply_replicate
 from parallel.experts import apply_expert_parallel
 from parallel.fsdp import apply_fsdp
-from parallel.layout import Options
+from parallel.layout import Impl, Options
 from parallel.mesh import Mesh
 from parallel.passes import MicroBatch, OneByOne
 from parallel.pipeline import Pipeline, split_model
@@ -55,6 +55,14 @@ def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) ->
         if options.compile:
             for block in stage.blocks.values():
                 block.compile()
+    if options.impl == Impl.accelerate:
+        from parallel.through_accelerate import apply_accelerate  # a package that may not be there
+
+        whole = stages[0]
+        passes_through = apply_accelerate(
+            whole, mesh, options, lambda: fill(whole, mesh.device, seed)
+        )
+        return Replica([whole], mesh, passes_through)
     calls, switches, policed = zip(
         *[apply_data_axes(stage, mesh, options, seed) for stage in stages.values()], strict=True
     )

@@ -250,6 +250,15 @@ def _check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:
             set(axes) <= {"dp_replicate", "dp_shard"},
             f"impl=accelerate: {layout.label}; it takes dp_replicate, and dp_shard on GPUs",
         )
+        require(
+            options.precision != Precision.fp16,
+            "impl=accelerate: precision=fp16 would scale the loss twice on a GPU (Accelerate has a "
+            "scaler of its own) and run in fp32 on a CPU; bf16 and fp32 work",
+        )
+        require(
+            options.zero_stage != 1 or layout.dp_shard == 1,
+            "impl=accelerate: zero_stage=1 is none of its ways to shard; 2 and 3 are",
+        )
 
 
 def split_layers(model: ModelConfig, stages: int, seq_len: int) -> list[int]:

@@ -26,7 +26,10 @@ MAY_IMPORT = {
     },
     "experiments": None,  # everything
 }
-FILES_THAT_MAY_MORE = {"simulator/trace.py": {"torch", "parallel", "minigpt", "costs"}}
+FILES_THAT_MAY_MORE = {
+    "simulator/trace.py": {"torch", "parallel", "minigpt", "costs"},
+    "parallel/through_accelerate.py": {"accelerate"},
+}
 PURE = ("minigpt/config.py", "parallel/layout.py", "costs/ledger.py")
 # the launcher runs them, and must be fast
 TORCH_FREE = ("minigpt/corpus.py", "minigpt/sources.py", "parallel/rules.py")
