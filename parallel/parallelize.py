@@ -13,30 +13,28 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from minigpt.config import ModelConfig
 from minigpt.model import GPT, initial_value
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.context_parallel import apply_context_parallel, local_part
-from parallel.ddp import apply_ddp, apply_replicate
-from parallel.fsdp import apply_fsdp
+from parallel.ddp import apply_replicate
 from parallel.layout import Options
 from parallel.mesh import Mesh
-from parallel.passes import MicroBatch, OneByOne
-from parallel.pipeline import Pipeline, split_model
+from parallel.passes import MicroBatch, OneByOne, loss_and_count
+from parallel.pipeline import split_model
 from parallel.precision import DTYPES, autocast
 from parallel.replica import Replica, as_it_is
-from parallel.tensor_parallel import apply_tensor_parallel
+from parallel.strategies import strategies
 
 
 def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) -> Replica:
     """Build the model for this rank, with the same initial weights for every layout."""
-    layout = mesh.layout
+    layout, by = mesh.layout, strategies(options.impl)
     stages = split_model(config, mesh, options) if layout.pp > 1 else {0: whole_model(config)}
     for stage in stages.values():
         if layout.tp > 1:
-            apply_tensor_parallel(stage, mesh.tensor, options.sequence_parallel)
+            by.apply_tensor_parallel(stage, mesh.tensor, options.sequence_parallel)
         cuts = layout.tp if options.sequence_parallel and stage.embedding is None else 1
         if layout.cp > 1:
             apply_context_parallel(stage, mesh.group("cp"), cuts)
@@ -59,14 +57,14 @@ def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) ->
         return inputs, targets
 
     mine = take if layout.cp > 1 else as_it_is
-    spread = loss_parallel if layout.tp > 1 else nullcontext
+    loss, spread = by.tensor_parallel_loss(mesh) if layout.tp > 1 else (loss_and_count, nullcontext)
     if layout.pp == 1:
-        passes = OneByOne(calls[0], mesh.device, switches[0], cast, spread)
+        passes = OneByOne(calls[0], mesh.device, switches[0], cast, spread, loss)
         return Replica([stages[0]], mesh, passes, mine)
     dtype = DTYPES[options.precision] if policed[0] else torch.float32
     sequence = options.seq_len // layout.cp // (layout.tp if options.sequence_parallel else 1)
     activation = dtype, (options.micro_batch_size, sequence, config.d_model)
-    pipeline = Pipeline(stages, mesh, options, activation, cast, spread)
+    pipeline = by.Pipeline(stages, mesh, options, activation, cast, spread)
     copies = frozenset({"head.weight"} if config.tied else ())
     return Replica(list(stages.values()), mesh, pipeline, mine, copies)
 
@@ -94,12 +92,12 @@ def apply_data_axes(
     Returns the module to call, the switch that says whether the next backward averages gradients,
     and whether the weights have a precision policy of their own (else it is for autocast).
     """
-    layout = mesh.layout
+    layout, by = mesh.layout, strategies(options.impl)
     if layout.dp_shard > 1 and options.zero_stage > 1:
         shards = mesh.data("replicate", "shard")
         assert shards is not None
         keep = options.zero_stage == 2
-        switch = apply_fsdp(stage, stage.blocks, shards, options.precision, not keep)
+        switch = by.apply_fsdp(stage, stage.blocks, shards, options.precision, not keep)
         fill(stage, mesh.device, seed)
         return stage, switch, True
     replicas = mesh.data("replicate", "shard")
@@ -109,7 +107,7 @@ def apply_data_axes(
         return stage, switch, True
     fill(stage, mesh.device, seed)
     if replicas is not None:
-        return *apply_ddp(stage, replicas, mesh.device), False
+        return *by.apply_ddp(stage, replicas, mesh.device), False
     return stage, lambda on: None, False
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from minigpt.config import FFN, ModelConfig, require
 from parallel.layout import (
     MESH_AXES,
+    ONE_F_ONE_B,
     ActivationCheckpointing,
     Impl,
     Layout,
@@ -238,6 +239,10 @@ def _check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:
         )
         plain = options.precision == Precision.fp32 and not options.compile
         require(plain, "impl=by_hand: it is written for precision=fp32 and compile=false")
+        require(
+            layout.pp == 1 or options.pipeline.schedule == ONE_F_ONE_B,
+            f"pipeline.schedule={options.pipeline.schedule.value}: impl=by_hand shows 1f1b",
+        )
     if options.impl == Impl.accelerate:
         require(
             set(axes) <= {"dp_replicate", "dp_shard"},
