@@ -25,7 +25,7 @@ from parallel.passes import MicroBatch
 from parallel.precision import LossScaler
 from parallel.replica import Replica
 from parallel.step import Trainer
-from parallel.zero1 import sharded_optimizer
+from parallel.strategies import strategies
 
 
 def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
@@ -85,7 +85,8 @@ def make_optimizer(replica: Replica, config: TrainConfig) -> torch.optim.Optimiz
     shards = replica.mesh.data("shard")
     if config.zero_stage == 1 and shards is not None:
         group = shards.get_group()
-        return sharded_optimizer(replica.named_parameters(), config.optimizer, group)
+        shard = strategies(config.impl).sharded_optimizer
+        return shard(replica.named_parameters(), config.optimizer, group)
     return build_optimizer(replica.named_parameters(), config.optimizer)
 
 

@@ -22,6 +22,7 @@ from experiments.parity import (
 from experiments.ranks import RankFailed
 from parallel.layout import (
     ActivationCheckpointing,
+    Impl,
     Layout,
     PipelineConfig,
     PipelineSchedule,
@@ -46,6 +47,7 @@ EXPERTS = {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64}
 CAPPED = {**EXPERTS, "model.capacity_factor": 1.0}
 SEQUENCE = {"sequence_parallel": True}
 KEPT = {"zero_stage": 2}
+HAND = {"impl": Impl.by_hand}
 
 
 def schedule(name: str) -> dict[str, Any]:
@@ -65,7 +67,7 @@ PLANS = [
     plan("tp2", tp=2),
     plan("tp2 sequence", SEQUENCE, tp=2),
     *[plan(f"pp2 {s.value}", schedule(s.value), pp=2) for s in PipelineSchedule],
-    plan("pp2 3+1 blocks", {**FILLED, "pipeline": PipelineConfig(split=[3, 1])}, pp=2),
+    plan("pp2, 3 + 1 blocks", {**FILLED, "pipeline": PipelineConfig(split=[3, 1])}, pp=2),
     plan("cp2", cp=2),
     plan("ep2 of ddp2", EXPERTS, dp_replicate=2, ep=2),
     plan("ep2 of fsdp2", EXPERTS, dp_shard=2, ep=2),
@@ -79,6 +81,14 @@ PLANS = [
     plan("pp4 gpipe", schedule("gpipe"), pp=4),
     plan("cp4", cp=4),
     plan("ep4 of fsdp4, capacity", CAPPED, dp_shard=4, ep=4),
+    # the same written out by hand, and through Accelerate
+    plan("ddp2 by hand", HAND, dp_replicate=2),
+    plan("zero1 2 by hand", {**HAND, "zero_stage": 1}, dp_shard=2),
+    plan("fsdp2 by hand", HAND, dp_shard=2),
+    plan("tp2 by hand", HAND, tp=2),
+    plan("tp2 sequence by hand", {**HAND, **SEQUENCE}, tp=2),
+    plan("pp2 by hand", {**HAND, **FILLED}, pp=2),
+    plan("ddp2 through accelerate", {"impl": Impl.accelerate}, dp_replicate=2),
     # pairs
     plan("hsdp 2 x 2", dp_replicate=2, dp_shard=2),
     plan("ddp2 x tp2", dp_replicate=2, tp=2),

@@ -10,30 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from minigpt.config import ModelConfig
 from minigpt.experts import Experts
 from minigpt.model import GPT, initial_value
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.context_parallel import apply_context_parallel, local_part
-from parallel.ddp import apply_ddp, apply_replicate
+from parallel.ddp import apply_replicate
 from parallel.experts import apply_expert_parallel
-from parallel.fsdp import apply_fsdp
 from parallel.layout import Impl, Options
 from parallel.mesh import Mesh
-from parallel.passes import MicroBatch, OneByOne
-from parallel.pipeline import Pipeline, split_model
+from parallel.passes import MicroBatch, OneByOne, Passes, loss_and_count
+from parallel.pipeline import split_model
 from parallel.precision import DTYPES, autocast, sharding_policy
 from parallel.replica import Replica, as_it_is
-from parallel.tensor_parallel import apply_tensor_parallel
+from parallel.strategies import strategies
 
 
 def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) -> Replica:
@@ -41,50 +39,63 @@ def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) ->
     layout = mesh.layout
     stages = split_model(config, mesh, options) if layout.pp > 1 else {0: whole_model(config)}
     for stage in stages.values():
-        if layout.tp > 1:
-            apply_tensor_parallel(stage, mesh.tensor, options.sequence_parallel)
-        if layout.ep > 1:
-            apply_expert_parallel(stage, mesh.experts, experts_dtype(mesh, options))
-        cuts = layout.tp if options.sequence_parallel and stage.embedding is None else 1
-        if layout.cp > 1:
-            apply_context_parallel(stage, mesh.group("cp"), cuts)
-        elif cuts > 1:
-            supply_positions(stage, cuts)
-        mode = options.activation_checkpointing
-        apply_activation_checkpointing(stage.blocks, mode, dropout=config.dropout > 0)
-        if options.compile:
-            for block in stage.blocks.values():
-                block.compile()
+        apply_inside(stage, mesh, options)
     if options.impl == Impl.accelerate:
         from parallel.through_accelerate import apply_accelerate  # a package that may not be there
 
         whole = stages[0]
-        passes_through = apply_accelerate(
-            whole, mesh, options, lambda: fill(whole, mesh.device, seed)
+        return Replica(
+            [whole], mesh, apply_accelerate(whole, mesh, options, lambda: fill(whole, mesh, seed))
         )
-        return Replica([whole], mesh, passes_through)
-    calls, switches, policed = zip(
-        *[apply_data_axes(stage, mesh, options, seed) for stage in stages.values()], strict=True
-    )
-
-    def cast() -> AbstractContextManager:
-        return nullcontext() if policed[0] else autocast(options.precision, mesh.device)
+    outside = [apply_data_axes(stage, mesh, options, seed) for stage in stages.values()]
+    passes = make_passes(stages, outside, mesh, options)
 
     def take(micro_batch: MicroBatch) -> MicroBatch:
         inputs, targets = (local_part(x, mesh.index("cp"), layout.cp) for x in micro_batch)
         return inputs, targets
 
-    mine = take if layout.cp > 1 else as_it_is
-    spread = loss_parallel if layout.tp > 1 else nullcontext
+    copies = frozenset({"head.weight"} if config.tied and layout.pp > 1 else ())
+    return Replica(list(stages.values()), mesh, passes, take if layout.cp > 1 else as_it_is, copies)
+
+
+def apply_inside(stage: GPT, mesh: Mesh, options: Options) -> None:
+    """What changes a stage's modules, before the data axes take its weights."""
+    layout = mesh.layout
+    if layout.tp > 1:
+        by = strategies(options.impl)
+        by.apply_tensor_parallel(stage, mesh.tensor, options.sequence_parallel)
+    if layout.ep > 1:
+        apply_expert_parallel(stage, mesh.experts, experts_dtype(mesh, options))
+    cuts = layout.tp if options.sequence_parallel and stage.embedding is None else 1
+    if layout.cp > 1:
+        apply_context_parallel(stage, mesh.group("cp"), cuts)
+    elif cuts > 1:
+        supply_positions(stage, cuts)
+    mode, dropout = options.activation_checkpointing, stage.config.dropout > 0
+    apply_activation_checkpointing(stage.blocks, mode, dropout)
+    if options.compile:
+        for block in stage.blocks.values():
+            block.compile()
+
+
+def make_passes(
+    stages: dict[int, GPT], outside: list[Outside], mesh: Mesh, options: Options
+) -> Passes:
+    """How micro-batches run: one by one, or through the stages of a pipeline."""
+    layout, by, policed = mesh.layout, strategies(options.impl), outside[0].policed
+
+    def cast() -> AbstractContextManager:
+        return nullcontext() if policed else autocast(options.precision, mesh.device)
+
+    loss, spread = by.tensor_parallel_loss(mesh) if layout.tp > 1 else (loss_and_count, nullcontext)
     if layout.pp == 1:
-        passes = OneByOne(calls[0], mesh.device, switches[0], cast, spread)
-        return Replica([stages[0]], mesh, passes, mine)
-    dtype = DTYPES[options.precision] if policed[0] else torch.float32
+        call, sync_gradients, _ = outside[0]
+        return OneByOne(call, mesh.device, sync_gradients, cast, spread, loss)
+    dtype = DTYPES[options.precision] if policed else torch.float32
     sequence = options.seq_len // layout.cp // (layout.tp if options.sequence_parallel else 1)
-    activation = dtype, (options.micro_batch_size, sequence, config.d_model)
-    pipeline = Pipeline(stages, mesh, options, activation, cast, spread)
-    copies = frozenset({"head.weight"} if config.tied else ())
-    return Replica(list(stages.values()), mesh, pipeline, mine, copies)
+    width = next(iter(stages.values())).config.d_model
+    activation = dtype, (options.micro_batch_size, sequence, width)
+    return by.Pipeline(stages, mesh, options, activation, cast, spread)
 
 
 def whole_model(config: ModelConfig) -> GPT:
@@ -102,29 +113,33 @@ def supply_positions(stage: GPT, cuts: int) -> None:
     stage.forward = forward_at  # type: ignore[method-assign, assignment]
 
 
-def apply_data_axes(
-    stage: GPT, mesh: Mesh, options: Options, seed: int
-) -> tuple[nn.Module, Callable[[bool], None], bool]:
-    """Shard or replicate a stage and fill it.
+class Outside(NamedTuple):
+    """What the data axes leave of a stage."""
 
-    Returns the module to call, the switch that says whether the next backward averages gradients,
-    and whether the weights have a precision policy of their own (else it is for autocast).
-    """
-    layout = mesh.layout
+    call: nn.Module  # what to call in its place
+    sync_gradients: Callable[[bool], None]  # whether the next backward averages gradients
+    policed: bool  # weights have a precision policy of their own; else it is for autocast
+
+
+def apply_data_axes(stage: GPT, mesh: Mesh, options: Options, seed: int) -> Outside:
+    """Shard or replicate a stage and fill it."""
+    layout, by = mesh.layout, strategies(options.impl)
     ranks = mesh.data("replicate", "shard")
     sharded = layout.dp_shard > 1 and options.zero_stage > 1
     if ranks is not None and (sharded or layout.pp > 1 or layout.tp > 1 or layout.ep > 1):
-        experts = apply_data_axes_to_experts(stage, mesh, options) if layout.ep > 1 else frozenset()
-        apply: Any = apply_replicate
+        apply: Callable = apply_replicate
         if sharded:
-            apply = partial(apply_fsdp, reshard_after_forward=options.zero_stage == 3)
-        switch = apply(stage, stage.blocks, ranks, options.precision, leave=experts)
-        fill(stage, mesh.device, seed)
-        return stage, switch, True
-    fill(stage, mesh.device, seed)
+            apply = partial(by.apply_fsdp, reshard_after_forward=options.zero_stage == 3)
+        if layout.ep > 1:
+            apply = partial(apply, leave=apply_data_axes_to_experts(stage, mesh, options))
+        switch = apply(stage, stage.blocks, ranks, options.precision)
+        fill(stage, mesh, seed)
+        return Outside(stage, switch, True)
+    fill(stage, mesh, seed)
     if ranks is not None:
-        return *apply_ddp(stage, ranks, mesh.device), False
-    return stage, lambda on: None, False
+        call, switch = by.apply_ddp(stage, ranks, mesh.device)
+        return Outside(call, switch, policed=False)
+    return Outside(stage, lambda on: None, policed=False)
 
 
 def apply_data_axes_to_experts(stage: GPT, mesh: Mesh, options: Options) -> frozenset[nn.Parameter]:
@@ -151,20 +166,20 @@ def experts_dtype(mesh: Mesh, options: Options) -> torch.dtype | None:
     return DTYPES[options.precision] if mesh.expert_data() is None else None
 
 
-def fill(model: GPT, device: torch.device, seed: int) -> None:
+def fill(model: GPT, mesh: Mesh, seed: int) -> None:
     """Give a model on the meta device its memory and its initial weights.
 
     A sharded parameter is made whole on the host, one at a time, and cut: no rank ever holds the
     whole model, and the values are those of a single process.
     """
-    model.to_empty(device=device)
+    model.to_empty(device=mesh.device)
     model.tie()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name == "head.weight" and model.config.tied:
                 name = "embedding.weight"  # a stage that has the head only
-            value = initial_value(name, parameter.shape, model.config, seed).to(device)
+            value = initial_value(name, parameter.shape, model.config, seed).to(mesh.device)
             if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+                where = parameter.device_mesh, parameter.placements
+                value = distribute_tensor(value, *where, src_data_rank=None)
             parameter.copy_(value)

@@ -69,6 +69,7 @@ class OneByOne(Passes):
     sync_gradients: Callable[[bool], None]  # thrown before the forward of each micro-batch
     autocast: Context  # around each forward
     loss_context: Context  # around loss and backward: how the loss is spread over ranks
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_count
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float, marks: Marks) -> Tensor:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -76,7 +77,7 @@ class OneByOne(Passes):
             self.sync_gradients(i == len(micro_batches) - 1)
             with self.loss_context():
                 with self.autocast():
-                    loss, count = loss_and_count(self.call(inputs), targets)
+                    loss, count = self.loss(self.call(inputs), targets)
                 totals += torch.stack((loss.detach().double(), count.double()))
                 scaled = loss * factor
                 with marks.backward(scaled):
@@ -85,5 +86,5 @@ class OneByOne(Passes):
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with self.loss_context(), self.autocast():
-            loss, count = loss_and_count(self.call(inputs), targets)
+            loss, count = self.loss(self.call(inputs), targets)
         return torch.stack((loss.double(), count.double()))

@@ -24,7 +24,7 @@ from parallel.gradients import align_gradients, local
 from parallel.layout import Options
 from parallel.mesh import Mesh
 from parallel.passes import Context, Marks, MicroBatch, Passes, loss_and_count, valid_tokens
-from parallel.rules import split_layers
+from parallel.stages import split_layers
 
 SCHEDULES = {
     "gpipe": "GPipe",

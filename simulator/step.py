@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minigpt.config import ModelConfig
 from parallel.layout import Layout, Options, Precision
-from parallel.rules import split_layers
+from parallel.stages import split_layers
 
 ITEM_BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}
 DTYPE_NAMES = {

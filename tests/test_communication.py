@@ -49,7 +49,7 @@ def has_closed_form(config: TrainConfig) -> bool:
 def test_payloads_are_the_closed_form_to_the_byte(world_size: int) -> None:
     """Every plan of docs/parity.md, on every rank."""
     configs = []
-    plans = [plan for plan in PLANS if plan.layout.world_size == world_size]
+    plans = [p for p in PLANS if p.layout.world_size == world_size and "impl" not in p.changes]
     for i, plan in enumerate(plans[:4] if world_size == 8 else plans):  # eight ranks are slow
         others = OTHERS if world_size == 2 else [OTHERS[i % len(OTHERS)]]  # they take turns
         for change in CHANGES if plan in DATA else others:

@@ -22,6 +22,7 @@ MAY_IMPORT = {
         "minigpt.config",
         "parallel.layout",
         "parallel.rules",
+        "parallel.stages",
         "costs.ledger",
     },
     "experiments": None,  # everything
@@ -32,7 +33,7 @@ FILES_THAT_MAY_MORE = {
 }
 PURE = ("minigpt/config.py", "parallel/layout.py", "costs/ledger.py")
 # the launcher runs them, and must be fast
-TORCH_FREE = ("minigpt/corpus.py", "minigpt/sources.py", "parallel/rules.py")
+TORCH_FREE = ("minigpt/corpus.py", "minigpt/sources.py", "parallel/rules.py", "parallel/stages.py")
 
 
 def imports_of(path: Path) -> set[str]:
