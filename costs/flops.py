@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 aten = torch.ops.aten
@@ -76,8 +77,23 @@ _register()
 
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
-    """Count the flops of what runs inside: `.get_total_flops()` afterwards."""
+    """Count the flops of what this rank runs inside: `.get_total_flops()` afterwards.
+
+    An operator of DTensors has the shapes of the whole; its local operators come one by one, and
+    those are what ran.
+    """
     with FlopCounterMode(display=False) as counter:
+        whole: Any = counter.mode
+
+        class LocalOnly(type(whole)):  # type: ignore[misc]
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+            ) -> Any:
+                if any(issubclass(kind, DTensor) for kind in types):
+                    return NotImplemented
+                return super().__torch_dispatch__(func, types, args, kwargs)
+
+        whole.__class__ = LocalOnly
         yield counter
 
 

@@ -3,7 +3,8 @@
 total                  the step's wall time
 compute                forward and backward, without what is exposed
 exposed_communication  time in which this rank could only wait for messages
-bubble                 time in which a pipeline stage had nothing to do; 0 without a pipeline
+bubble                 time in which a pipeline stage had nothing to do; 0 without a pipeline. With
+                       one it is not told from waiting for messages so far: null, and counted there
 optimizer              clipping and the update, without what is exposed
 other                  the rest: batches, bookkeeping
 
@@ -56,11 +57,17 @@ class StepTimer:
 
     `communication`: the meter of this rank's messages; None where their times are not known
     (NCCL), which makes exposed_communication null. `alone`: one rank, which exposes nothing.
+    `staged`: the model is a pipeline.
     """
 
     def __init__(
-        self, device: torch.device, communication: CommunicationMeter | None, alone: bool
+        self,
+        device: torch.device,
+        communication: CommunicationMeter | None,
+        alone: bool,
+        staged: bool = False,
     ) -> None:
+        self.staged = staged
         self.device, self.communication, self.alone = device, communication, alone
         self.phases: dict[str, list[Interval]] = {}
         self.tails: list[Interval] = []
@@ -115,7 +122,7 @@ class StepTimer:
             "total": total,
             "compute": compute,
             "exposed_communication": waited if measured else None,
-            "bubble": 0.0,
+            "bubble": None if self.staged else 0.0,
             "optimizer": optimizer,
             "other": max(0.0, total - compute - optimizer - waited),
         }

@@ -51,7 +51,8 @@ class Meters:
         self.alone = config.layout.world_size == 1
         metered = dist.is_initialized() and dist.get_backend() == communication.BACKEND
         self.communication = communication.meter if metered else None
-        self.timer = StepTimer(self.mesh.device, self.communication, self.alone)
+        staged = config.layout.pp > 1
+        self.timer = StepTimer(self.mesh.device, self.communication, self.alone, staged)
         self.memory_step = min(MEMORY_STEP, config.steps - 1)
         self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
         self.steps: deque[MeasuredStep] = deque(maxlen=KEPT_STEPS)

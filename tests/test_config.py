@@ -22,7 +22,11 @@ GROUPS = sorted(
     if path.parent.name not in ("experiment",)
 )
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-NEEDED = {"text": ["data.path=README.md"], "openwebtext": ["model.vocab_size=4096"]}
+NEEDED = {
+    "text": ["data.path=README.md"],
+    "openwebtext": ["model.vocab_size=4096"],
+    "ep": ["model=tiny_moe"],
+}
 
 MISTAKES = [
     (["lr=1"], "lr=1: no such key"),
@@ -47,6 +51,24 @@ MISTAKES = [
     (["model.vocab_size=100"], "model.vocab_size=100: smaller than the data's 256 ids"),
     (["seq_len=4096"], "seq_len=4096: longer than model.context=128"),
     (["global_batch_size=15", "layout.dp_replicate=2"], "global_batch_size=15 != micro_batch"),
+    (
+        ["strategy=tp", "layout.tp=3"],
+        "layout.tp=3: model.n_head(4) % tp(3) = 1: each rank takes whole heads; 3 ranks could be ",
+    ),
+    (
+        ["strategy=pp", "layout.pp=8"],
+        "layout.pp=8: pp(8) * stages_per_rank(1) = 8 stages > model.n_layer(4); 8 ranks could be ",
+    ),
+    (
+        ["strategy=pp", "gradient_accumulation_steps=1"],
+        "gradient_accumulation_steps=1: 1f1b with layout.pp=2 cannot take that many micro-batches; "
+        "the nearest that it takes: 2, 3, 4, 5",
+    ),
+    (
+        ["pipeline.schedule=2f2b"],
+        "pipeline.schedule=2f2b: Invalid value '2f2b', expected one of [gpipe, 1f1b, ",
+    ),
+    (["strategy=ep"], "layout.ep=2: model.ffn=swiglu has no experts"),
     (["layout.dp_replicate=0"], "layout.dp_replicate=0: must be at least 1"),
     (
         ["layout.dp_shard=-1", "layout.dp_replicate=-1"],
