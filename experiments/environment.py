@@ -16,7 +16,7 @@ import psutil
 
 from experiments.config import Backend, Device, TrainConfig
 from minigpt.config import require
-from parallel.layout import Impl, Layout
+from parallel.layout import ActivationCheckpointing, Impl, Layout, Precision
 
 # gloo must not look for this machine's name on a network
 SINGLE_NODE = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
@@ -126,13 +126,34 @@ def settle(config: TrainConfig, world_size: int | None, gpus: int, nodes: int = 
             f"layout needs {world_size} ranks, but there are {gpus} CUDA devices on each of "
             f"{nodes} node(s)",
         )
-    require(
-        not config.compile or device == Device.cuda or _has_compiler(),
-        "compile=true: needs a C++ compiler (c++, g++ or clang++) on a CPU; compile=false works",
-    )
+    _check_device(config, device)
     if config.impl == Impl.accelerate:
         _check_accelerate(layout, device)
     return replace(config, layout=layout, device=device, backend=backend)
+
+
+def _check_device(config: TrainConfig, device: Device) -> None:
+    """Refuse what this device lacks."""
+    on_gpu = device == Device.cuda
+    require(
+        not config.compile or on_gpu or _has_compiler(),
+        "compile=true: needs a C++ compiler (c++, g++ or clang++) on a CPU; compile=false works",
+    )
+    require(
+        config.activation_checkpointing != ActivationCheckpointing.offload or on_gpu,
+        "activation_checkpointing=offload: moves activations from a GPU to the host, and "
+        "device=cpu is the host; full keeps as little",
+    )
+    require(
+        config.precision != Precision.bf16 or not on_gpu or _gpu_has_bf16(),
+        "precision=bf16: this GPU has no bf16 (compute capability 8.0 or newer has); fp16 works",
+    )
+
+
+def _gpu_has_bf16() -> bool:
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _check_accelerate(layout: Layout, device: Device) -> None:
@@ -177,7 +198,10 @@ def check_memory(config: TrainConfig, local_ranks: int) -> None:
         f"layout needs {local_ranks} ranks here, but the {there_is / 1e9:.1f} GB of free memory "
         f"take {most}",
     )
-    state = BYTES_OF_A_PARAMETER * config.model.parameters * local_ranks / config.layout.dp_shard
+    layout = config.layout
+    shards = layout.dp_shard * layout.cp if layout.dp_shard > 1 and config.zero_stage > 1 else 1
+    parts = layout.pp * layout.tp * shards
+    state = BYTES_OF_A_PARAMETER * config.model.parameters * local_ranks / parts
     require(
         state + local_ranks * BYTES_OF_A_RANK <= there_is,
         f"model: {config.model.parameters:,} parameters need {state / 1e9:,.1f} GB for weights, "

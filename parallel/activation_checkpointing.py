@@ -4,6 +4,7 @@ none       keep every intermediate result
 selective  keep what projections and attention kernels made, recompute the rest, T x S scores
            included (Korthikanti 2022)
 full       keep each block's input only, recompute the block (Chen 2016)
+offload    as full, and the input waits in the host's memory (Rajbhandari et al. 2020, ZeRO, 6.1)
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -52,10 +54,25 @@ def apply_activation_checkpointing(
     if mode == ActivationCheckpointing.selective:
         contexts = partial(create_selective_checkpoint_contexts, _keep_matmuls)
     for block in blocks.values():
-        block.forward = partial(
+        recomputed = partial(
             checkpoint,
             block.forward,
             use_reentrant=False,
             context_fn=contexts,
             preserve_rng_state=dropout,
         )
+        offload = mode == ActivationCheckpointing.offload
+        block.forward = kept_on_host(recomputed) if offload else recomputed
+
+
+def kept_on_host(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What a checkpoint keeps, the block's input, is copied to the host until backward.
+
+    The memory is pinned where there is a GPU; what is recomputed never leaves the device.
+    """
+
+    def offloaded(x: Tensor, *args: Any) -> Tensor:
+        with save_on_cpu(pin_memory=x.is_cuda):
+            return forward(x, *args)
+
+    return offloaded

@@ -42,6 +42,7 @@ def _check(model: ModelConfig, layout: Layout, options: Options) -> None:
     _check_experts(model, layout, options)
     _check_pipeline(model, layout, options)
     _check_sharding(layout, options)
+    _check_compile(layout, options)
     _check_impl(model, layout, options)
 
 
@@ -232,6 +233,27 @@ def _check_sharding(layout: Layout, options: Options) -> None:
             f"zero_stage=1: torch's ZeroRedundancyOptimizer takes whole plain weights, and "
             f"layout.{'/'.join(axes)} cuts them; zero_stage=2 shards the optimizer too",
         )
+
+
+def _check_compile(layout: Layout, options: Options) -> None:
+    if not options.compile:
+        return
+    require(
+        layout.tp == 1,
+        f"compile=true: torch.compile hands tensor parallelism (layout.tp={layout.tp}) plain "
+        "gradients where it needs its own kind; compile=false works",
+    )
+    require(
+        layout.ep == 1,
+        f"compile=true: with layout.ep={layout.ep} the number of tokens that come to an expert "
+        "changes at every step, and each is compiled anew; compile=false works",
+    )
+    name = options.pipeline.schedule.value
+    require(
+        layout.pp == 1 or not options.pipeline.splits_backward,
+        f"compile=true: {name} runs backward in two parts, of which a compiled block's second gives "
+        "wrong gradients without a word (torch 2.13); compile=false, or 1f1b, works",
+    )
 
 
 def _check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:

@@ -178,6 +178,8 @@ def test_devices_and_left_over_ranks_are_settled() -> None:
         (["layout.dp_replicate=3", "layout.dp_shard=-1"], 4, "layout.dp_shard=-1: 4 ranks / "),
         (["strategy=single"], 2, "= 1 != 2 ranks"),
         (["global_batch_size=9"], None, "global_batch_size=9 != micro_batch_size"),
+        (["activation_checkpointing=offload"], None, "activation_checkpointing=offload: moves"),
+        (["strategy=zero2", "layout.tp=2", "layout.pp=8"], 16, "layout.pp=8: .* 16 ranks could be"),
     ],
 )
 def test_what_the_machine_cannot_do_is_refused(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from costs.ledger import MEMORY_PARTS
 from costs.memory import MemoryMeter
 from experiments.parity import make_config
 from experiments.ranks import run_ranks
+from minigpt.config import ModelConfig
+from minigpt.model import GPT, token_loss
+from parallel import activation_checkpointing
+from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.layout import ActivationCheckpointing, Layout
 from tests.on_ranks import step_costs
 
@@ -47,6 +53,32 @@ def test_full_checkpointing_adds_one_block_input_a_layer() -> None:
     few, many = (alone({**full, "model.n_layer": n})["activations"] for n in (8, 12))
     block_input = 16 * 256 * 64 * 4  # B T D in fp32
     assert many - few == pytest.approx(4 * block_input, rel=0.1)
+
+
+def test_offload_copies_block_inputs_to_the_host_and_changes_no_gradient() -> None:
+    config = ModelConfig(n_layer=3, d_model=64, vocab_size=96)
+    tokens = torch.randint(96, (2, 16))
+    gradients, copied = [], []
+    for mode in (ActivationCheckpointing.none, ActivationCheckpointing.offload):
+        model = GPT(config)
+        model.init_weights(0)
+        apply_activation_checkpointing(model.blocks, mode, dropout=False)
+        with patch.object(activation_checkpointing, "save_on_cpu", spy(copied)):
+            token_loss(model(tokens), tokens)[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert copied == [False] * config.n_layer, "once a block; unpinned, for there is no GPU"
+    for plain, offloaded in zip(*gradients, strict=True):
+        assert torch.equal(plain, offloaded)
+
+
+def spy(copied: list[bool]) -> Callable[..., Any]:
+    """torch's save_on_cpu, which notes each use."""
+
+    def noted(pin_memory: bool) -> Any:
+        copied.append(pin_memory)
+        return torch.autograd.graph.save_on_cpu(pin_memory=pin_memory)
+
+    return noted
 
 
 def test_accumulation_shrinks_activations_by_the_number_of_micro_batches() -> None:
