@@ -251,8 +251,8 @@ def _check_compile(layout: Layout, options: Options) -> None:
     name = options.pipeline.schedule.value
     require(
         layout.pp == 1 or not options.pipeline.splits_backward,
-        f"compile=true: {name} runs backward in two parts, of which a compiled block's second gives "
-        "wrong gradients without a word (torch 2.13); compile=false, or 1f1b, works",
+        f"compile=true: {name} runs backward in two parts, of which a compiled block's second "
+        "gives wrong gradients without a word (torch 2.13); compile=false, or 1f1b, works",
     )
 
 
