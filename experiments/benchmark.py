@@ -21,7 +21,7 @@ from experiments.metering import flops_per_token
 from experiments.ranks import ROOT
 from experiments.yardstick import Shape
 from minigpt.config import ModelConfig
-from parallel.layout import Layout, Options, Precision
+from parallel.layout import Layout, Options
 from simulator.formula import payload_bytes
 from simulator.step import Step
 
@@ -163,7 +163,7 @@ def ratio_row(
 
 def gemm_share(size: str, shape: Shape, times: dict[str, list[float]]) -> str:
     """Model flops of an fp32 step over what the best matrix product of the same run would do."""
-    config = contest.our_config(shape, Layout(), Precision.fp32, steps=1)
+    config = contest.our_config(shape, Layout(), steps=1)
     peak = 2 * contest.GEMM_SIZE**3 / min(times["gemm"])
     flops = flops_per_token(config) * shape.batch * shape.seq_len
     share = flops / statistics.median(times["fp32"]) / peak

@@ -17,12 +17,13 @@ from experiments.assemble import make_batches, make_trainer
 from experiments.config import Backend, Device, TrainConfig
 from experiments.environment import SINGLE_NODE
 from experiments.metering import Meters
+from experiments.plain_parallel import MICRO_BATCHES, plain_strategy
 from experiments.ranks import run_ranks
 from experiments.train import train_step
 from experiments.yardstick import Shape, plain_loop
 from minigpt.config import FFN, DataConfig, ModelConfig, Norm, OptimizerConfig, Positions
 from minigpt.corpus import prepare
-from parallel.layout import Layout, Precision
+from parallel.layout import Impl, Layout, Precision
 from parallel.mesh import build_mesh
 
 WARMUP = 5  # steps; by then the meters have looked at the operators (metering.MEMORY_STEP)
@@ -30,21 +31,39 @@ TURN = 3  # steps that are counted
 GEMM_SIZE = 1024
 PATIENCE_S = 1800
 TUNED = "plain, tuned"  # with what our launcher sets for its ranks (environment.of_a_rank)
+PLAIN_STRATEGIES = ("plain tp", "plain pp")
 YARDSTICKS = {"plain": None, TUNED: None, "plain ddp": "ddp", "plain fsdp": "fsdp"}
 # how the other plain loops are started: as anyone would
 AS_IT_COMES = {"OMP_NUM_THREADS": "1", **SINGLE_NODE}
-KINDS = {
-    "fp32": (Layout(), Precision.fp32),
-    "bf16": (Layout(), Precision.bf16),
-    "ddp": (Layout(dp_replicate=2), Precision.fp32),
-    "fsdp": (Layout(dp_shard=2), Precision.fp32),
+HAND = {"impl": Impl.by_hand}
+FILLED = {"gradient_accumulation_steps": MICRO_BATCHES}
+KINDS: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "fp32": (Layout(), {}),
+    "bf16": (Layout(), {"precision": Precision.bf16}),
+    "ddp": (Layout(dp_replicate=2), {}),
+    "zero1": (Layout(dp_shard=2), {"zero_stage": 1}),
+    "zero2": (Layout(dp_shard=2), {"zero_stage": 2}),
+    "fsdp": (Layout(dp_shard=2), {}),
+    "tp": (Layout(tp=2), {}),
+    "tp_sp": (Layout(tp=2), {"sequence_parallel": True}),
+    "pp": (Layout(pp=2), FILLED),
+    "cp": (Layout(cp=2), {}),
+    "ddp by hand": (Layout(dp_replicate=2), HAND),
+    "fsdp by hand": (Layout(dp_shard=2), HAND),
+    "tp by hand": (Layout(tp=2), HAND),
+    "pp by hand": (Layout(pp=2), {**HAND, **FILLED}),
 }
+ALONE = "alone"  # a single process beside a rank that does nothing
 
 Step = Callable[[], object]
 
 
-def our_config(shape: Shape, layout: Layout, precision: Precision, steps: int) -> TrainConfig:
+def our_config(
+    shape: Shape, layout: Layout, steps: int, changes: dict[str, Any] | None = None
+) -> TrainConfig:
     """The yardstick's shape as a configuration of ours."""
+    changes = changes or {}
+    micro_batches = changes.get("gradient_accumulation_steps", 1)
     model = ModelConfig(
         n_layer=shape.n_layer,
         n_head=shape.n_head,
@@ -60,12 +79,12 @@ def our_config(shape: Shape, layout: Layout, precision: Precision, steps: int) -
         model=model,
         optimizer=OptimizerConfig(lr=1e-3),
         layout=layout,
-        precision=precision,
-        micro_batch_size=shape.batch // layout.data_parallel,
+        micro_batch_size=shape.batch // layout.data_parallel // micro_batches,
         seq_len=shape.seq_len,
         steps=steps,
         device=Device.cpu,
         backend=Backend.gloo,
+        **changes,
     )
 
 
@@ -87,10 +106,15 @@ def make_step(kind: str, shape: Shape, steps: int) -> Step:
     """A contestant by its name in KINDS."""
     if kind == "gemm":
         return gemm()
+    text = prepare(DataConfig()).folder / "train.bin"
     if kind in YARDSTICKS:
-        return plain_loop(shape, prepare(DataConfig()).folder / "train.bin", YARDSTICKS[kind])
-    layout, precision = KINDS[kind]
-    return our_loop(our_config(shape, layout, precision, steps))
+        return plain_loop(shape, text, YARDSTICKS[kind])
+    if kind in PLAIN_STRATEGIES:
+        return plain_strategy(kind, shape, text)
+    if kind == ALONE and dist.get_rank():
+        return lambda: None
+    layout, changes = KINDS["fp32" if kind == ALONE else kind]
+    return our_loop(our_config(shape, layout, steps, changes))
 
 
 class Baton:
@@ -147,7 +171,8 @@ def hold(kinds: list[str], world_size: int, shape: Shape, rounds: int) -> dict[s
         batons = [Baton(file, number, len(kinds)) for number in range(len(kinds))]
         running = []
         for kind, baton in zip(kinds, batons, strict=True):
-            variables = AS_IT_COMES if kind in YARDSTICKS and kind != TUNED else None
+            plain = kind in YARDSTICKS or kind in PLAIN_STRATEGIES
+            variables = AS_IT_COMES if plain and kind != TUNED else None
             limits: dict[str, Any] = {"timeout_s": PATIENCE_S, "variables": variables}
             job = pool.submit(run_ranks, world_size, perform, kind, shape, rounds, baton, **limits)
             running.append(job)
