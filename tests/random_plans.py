@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from dataclasses import replace
+from random import Random
 from typing import Any
-
-from hypothesis import assume
-from hypothesis import strategies as st
 
 from experiments.parity import Plan
 from parallel.layout import (
@@ -19,83 +17,82 @@ from parallel.layout import (
 )
 from parallel.rules import of_size
 
-LAYOUTS = [layout for layout in of_size(Layout(dp_replicate=4))]
-CHECKPOINTING = [mode for mode in ActivationCheckpointing if mode.value != "offload"]
-TRIES = 20
+LAYOUTS = list(of_size(Layout(dp_replicate=4)))
 Changes = dict[str, Any]
+MODELS: dict[str, list[Any]] = {
+    "model.n_layer": [4, 4, 8],
+    "model.n_kv_head": [None, 1, 2, 4],
+    "model.ffn": ["swiglu", "gelu", "swiglu", "moe"],
+    "model.norm": ["rmsnorm", "layernorm"],
+    "model.positions": ["rotary", "learned", "sinusoidal"],
+    "model.bias": [False, True],
+    "model.tied": [False, True],
+    "data.ragged": [False, True],
+    "clip": [None, 0.5],
+}
+EXPERTS: dict[str, list[Any]] = {
+    "model.ffn": ["moe"],
+    "model.n_expert": [4, 8],
+    "model.d_ff": [64],
+    "model.capacity_factor": [None, 1.0],
+    "model.balance": [0.0, 1.0],
+}
+SMALL: Changes = {"model.d_model": 32}
+CHECKPOINTING = [ActivationCheckpointing(mode) for mode in ("none", "selective", "full")]
 
 
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    """One plan that the rules let pass."""
-    for _ in range(TRIES):
-        layout = draw(st.sampled_from(LAYOUTS))
-        changes = {**draw(models()), **draw(ways(layout))}
-        if changes["model.ffn"] == "moe":
-            changes |= draw(experts())
-            layout = Layout(*layout.sizes, ep=draw(st.sampled_from([1, 2, 4])))
+def random_plan(random: Random) -> Plan:
+    """One plan that the rules let pass. Only options are drawn again, so that layouts are even."""
+    layout, has_experts = random.choice(LAYOUTS), random.random() < 0.3
+    if has_experts and layout.tp == layout.cp == 1 and layout.data_parallel > 1:
+        ranks = layout.dp_shard if layout.dp_shard > 1 else layout.dp_replicate
+        layout = replace(layout, ep=random.choice([n for n in (2, 4) if ranks % n == 0]))
+    while True:
+        changes = {**SMALL, **one_of(MODELS, random), **one_of(ways(layout), random)}
+        if layout.ep > 1 or changes["model.ffn"] == "moe":
+            changes |= one_of(EXPERTS, random)
         plan = Plan(written(layout, changes), layout, changes)
-        with suppress(ValueError):
-            plan.config({"steps": 1})
-            return plan
-    assume(False)
-    raise AssertionError
+        try:
+            plan.config({})
+        except ValueError:
+            continue
+        return plan
 
 
-def models() -> st.SearchStrategy[Changes]:
-    return st.fixed_dictionaries(
-        {
-            "model.n_layer": st.sampled_from([4, 8]),
-            "model.n_kv_head": st.sampled_from([None, 1, 2, 4]),
-            "model.ffn": st.sampled_from(["swiglu", "gelu", "swiglu", "moe"]),
-            "model.norm": st.sampled_from(["rmsnorm", "layernorm"]),
-            "model.positions": st.sampled_from(["rotary", "learned", "sinusoidal"]),
-            "model.bias": st.booleans(),
-            "model.tied": st.booleans(),
-            "data.ragged": st.booleans(),
-            "clip": st.sampled_from([None, 0.5]),
-        }
-    )
+def one_of(choices: dict[str, list[Any]], random: Random) -> Changes:
+    return {key: random.choice(values) for key, values in choices.items()}
 
 
-def experts() -> st.SearchStrategy[Changes]:
-    return st.fixed_dictionaries(
-        {
-            "model.n_expert": st.sampled_from([4, 8]),
-            "model.d_ff": st.just(64),
-            "model.capacity_factor": st.sampled_from([None, 1.0]),
-            "model.balance": st.sampled_from([0.0, 1.0]),
-        }
-    )
-
-
-def ways(layout: Layout) -> st.SearchStrategy[Changes]:
-    """How the layout is run: only what could make a difference on its axes."""
-    choices: dict[str, st.SearchStrategy[Any]] = {
-        "gradient_accumulation_steps": st.sampled_from([4, 8] if layout.pp > 1 else [1, 2, 4]),
-        "activation_checkpointing": st.sampled_from(CHECKPOINTING),
+def ways(layout: Layout) -> dict[str, list[Any]]:
+    """How a layout can be run: only what makes a difference on its axes."""
+    choices: dict[str, list[Any]] = {
+        "gradient_accumulation_steps": [4, 8] if layout.pp > 1 else [1, 2, 4],
+        "activation_checkpointing": CHECKPOINTING,
     }
     if layout.dp_shard > 1:
-        choices["zero_stage"] = st.sampled_from([1, 2, 3])
+        choices["zero_stage"] = [1, 2, 3]
     if layout.tp > 1:
-        choices["sequence_parallel"] = st.booleans()
+        choices["sequence_parallel"] = [False, True]
     if layout.pp > 1:
-        split = st.sampled_from([None, None, [3, 1]])
-        choices["pipeline"] = st.builds(
-            PipelineConfig, st.sampled_from(PipelineSchedule), st.none(), split
-        )
-    if max(layout.sizes) == 4:  # one axis: it is written by hand too
-        choices["impl"] = st.sampled_from([Impl.torch, Impl.torch, Impl.by_hand])
-    return st.fixed_dictionaries(choices)
+        choices["pipeline"] = [
+            PipelineConfig(schedule, split=split)
+            for schedule in PipelineSchedule
+            for split in (None, [3, 1], [1, 2, 2, 3])
+        ]
+    if max(layout.sizes) == 4:  # one axis alone: that is written by hand too
+        choices["impl"] = [Impl.torch, Impl.torch, Impl.by_hand]
+    return choices
 
 
 def written(layout: Layout, changes: Changes) -> str:
     """The plan as it is written on the command line."""
-    axes = [f"layout.{axis}={getattr(layout, axis)}" for axis in (*MESH_AXES, "ep")]
+    sizes = {f"layout.{axis}": getattr(layout, axis) for axis in (*MESH_AXES, "ep")}
     chosen = {key: getattr(value, "value", value) for key, value in changes.items()}
     pipeline = chosen.pop("pipeline", None)
     if pipeline:
-        chosen["pipeline.schedule"] = pipeline.schedule.value
-        chosen["pipeline.split"] = pipeline.split
-    said = [f"{key}={'null' if value is None else value}" for key, value in chosen.items()]
-    return " ".join([*(axis for axis in axes if not axis.endswith("=1")), *said])
+        chosen |= {
+            "pipeline.schedule": pipeline.schedule.value,
+            "pipeline.split": pipeline.split,
+        }
+    said = {**{axis: size for axis, size in sizes.items() if size > 1}, **chosen}
+    return " ".join(f"{key}={'null' if value is None else value}" for key, value in said.items())
