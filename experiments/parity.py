@@ -1,26 +1,31 @@
 """Does a plan train as a single process does? Losses, gradients and norms, side by side.
 
 A loss alone hides a wrong gradient: AdamW forgives its scale. So the gradient of every parameter
-after the first step is compared too, and the norm of every step.
+after the first step is compared too, and the norm of every step. And rank 0 alone hides what the
+others do: weights that are copies of one another must still be so, to the bit, after the last step.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from experiments.assemble import make_batches, make_trainer, set_step, share_of_batch
 from experiments.config import Backend, Device, TrainConfig
 from experiments.ranks import TIMEOUT_S, run_ranks
 from minigpt.config import DataConfig, ModelConfig, OptimizerConfig, OptimizerName, Source
 from minigpt.corpus import prepare
+from parallel.gradients import local
 from parallel.layout import ActivationCheckpointing, Layout
 from parallel.mesh import Mesh, build_mesh
+from parallel.replica import Replica
 from parallel.weights import full_gradients
 
 STEPS = 20
@@ -82,6 +87,7 @@ class Trajectory:
     losses: list[float]
     norms: list[float | None]
     gradients: dict[str, Tensor]  # whole, after the first step, as the optimizer saw them
+    drift: float = 0.0  # largest distance, after the last step, of weights that are copies
 
 
 @dataclass(frozen=True)
@@ -91,11 +97,13 @@ class Difference:
     loss: float  # nats
     gradient: float  # relative, of one parameter
     norm: float | None  # relative; None where no norm was taken
+    drift: float = 0.0  # of copies of a weight, between the run's own ranks
 
     def within(self, loss: float, gradient: float, norm: float) -> bool:
-        """No further than that; NaN is."""
+        """No further than that, which NaN is; and copies are equal, in any precision."""
         norm_holds = self.norm is None or self.norm <= norm
-        return self.loss <= loss and self.gradient <= gradient and norm_holds
+        near = self.loss <= loss and self.gradient <= gradient
+        return near and norm_holds and self.drift == 0
 
     @property
     def holds(self) -> bool:
@@ -149,7 +157,39 @@ def trajectory(config: TrainConfig) -> Trajectory:
         done.norms.append(result.gradient_norm)
         if step == 0:
             done.gradients.update(full_gradients(trainer.replica))
-    return done
+    return replace(done, drift=drift(trainer.replica))
+
+
+def drift(replica: Replica) -> float:
+    """Largest distance between weights that are copies of one another: 0, if all is well.
+
+    A gradient that is averaged too early, or a copy that learns alone, shows on no single rank.
+    Every rank must call it.
+    """
+    if replica.mesh.axes_mesh is None:
+        return 0.0
+    mine = [
+        # the only copy on another stage is a tied head
+        ("embedding.weight" if name in replica.copies else name, _piece(p), local(p.detach()))
+        for name, p in replica.named_parameters()
+    ]
+    held: list[list] = [[]] * replica.mesh.layout.world_size
+    dist.all_gather_object(held, mine)
+    first: dict[tuple, Tensor] = {}
+    apart = [
+        float((weight - first.setdefault((name, piece), weight)).norm())
+        for name, piece, weight in itertools.chain.from_iterable(held)
+    ]
+    return _worst(apart)
+
+
+def _piece(parameter: Tensor) -> tuple[int, ...]:
+    """Which piece of a weight this rank holds: its place on each axis that cuts it."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    cut = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    return tuple(mesh.get_local_rank(i) for i in cut)
 
 
 def trajectories(configs: list[TrainConfig]) -> list[Trajectory]:
@@ -167,7 +207,8 @@ def compare(run: Trajectory, reference: Trajectory) -> Difference:
         if a is not None and b is not None
     ]
     gradients = _gradient_errors(run.gradients, reference.gradients)
-    return Difference(_worst(losses), _worst(gradients), _worst(norms) if norms else None)
+    worst_norm = _worst(norms) if norms else None
+    return Difference(_worst(losses), _worst(gradients), worst_norm, run.drift)
 
 
 def _gradient_errors(run: dict[str, Tensor], reference: dict[str, Tensor]) -> list[float]:

@@ -1,0 +1,56 @@
+"""The numbers of micro-batches that a schedule takes: rules.py against torch, and real ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from experiments import parity
+from experiments.parity import compare, make_config, trajectories, trajectory
+from experiments.ranks import run_ranks
+from parallel.layout import Layout, PipelineConfig, PipelineSchedule
+from parallel.rules import takes
+from tests.pipeline_orders import ends, is_complete, nobody, order_of
+
+MOST = 9  # micro-batches
+PIPELINES = [
+    PipelineConfig(schedule, stages)
+    for schedule in PipelineSchedule
+    for stages in ([2, 3] if schedule.value in ("interleaved_1f1b", "looped_bfs") else [None])
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_schedule_takes_what_torch_can_order(ranks: int) -> None:
+    """Constructed without a word, every stage meets every micro-batch, and no rank waits for ever.
+
+    torch writes 1f1b and gpipe as an order too, but runs them by other code (and numbers the last
+    rank's forwards of 1f1b from 1, in 2.13): of those two only the construction says something.
+    """
+    with nobody(ranks):
+        for pipeline in PIPELINES:
+            stages = ranks * pipeline.local_stages
+            for n in range(1, MOST + 1):
+                order = order_of(pipeline, ranks, n)
+                good = order is not None and (
+                    pipeline.one_stage_a_rank
+                    or (is_complete(order, stages, n) and ends(order, stages))
+                )
+                assert takes(pipeline, ranks, n) == good, (pipeline, ranks, n)
+
+
+@pytest.mark.slow
+def test_the_fewest_micro_batches_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of every schedule on two ranks, with the fewest that it takes and with three."""
+    monkeypatch.setattr(parity, "GLOBAL_BATCH", 12)
+    small: dict[str, Any] = {"model.n_layer": 6, "model.d_model": 32, "steps": 1}
+    reference = trajectory(make_config(Layout(), small))
+    cases = []
+    for pipeline in PIPELINES:
+        fewest = next(n for n in range(1, MOST) if takes(pipeline, 2, n))
+        numbers = {fewest, 3} if takes(pipeline, 2, 3) else {fewest}
+        cases += [{"pipeline": pipeline, "gradient_accumulation_steps": n} for n in numbers]
+    configs = [make_config(Layout(pp=2), {**small, **case}) for case in cases]
+    for case, run in zip(cases, run_ranks(2, trajectories, configs)[0], strict=True):
+        assert compare(run, reference).holds, case
