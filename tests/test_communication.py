@@ -57,7 +57,7 @@ def test_payloads_are_the_closed_form_to_the_byte(world_size: int) -> None:
                 configs.append(plan.config(change))
     configs = [config for config in configs if has_closed_form(config)]
     assert len(configs) >= 4
-    for rank, measured in enumerate(run_ranks(world_size, payloads, configs)):
+    for rank, measured in enumerate(run_ranks(world_size, payloads, configs, timeout_s=900)):
         for config, sent in zip(configs, measured, strict=True):
             place = rank // (world_size // config.layout.pp)
             clipped = config.clip is not None
