@@ -1,14 +1,16 @@
 """Random plans at four ranks train as a single process does.
 
-New ones every time: docs/parity.md holds what is tried every time, and this looks beside it. Plain
+The same ones every time, or others: PLANS_SEED=7 ./launch.sh test tests/test_random_plans.py. Plain
 random numbers, for hypothesis begins with its simplest case, and makes what follows like what came
 before; and to shrink a failure it would start ranks again for every try. A failure names its plan
-in full, so that no seed is needed to see it again.
+in full. Plans with experts may fail for a reason that is none: a token whose experts are equal to
+rounding takes another one, and the loss of that step jumps by 1e-5 or so.
 """
 
 from __future__ import annotations
 
-from random import SystemRandom
+import os
+from random import Random
 
 import pytest
 
@@ -43,7 +45,8 @@ def failures_one_by_one(plans: list[Plan]) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_random_plans_train_as_a_single_process_does() -> None:
-    plans = [random_plan(SystemRandom()) for _ in range(COUNT)]
+    random = Random(int(os.environ.get("PLANS_SEED", "0")))
+    plans = [random_plan(random) for _ in range(COUNT)]
     try:
         found = failures(plans)
     except RankFailed:
