@@ -1,6 +1,6 @@
 """docs/parity.md: every strategy and combination against a single process.
 
-./launch.sh python -m experiments.matrix > docs/parity.md           half an hour on two cores
+./launch.sh python -m experiments.matrix > docs/parity.md           more than an hour on two cores
 ./launch.sh python -m experiments.matrix cp4 "fsdp2 x tp2"           only those, to the screen
 """
 

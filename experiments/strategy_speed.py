@@ -1,6 +1,6 @@
 """docs/strategies.md: how fast each strategy is on two ranks, beside the plainest torch code.
 
-./launch.sh python -m experiments.strategy_speed > docs/strategies.md      ten minutes, two cores
+./launch.sh python -m experiments.strategy_speed > docs/strategies.md
 """
 
 from __future__ import annotations

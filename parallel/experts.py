@@ -23,11 +23,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from minigpt.experts import Experts, MoE, place
 from parallel.gradients import local
+from parallel.layout import Options
+from parallel.mesh import Mesh
+from parallel.precision import DTYPES, sharding_policy
 
 Splits = list[int] | None  # rows for each rank of the group; None: equal parts
 
@@ -58,6 +63,32 @@ def apply_expert_parallel(
             moe.experts.register_parameter(name, nn.Parameter(sharded, weight.requires_grad))
         moe.experts.read = partial(own_experts, ranks=mesh.size(), dtype=dtype)
         moe.exchange = exchange
+
+
+def experts_dtype(mesh: Mesh, options: Options) -> torch.dtype | None:
+    """Experts that no data axis takes have no policy that would cast them."""
+    return DTYPES[options.precision] if mesh.expert_data() is None else None
+
+
+def apply_data_axes_to_experts(
+    stage: nn.Module, mesh: Mesh, options: Options
+) -> frozenset[nn.Parameter]:
+    """Shard or replicate experts over the data ranks that ep has left, as the rest will be.
+
+    Returns their parameters where ep has left none: they are whole as they are.
+    """
+    experts = [module for module in stage.modules() if isinstance(module, Experts)]
+    rest = mesh.expert_data()
+    if rest is None:
+        return frozenset(p for module in experts for p in module.parameters())
+    policy = sharding_policy(options.precision)
+    for module in experts:
+        if mesh.layout.dp_shard > mesh.layout.ep:
+            keep = options.zero_stage == 2
+            fully_shard(module, mesh=rest, mp_policy=policy, reshard_after_forward=not keep)
+        else:
+            replicate(module, mesh=rest, mp_policy=policy)
+    return frozenset()
 
 
 def own_experts(weight: Tensor, ranks: int, dtype: torch.dtype | None) -> Tensor:

@@ -91,16 +91,16 @@ class Layout:
         return " * ".join(f"{axis}({getattr(self, axis)})" for axis in MESH_AXES if axis != skip)
 
 
-Named = tuple[str, int]  # an axis and its size
+Axis = tuple[str, int]  # an axis and its size
 
 
-def weights_axes(layout: Layout) -> dict[str, Named]:
+def weights_axes(layout: Layout) -> dict[str, Axis]:
     """The axis that replicates weights, and the one that shards them.
 
     cp goes with the axis that shards, where there is one.
     """
 
-    def joined(*axes: str) -> Named:
+    def joined(*axes: str) -> Axis:
         named = [axis for axis in axes if getattr(layout, axis) > 1]
         return "*".join(named), math.prod(getattr(layout, axis) for axis in axes)
 
@@ -109,7 +109,7 @@ def weights_axes(layout: Layout) -> dict[str, Named]:
     return {"replicate": joined("dp_replicate", "cp"), "shard": ("", 1)}
 
 
-def expert_axes(layout: Layout) -> list[Named]:
+def expert_axes(layout: Layout) -> list[Axis]:
     """The axes that replicate or shard experts, outermost first: what ep leaves of the data."""
     ep = layout.ep
     if layout.dp_shard > 1:

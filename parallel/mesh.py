@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.layout import MESH_AXES, Layout, Named, expert_axes, weights_axes
+from parallel.layout import MESH_AXES, Axis, Layout, expert_axes, weights_axes
 
 
 def join(
@@ -126,7 +126,7 @@ class Mesh:
         return names
 
 
-def _sub_mesh(mesh: DeviceMesh | None, axes: list[Named]) -> DeviceMesh | None:
+def _sub_mesh(mesh: DeviceMesh | None, axes: list[Axis]) -> DeviceMesh | None:
     """The dimensions of those axes that have more than one rank; None where none has."""
     names = tuple(name for name, size in axes if size > 1)
     if not names:
@@ -153,7 +153,7 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     return Mesh(layout, device, axes_mesh, weights_mesh, experts_mesh)
 
 
-def _init(device: torch.device, axes: list[Named], own_group: str | None = None) -> DeviceMesh:
+def _init(device: torch.device, axes: list[Axis], own_group: str | None = None) -> DeviceMesh:
     """A mesh of those axes that have more than one rank.
 
     `own_group`: the axis that gets a group of its own even if it spans all ranks: DeviceMesh would

@@ -14,22 +14,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable.replicate_with_fsdp import replicate
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minigpt.config import ModelConfig
-from minigpt.experts import Experts
 from minigpt.model import GPT, initial_value
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.context_parallel import apply_context_parallel, local_part
 from parallel.ddp import apply_replicate
-from parallel.experts import apply_expert_parallel
+from parallel.experts import apply_data_axes_to_experts, apply_expert_parallel, experts_dtype
 from parallel.layout import Impl, Options
 from parallel.mesh import Mesh
 from parallel.passes import MicroBatch, OneByOne, Passes, loss_and_count
 from parallel.pipeline import split_model
-from parallel.precision import DTYPES, autocast, sharding_policy
+from parallel.precision import DTYPES, autocast
 from parallel.replica import Replica, as_it_is
 from parallel.strategies import strategies
 
@@ -82,16 +79,16 @@ def make_passes(
     stages: dict[int, GPT], outside: list[Outside], mesh: Mesh, options: Options
 ) -> Passes:
     """How micro-batches run: one by one, or through the stages of a pipeline."""
-    layout, by, policed = mesh.layout, strategies(options.impl), outside[0].policed
+    layout, by, has_policy = mesh.layout, strategies(options.impl), outside[0].has_policy
 
     def cast() -> AbstractContextManager:
-        return nullcontext() if policed else autocast(options.precision, mesh.device)
+        return nullcontext() if has_policy else autocast(options.precision, mesh.device)
 
     loss, spread = by.tensor_parallel_loss(mesh) if layout.tp > 1 else (loss_and_count, nullcontext)
     if layout.pp == 1:
         call, sync_gradients, _ = outside[0]
         return OneByOne(call, mesh.device, sync_gradients, cast, spread, loss)
-    dtype = DTYPES[options.precision] if policed else torch.float32
+    dtype = DTYPES[options.precision] if has_policy else torch.float32
     sequence = options.seq_len // layout.cp // (layout.tp if options.sequence_parallel else 1)
     width = next(iter(stages.values())).config.d_model
     activation = dtype, (options.micro_batch_size, sequence, width)
@@ -118,7 +115,7 @@ class Outside(NamedTuple):
 
     call: nn.Module  # what to call in its place
     sync_gradients: Callable[[bool], None]  # whether the next backward averages gradients
-    policed: bool  # weights have a precision policy of their own; else it is for autocast
+    has_policy: bool  # weights have a precision policy of their own; else it is for autocast
 
 
 def apply_data_axes(stage: GPT, mesh: Mesh, options: Options, seed: int) -> Outside:
@@ -138,32 +135,8 @@ def apply_data_axes(stage: GPT, mesh: Mesh, options: Options, seed: int) -> Outs
     fill(stage, mesh, seed)
     if ranks is not None:
         call, switch = by.apply_ddp(stage, ranks, mesh.device)
-        return Outside(call, switch, policed=False)
-    return Outside(stage, lambda on: None, policed=False)
-
-
-def apply_data_axes_to_experts(stage: GPT, mesh: Mesh, options: Options) -> frozenset[nn.Parameter]:
-    """Shard or replicate experts over the data ranks that ep has left, as the rest will be.
-
-    Returns their parameters where ep has left none: they are whole as they are.
-    """
-    experts = [module for module in stage.modules() if isinstance(module, Experts)]
-    rest = mesh.expert_data()
-    if rest is None:
-        return frozenset(p for module in experts for p in module.parameters())
-    policy = sharding_policy(options.precision)
-    for module in experts:
-        if mesh.layout.dp_shard > mesh.layout.ep:
-            keep = options.zero_stage == 2
-            fully_shard(module, mesh=rest, mp_policy=policy, reshard_after_forward=not keep)
-        else:
-            replicate(module, mesh=rest, mp_policy=policy)
-    return frozenset()
-
-
-def experts_dtype(mesh: Mesh, options: Options) -> torch.dtype | None:
-    """Experts that no data axis takes have no policy that would cast them."""
-    return DTYPES[options.precision] if mesh.expert_data() is None else None
+        return Outside(call, switch, has_policy=False)
+    return Outside(stage, lambda on: None, has_policy=False)
 
 
 def fill(model: GPT, mesh: Mesh, seed: int) -> None:

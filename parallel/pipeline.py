@@ -79,15 +79,15 @@ class Pipeline(Passes):
         """`activation`: dtype and shape of what one stage sends to the next, on this rank."""
         self.stages, self.mesh, self.pipeline = stages, mesh, options.pipeline
         self.count = mesh.layout.pp * options.pipeline.local_stages
-        self.dtype = activation[0]
-        self.loss_context, self.micro_batches = loss_context, options.micro_batches
+        self.dtype, self.shape = activation
+        self.loss_context = loss_context
         self.sums: list[Tensor] = []  # one loss a micro-batch, on the rank of the last stage
         self.factor = 1.0
         self.first, self.last = 0 in stages, self.count - 1 in stages
         for stage in stages.values():
             _autocast_forward(stage, autocast)
         self.tied = TiedHead(stages, mesh, self.pipeline.rank_of(self.count - 1, mesh.layout.pp))
-        self.schedule = self._make_schedule(options, activation)
+        self.schedule = self._make_schedule(options.micro_batches)
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float, marks: Marks) -> Tensor:
         inputs = torch.cat([inputs for inputs, _ in micro_batches])
@@ -108,7 +108,7 @@ class Pipeline(Passes):
         group = self.mesh.group("pp")
         for number, stage in self.stages.items():
             if number > 0 and number - 1 not in self.stages:
-                x = x.new_empty(self._boundary(inputs.shape[0]), dtype=self.dtype)
+                x = x.new_empty((len(inputs), *self.shape[1:]), dtype=self.dtype)
                 dist.recv(x, group=group, group_src=ranks[number - 1])
             x = stage(x)
             if number < self.count - 1 and number + 1 not in self.stages:
@@ -117,9 +117,6 @@ class Pipeline(Passes):
             with self.loss_context():
                 self.sums.append(loss_and_count(x, targets)[0].detach())
         return self._totals(targets)
-
-    def _boundary(self, sequences: int) -> tuple[int, ...]:
-        return (sequences, *self.shape[1:])
 
     def _totals(self, targets: Tensor) -> Tensor:
         totals = torch.zeros(2, dtype=torch.float64, device=targets.device)
@@ -134,14 +131,11 @@ class Pipeline(Passes):
         self.sums.append(loss.detach())
         return loss * self.factor
 
-    def _make_schedule(
-        self, options: Options, activation: tuple[torch.dtype, tuple[int, ...]]
-    ) -> Any:
-        dtype, shape = activation
-        self.shape = shape
-        between = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-        tokens = torch.empty(shape[:2], dtype=torch.int64, device="meta")
-        logits = torch.empty((*shape[:2], 1), device="meta", requires_grad=True)
+    def _make_schedule(self, micro_batches: int) -> Any:
+        """torch's, over stages that are told what they take and give: it need not try that out."""
+        between = torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True)
+        tokens = torch.empty(self.shape[:2], dtype=torch.int64, device="meta")
+        logits = torch.empty((*self.shape[:2], 1), device="meta", requires_grad=True)
         parts = [
             PipelineStage(
                 stage,
@@ -159,7 +153,7 @@ class Pipeline(Passes):
         # gradients are of sums: nothing is to be divided by the number of micro-batches
         return kind(
             parts[0] if one else parts,
-            n_microbatches=self.micro_batches,
+            n_microbatches=micro_batches,
             loss_fn=self._loss,
             scale_grads=False,
         )

@@ -43,7 +43,7 @@ def _check(model: ModelConfig, layout: Layout, options: Options) -> None:
     _check_pipeline(model, layout, options)
     _check_sharding(layout, options)
     _check_compile(layout, options)
-    _check_impl(model, layout, options)
+    _check_impl(layout, options)
 
 
 def nearest(model: ModelConfig, layout: Layout, options: Options) -> list[str]:
@@ -69,16 +69,18 @@ def fits(model: ModelConfig, layout: Layout, options: Options) -> bool:
 
 def of_size(layout: Layout) -> Iterator[Layout]:
     """All layouts of as many ranks, with the same ep."""
+    ranks = layout.world_size
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
 
     def products(rest: int, axes: int) -> Iterator[tuple[int, ...]]:
         if axes == 1:
             yield (rest,)
             return
-        for size in (n for n in range(1, rest + 1) if rest % n == 0):
+        for size in (n for n in divisors if rest % n == 0):
             for others in products(rest // size, axes - 1):
                 yield (size, *others)
 
-    for sizes in products(layout.world_size, len(MESH_AXES)):
+    for sizes in products(ranks, len(MESH_AXES)):
         yield replace(layout, **dict(zip(MESH_AXES, sizes, strict=True)))
 
 
@@ -256,7 +258,7 @@ def _check_compile(layout: Layout, options: Options) -> None:
     )
 
 
-def _check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:
+def _check_impl(layout: Layout, options: Options) -> None:
     if options.impl == Impl.torch:
         return
     axes = [axis for axis in (*MESH_AXES, "ep") if getattr(layout, axis) > 1]

@@ -14,6 +14,8 @@ def split_layers(model: ModelConfig, stages: int, seq_len: int) -> list[int]:
     product to the last. Of the best splits it takes the one with most blocks in front: those ranks
     wait longest for their last gradient, and the head sits at the other end anyway.
     """
+    if stages == 1:
+        return [model.n_layer]
     block = flops_of_block(model, seq_len)
     first, last = float(model.d_model), 2.0 * model.vocab_size * model.d_model
     most = math.ceil(model.n_layer / stages) * block + first + last
@@ -32,8 +34,6 @@ def split_layers(model: ModelConfig, stages: int, seq_len: int) -> list[int]:
         return split if left == 0 else None
 
     limits = [n * block + extra for n in range(1, model.n_layer + 1) for extra in (0, first, last)]
-    if stages == 1:
-        return [model.n_layer]
     for limit in sorted({*limits, most}):
         split = longest(limit * (1 + 1e-9))
         if split:

@@ -229,11 +229,9 @@ def norm_bytes(step: Step) -> Sent:
     shard = [weights_axes(layout)["shard"][0]] if step.sharded else []
     names = [n for stage in step.stages for n in (*step.block, *step.outer(stage))]
     kinds = {tuple(shard + (["tp"] if layout.tp > 1 and is_cut(n) else [])) for n in names}
-    if layout.ep > 1 and layout.ep != layout.dp_shard:
+    if layout.ep > 1 and layout.ep != layout.dp_shard:  # else the same ranks, and one sum
         rest, n = expert_axes(layout)[-1]
         kinds.add((*([rest] if step.sharded and n > 1 else []), "ep"))
-    elif layout.ep > 1 and not step.sharded:
-        kinds.add(("ep",))
     for kind in kinds:
         for axis in kind:
             sent["all_reduce", axis, "float32"] += 4

@@ -92,7 +92,7 @@ class Step:
         return self.layout.dp_shard > 1 and self.options.zero_stage > 1
 
     @property
-    def policed(self) -> bool:
+    def has_policy(self) -> bool:
         """Weights have a precision policy, and activations are low throughout; else autocast."""
         layout = self.layout
         replicated = layout.data_parallel * layout.cp > 1
@@ -106,7 +106,7 @@ class Step:
     @property
     def between(self) -> tuple[str, int]:
         """The same of what goes from block to block."""
-        return self.low if self.policed else ("float32", 4)
+        return self.low if self.has_policy else ("float32", 4)
 
     @property
     def activation(self) -> int:

@@ -69,9 +69,7 @@ class Reducer:
     def arrived(self, bucket: Bucket, view: Tensor, parameter: Tensor) -> None:
         """`parameter.grad` is complete. Autograd calls this in the middle of backward."""
         assert parameter.grad is not None
-        if (
-            parameter.grad is not view
-        ):  # from now on the gradient lives in the bucket, and only there
+        if parameter.grad is not view:  # from now on it lives in the bucket, and only there
             view.copy_(parameter.grad)
             parameter.grad = view
         if not self.on:
