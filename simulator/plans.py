@@ -1,0 +1,122 @@
+"""Many plans of one model as arrays: what the closed forms take, a hundred thousand at a time.
+
+A plan is a layout with its options: what `./launch.sh` trains, and what other programs do that this
+one does not (weights kept in bf16, attention that keeps its T x T matrix).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.config import ModelConfig
+from parallel.layout import (
+    MESH_AXES,
+    ActivationCheckpointing,
+    Layout,
+    Options,
+    PipelineSchedule,
+    Precision,
+)
+
+# An option in an array is its place here
+PRECISIONS = tuple(Precision)
+CHECKPOINTING = tuple(ActivationCheckpointing)
+SCHEDULES = tuple(PipelineSchedule)
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Bytes that one parameter takes where it is kept. The defaults are this program's: all fp32.
+
+    Megatron-LM in bf16: weights 2, gradients 4, optimizer 12 (two moments and a master copy).
+    """
+
+    weights: int = 4
+    gradients: int = 4
+    optimizer: int = 8
+
+
+@dataclass(frozen=True)
+class Plans:
+    """One model, one sequence length; all else an array, one entry a plan."""
+
+    model: ModelConfig
+    seq_len: int
+    pp: Array
+    dp_replicate: Array
+    dp_shard: Array
+    cp: Array
+    tp: Array
+    ep: Array
+    micro_batch_size: Array
+    micro_batches: Array  # of one optimiser step (gradient_accumulation_steps)
+    zero_stage: Array
+    sequence_parallel: Array  # bool
+    precision: Array  # place in PRECISIONS
+    checkpointing: Array  # place in CHECKPOINTING
+    schedule: Array  # place in SCHEDULES
+    local_stages: Array  # stages that a pp rank holds
+    numerics: Numerics = Numerics()
+    flash: bool = True  # attention never keeps its T x T matrix
+    clipped: bool = True  # a gradient norm is taken
+
+    @classmethod
+    def of(cls, model: ModelConfig, layout: Layout, options: Options, **changes: Any) -> Plans:
+        """One plan. `changes` are fields of this class."""
+        single = {
+            **{axis: getattr(layout, axis) for axis in (*MESH_AXES, "ep")},
+            "micro_batch_size": options.micro_batch_size,
+            "micro_batches": options.micro_batches,
+            "zero_stage": options.zero_stage,
+            "sequence_parallel": options.sequence_parallel,
+            "precision": PRECISIONS.index(options.precision),
+            "checkpointing": CHECKPOINTING.index(options.activation_checkpointing),
+            "schedule": SCHEDULES.index(options.pipeline.schedule),
+            "local_stages": options.pipeline.local_stages if layout.pp > 1 else 1,
+        }
+        arrays: dict[str, Any] = {name: np.array([value]) for name, value in single.items()}
+        return cls(model, options.seq_len, **arrays, **changes)
+
+    @classmethod
+    def product(
+        cls, model: ModelConfig, seq_len: int, choices: dict[str, Iterable[Any]], **changes: Any
+    ) -> Plans:
+        """Every combination of the values that `choices` gives for each of the array fields."""
+        grids = np.meshgrid(*(np.array(list(v)) for v in choices.values()), indexing="ij")
+        arrays: dict[str, Any] = {
+            name: grid.ravel() for name, grid in zip(choices, grids, strict=True)
+        }
+        return cls(model, seq_len, **arrays, **changes)
+
+    def __len__(self) -> int:
+        return len(self.pp)
+
+    def __getitem__(self, which: Any) -> Plans:
+        """The plans of a mask, a slice or a list of places."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen = {n: np.atleast_1d(v[which]) for n, v in values.items() if _is_array(v)}
+        return replace(self, **(values | chosen))
+
+    @property
+    def world_size(self) -> Array:
+        return math.prod(getattr(self, axis) for axis in MESH_AXES)
+
+    @property
+    def data_parallel(self) -> Array:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def tokens(self) -> Array:
+        """Of one optimiser step, over all ranks."""
+        return self.micro_batch_size * self.micro_batches * self.data_parallel * self.seq_len
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
