@@ -24,6 +24,7 @@ MAY_IMPORT = {
         "parallel.rules",
         "parallel.stages",
         "costs.ledger",
+        "costs.program",
     },
     "experiments": None,  # everything
 }
@@ -31,7 +32,7 @@ FILES_THAT_MAY_MORE = {
     "simulator/trace.py": {"torch", "parallel", "minigpt", "costs"},
     "parallel/through_accelerate.py": {"accelerate"},
 }
-PURE = ("minigpt/config.py", "parallel/layout.py", "costs/ledger.py")
+PURE = ("minigpt/config.py", "parallel/layout.py", "costs/ledger.py", "costs/program.py")
 # the launcher runs them, and must be fast
 TORCH_FREE = ("minigpt/corpus.py", "minigpt/sources.py", "parallel/rules.py", "parallel/stages.py")
 
