@@ -47,7 +47,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
 }
 FILLED = {"gradient_accumulation_steps": 4}  # micro-batches of a pipeline
 EXPERTS = {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64}
-CAPPED = {**EXPERTS, "model.capacity_factor": 1.0}
+# With seed 0 one token's choice hangs on a probability 3e-8 above another, below fp32's rounding
+CAPPED = {**EXPERTS, "model.capacity_factor": 1.0, "seed": 2}
 SEQUENCE = {"sequence_parallel": True}
 KEPT = {"zero_stage": 2}
 HAND = {"impl": Impl.by_hand}
