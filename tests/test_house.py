@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "parallel.stages",
         "costs.ledger",
         "costs.program",
+        "costs.trace",
     },
     "experiments": None,  # everything
 }
