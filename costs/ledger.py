@@ -21,6 +21,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from costs.program import PHASES
+
 SCHEMA = "worldsize.ledger/1"
 SOURCES = ("measured", "traced", "formula", "replayed")
 TIME_PARTS = ("compute", "exposed_communication", "bubble", "optimizer", "other")
@@ -43,6 +45,9 @@ ROW_KEYS = (
     "wire_bytes",
     "time_s",
 )
+# phase: of costs.program.PHASES. backend_bytes: what the backend's own algorithm makes a rank send,
+# on the average of the group, where that is known; wire_bytes are a ring's
+ROW_MAY_HAVE = ("phase", "backend_bytes")
 STEP_KEYS = (
     "tokens",
     "time_s",
@@ -53,6 +58,9 @@ STEP_KEYS = (
     "mfu",
     "hfu",
 )
+# control: {calls, payload_bytes} of barriers and objects within the step, and `outside_steps` the
+# same of whatever the rank sent before the first, between two and after the last
+STEP_MAY_HAVE = ("control",)
 OPEN_SECTIONS = ("config", "environment", "training")  # may hold keys of their own
 TIME_TOLERANCE = 1e-6  # relative: sums of floating-point seconds
 
@@ -149,7 +157,7 @@ def _check_training(training: dict[str, Any]) -> None:
 
 def check_step(step: Any, where: str) -> None:
     """One rank's costs of one step."""
-    _keys(step, STEP_KEYS, where)
+    _keys(step, STEP_KEYS, where, STEP_MAY_HAVE)
     _whole(step["tokens"], f"{where}.tokens", null=False)
     time_s, memory = step["time_s"], step["memory_bytes"]
     _keys(time_s, ("total", *TIME_PARTS), f"{where}.time_s")
@@ -164,6 +172,8 @@ def check_step(step: Any, where: str) -> None:
     _need(rows is None or isinstance(rows, list), f"{where}.communication", "must be a list")
     for i, row in enumerate(rows or []):
         _check_row(row, f"{where}.communication[{i}]")
+    if step.get("control") is not None:
+        _check_control(step["control"], f"{where}.control")
     _keys(step["flops"], ("model", "hardware"), f"{where}.flops")
     for key in ("model", "hardware"):
         _number(step["flops"][key], f"{where}.flops.{key}")
@@ -171,10 +181,23 @@ def check_step(step: Any, where: str) -> None:
         _number(step[key], f"{where}.{key}")
 
 
+def _check_control(control: Any, where: str) -> None:
+    counts = ("calls", "payload_bytes")
+    _keys(control, (*counts, "outside_steps"), where)
+    _keys(control["outside_steps"], counts, f"{where}.outside_steps")
+    for key in counts:
+        _whole(control[key], f"{where}.{key}", null=False)
+        _whole(control["outside_steps"][key], f"{where}.outside_steps.{key}", null=False)
+
+
 def _check_row(row: Any, where: str) -> None:
-    _keys(row, ROW_KEYS, where)
+    _keys(row, ROW_KEYS, where, ROW_MAY_HAVE)
     for key in ("collective", "axis", "dtype"):
         _need(isinstance(row[key], str) and bool(row[key]), f"{where}.{key}", "must be a name")
+    phase = row.get("phase")
+    known = phase is None or phase in PHASES
+    _need(known, f"{where}.phase", f"{phase!r} is not one of {', '.join(PHASES)}")
+    _whole(row.get("backend_bytes"), f"{where}.backend_bytes")
     _whole(row["group_size"], f"{where}.group_size", low=2, null=False)
     for key in ("calls", "payload_bytes", "wire_bytes"):
         _whole(row[key], f"{where}.{key}", null=False)
@@ -197,12 +220,12 @@ def _adds_up(parts: dict[str, Any], whole: str, where: str, tolerance: float) ->
     _need(off <= tolerance * total, where, f"parts sum to {math.fsum(known)}, {whole} is {total}")
 
 
-def _keys(value: Any, keys: tuple[str, ...], where: str) -> None:
+def _keys(value: Any, keys: tuple[str, ...], where: str, may: tuple[str, ...] = ()) -> None:
     _need(isinstance(value, dict), where, "must be an object")
     for key in keys:
         _need(key in value, f"{where}.{key}", "is missing")
     for key in value:
-        _need(key in keys, f"{where}.{key}", "is not in the schema")
+        _need(key in keys or key in may, f"{where}.{key}", "is not in the schema")
 
 
 def _number(value: Any, where: str) -> None:

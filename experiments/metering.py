@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from costs import communication, flops
-from costs.communication import Call, rows_of
 from costs.ledger import MEMORY_PARTS, TIME_PARTS
 from costs.memory import MemoryMeter
+from costs.messages import Call, control_of, rows_of
 from costs.timing import StepTimer
 from experiments.config import TrainConfig
 from minigpt.config import FFN
@@ -51,6 +51,8 @@ class Meters:
         self.alone = config.layout.world_size == 1
         metered = dist.is_initialized() and dist.get_backend() == communication.BACKEND
         self.communication = communication.meter if metered else None
+        if self.communication:
+            self.communication.phases.follow(trainer.replica.stages)
         staged = config.layout.pp > 1
         self.timer = StepTimer(self.mesh.device, self.communication, self.alone, staged)
         self.memory_step = min(MEMORY_STEP, config.steps - 1)
@@ -80,9 +82,13 @@ class Meters:
         if not looking and index >= min(WARMUP_STEPS, self.config.steps // 2):
             self.steps.append(self.last)
 
-    def phase(self, name: str) -> AbstractContextManager:
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         """Around a part of the step: data, forward_backward, optimizer."""
-        return self._phase_looked_at(name) if self.memory_meter else self.timer.phase(name)
+        messages = self.communication.phases.during(name) if self.communication else nullcontext()
+        looked_at = self._phase_looked_at(name) if self.memory_meter else self.timer.phase(name)
+        with messages, looked_at:
+            yield
 
     def backward(self, loss: Tensor) -> AbstractContextManager:
         return self.timer.backward(loss)
@@ -133,6 +139,7 @@ class Meters:
             "time_s": times,
             "memory_bytes": self.memory,
             "communication": self._rows(),
+            "control": self._control(),
             "flops": {"model": model_flops, "hardware": self.hardware_flops},
             "tokens_per_s": tokens / total if total else None,
             "mfu": utilisation(model_flops, total, self.peak_flops),
@@ -144,15 +151,23 @@ class Meters:
         ordered = sorted(self.steps, key=lambda step: step.time_s["total"] or 0.0)
         return ordered[(len(ordered) - 1) // 2]
 
-    def _rows(self) -> list[dict[str, Any]] | None:
-        """Messages of the median step, or of the last where a run was too short to have one.
+    def _shown_calls(self) -> list[Call]:
+        """Messages of the median step, or of the last where a run was too short to have one."""
+        shown = self._median_step() if self.steps else self.last
+        return shown.calls if shown else []
 
-        None where the backend is not metered: what was not seen is not zero.
-        """
+    def _rows(self) -> list[dict[str, Any]] | None:
+        """Null where the backend is not metered: what was not seen is not zero."""
         if self.communication is None and not self.alone:
             return None
-        shown = self._median_step() if self.steps else self.last
-        return rows_of(shown.calls, self.mesh.axis_of_ranks()) if shown else []
+        return rows_of(self._shown_calls(), self.mesh.axis_of_ranks())
+
+    def _control(self) -> dict[str, Any] | None:
+        """Traffic that is no part of a step's mathematics; null where it was not seen."""
+        if self.communication is None:
+            return None
+        outside = asdict(self.communication.outside)
+        return {**asdict(control_of(self._shown_calls())), "outside_steps": outside}
 
     def _measure_peak(self) -> float:
         """This device's own peak, on all ranks at once, as they compute at once too."""

@@ -64,6 +64,23 @@ def stage_of(config: ModelConfig, start: int, end: int, first: bool, last: bool)
     return stage
 
 
+class Stage(PipelineStage):
+    """torch's, but activations that travel require a gradient, both when they go and when they come:
+    that is how a meter tells them from gradients (costs/phases.py)."""
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return _of_activations(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return _of_activations(super().get_fwd_recv_ops(fwd_chunk_id))
+
+
+def _of_activations(messages: list[dist.P2POp]) -> list[dist.P2POp]:
+    for message in messages:
+        message.tensor.requires_grad_()
+    return messages
+
+
 class Pipeline(Passes):
     """Runs this rank's stages in the order of a schedule."""
 
@@ -137,7 +154,7 @@ class Pipeline(Passes):
         tokens = torch.empty(self.shape[:2], dtype=torch.int64, device="meta")
         logits = torch.empty((*self.shape[:2], 1), device="meta", requires_grad=True)
         parts = [
-            PipelineStage(
+            Stage(
                 stage,
                 number,
                 self.count,
