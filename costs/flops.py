@@ -75,6 +75,17 @@ def _register() -> None:
 _register()
 
 
+class NoModules:
+    """In place of torch's ModuleTracker, whose hooks break a backward that a schedule has split
+    (zero bubble), and of which only the total is wanted."""
+
+    parents = frozenset({"Global"})  # the name under which torch's counter keeps the total
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """Count the flops of what this rank runs inside: `.get_total_flops()` afterwards.
@@ -82,7 +93,9 @@ def counted() -> Iterator[FlopCounterMode]:
     An operator of DTensors has the shapes of the whole; its local operators come one by one, and
     those are what ran.
     """
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()  # type: ignore[assignment]
+    with counter:
         whole: Any = counter.mode
 
         class LocalOnly(type(whole)):  # type: ignore[misc]

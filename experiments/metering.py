@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from costs import clock, communication, flops
-from costs.communication import rows_of
 from costs.ledger import MEMORY_PARTS, TIME_PARTS
 from costs.memory import MemoryMeter
+from costs.messages import control_of, rows_of
 from costs.timeline import Transfer, bubbles, name_axes, transfers
 from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
@@ -46,6 +47,8 @@ class Meters:
         metered = dist.is_initialized() and dist.get_backend() == communication.BACKEND
         self.communication = communication.meter if metered else None
         self.clock_offset = clock.offset_to_first() if self.communication else 0.0
+        if self.communication:
+            self.communication.phases.follow(trainer.replica.stages)
         self.timer = StepTimer(self.mesh.device, self.communication)
         self.memory_step = min(MEMORY_STEP, config.steps - 1)
         self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
@@ -80,9 +83,13 @@ class Meters:
         if not looking and index >= min(WARMUP_STEPS, self.config.steps // 2):
             self.steps.append(self.last)
 
-    def phase(self, name: str) -> AbstractContextManager:
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         """Around a part of the step: data, forward_backward, optimizer."""
-        return self._phase_looked_at(name) if self.memory_meter else self.timer.phase(name)
+        messages = self.communication.phases.during(name) if self.communication else nullcontext()
+        looked_at = self._phase_looked_at(name) if self.memory_meter else self.timer.phase(name)
+        with messages, looked_at:
+            yield
 
     def backward(self, loss: Tensor) -> AbstractContextManager:
         return self.timer.backward(loss)
@@ -149,6 +156,7 @@ class Meters:
                 "allocator_peak": self.allocator_peak,
             },
             "communication": self._rows(shown),
+            "control": self._control(shown),
             "flops": {"model": model_flops, "hardware": self.hardware_flops},
             "tokens_per_s": tokens / total if total else None,
             "mfu": utilisation(model_flops, total, self.peak_flops),
@@ -191,13 +199,17 @@ class Meters:
         return bubbles(self.records[rank], self.transfers[rank]) if self.communication else None
 
     def _rows(self, shown: StepRecord) -> list[dict[str, Any]] | None:
-        """Messages of the step that is shown: the median one, or the last of a short run.
-
-        None where the backend is not metered: what was not seen is not zero.
-        """
+        """Null where the backend is not metered: what was not seen is not zero."""
         if self.communication is None and not self.alone:
             return None
         return rows_of(shown.calls, self.mesh.axis_of_ranks())
+
+    def _control(self, shown: StepRecord) -> dict[str, Any] | None:
+        """Traffic that is no part of a step's mathematics; null where it was not seen."""
+        if self.communication is None:
+            return None
+        outside = asdict(self.communication.outside)
+        return {**asdict(control_of(shown.calls)), "outside_steps": outside}
 
     def _measure_peak(self) -> float:
         """This device's own peak, on all ranks at once, as they compute at once too."""

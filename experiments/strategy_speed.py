@@ -82,9 +82,7 @@ def outside_operators(kind: str) -> float:
         events = [(e.name, (e.time_range.start, e.time_range.end)) for e in recorded.events()]
         (whole,) = [span for name, span in events if name == MARK]
         inside = [span for name, span in events if is_operator(name)]
-        last = step.meters.last
-        assert last
-        waited = (last.time_s["exposed_communication"] or 0) + (last.time_s["bubble"] or 0)
+        waited = length(step.meters.last.held_up())
         here = whole[1] - whole[0] - 1e6 * waited
         outside += whole[1] - whole[0] - 1e6 * waited - length(intersection(inside, [whole]))
         total += here

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from costs.communication import Row, recorded, rows_of
+from costs.communication import recorded
+from costs.messages import Row, rows_of
 from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.config import TrainConfig
 from experiments.metering import Meters
@@ -83,6 +84,21 @@ def step_costs(configs: list[TrainConfig]) -> list[dict[str, Any]]:
             train_step(step, config, trainer, batches, meters)
         costs.append(meters.costs())
     return costs
+
+
+def rows_with_phases(configs: list[TrainConfig]) -> list[list[list[Row]]]:
+    """This rank's rows of the first and of the third step of each run."""
+    found = []
+    for config in configs:
+        trainer, _ = make(config)
+        meters, batches = Meters(config, trainer), make_batches(config, prepare(config.data))
+        rows = []
+        for step in range(3):
+            train_step(step, config, trainer, batches, meters)
+            assert meters.last is not None
+            rows.append(rows_of(meters.last.calls, trainer.replica.mesh.axis_of_ranks()))
+        found.append([rows[0], rows[2]])
+    return found
 
 
 def weights_and_validation(configs: list[TrainConfig]) -> list[tuple[dict, float]]:
