@@ -75,6 +75,17 @@ def _register() -> None:
 _register()
 
 
+class _NoModules:
+    """In the place of the counter's own tracker, which would tell flops by module: its hooks on
+    gradients stop a backward that is cut in two, as the zero-bubble schedules have it."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """Count the flops of what this rank runs inside: `.get_total_flops()` afterwards.
@@ -82,7 +93,9 @@ def counted() -> Iterator[FlopCounterMode]:
     An operator of DTensors has the shapes of the whole; its local operators come one by one, and
     those are what ran.
     """
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with counter:
         whole: Any = counter.mode
 
         class LocalOnly(type(whole)):  # type: ignore[misc]
