@@ -65,8 +65,8 @@ def stage_of(config: ModelConfig, start: int, end: int, first: bool, last: bool)
 
 
 class Stage(PipelineStage):
-    """torch's, but activations that travel require a gradient, both when they go and when they come:
-    that is how a meter tells them from gradients (costs/phases.py)."""
+    """torch's, but activations that travel require a gradient when they go and when they come: so a
+    meter can tell them from gradients (costs/phases.py)."""
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return _of_activations(super().get_fwd_send_ops(fwd_chunk_id))
