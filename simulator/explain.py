@@ -228,7 +228,7 @@ def _context(terms: Terms) -> None:
     if n == 1:
         return
     dtype, item = case.low
-    rounds = f"{n - 1} L m B T K H"
+    rounds = "(n - 1) L m B T K H"
     for collective in ("send", "recv"):
         blocks = f"{2 * (2 + case.again) * item} {rounds}"
         terms.add(collective, "cp", dtype, "keys and values", blocks)

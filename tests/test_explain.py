@@ -60,6 +60,7 @@ def letters(case: Case) -> dict[str, int]:
         "S": model.n_expert * model.expert_slots(options.seq_len) if model.capacity_factor else 0,
         "A": model.experts_per_token,
         "X": model.n_expert,
+        "n": layout.cp,
     }
 
 
