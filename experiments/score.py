@@ -22,7 +22,7 @@ from experiments.compose import Refused
 from experiments.console import DASH, make_console
 from simulator.fit import Problem
 from simulator.published import Row, read
-from simulator.score import feasibility, summary
+from simulator.score import MOST_OVER, feasibility, summary
 
 ROWS = Path(__file__).resolve().parent / "published" / "measured.csv"
 KEYS = ("rows", "plot")
@@ -102,9 +102,9 @@ def show(scored: Scored) -> None:
         console.print(errors_table(f"{name}: predicted against measured", said[name]))
     fits = said["feasibility"]
     console.print(
-        f"{fits['predicted_not_to_fit']} of {fits['out_of_memory']} rows that ran out of memory are "
-        f"predicted not to fit; {fits['ran_above_limit']} of {fits['ran']} that ran are predicted "
-        "to need more than 1.1 of their device"
+        f"{fits['predicted_not_to_fit']} of {fits['out_of_memory']} rows that ran out of memory "
+        f"are predicted not to fit; {fits['ran_above_limit']} of {fits['ran']} that ran are "
+        f"predicted to need more than {MOST_OVER} of their device"
     )
     reasons: dict[str, list[str]] = {}
     for row, why in said["not_expressed"].items():
