@@ -1,0 +1,310 @@
+"""From the programs of ranks to a timeline: when each thing that a rank does starts and ends.
+
+A rank does its program one thing after another (costs/program.py). A message starts when its last
+member has handed it over and its group is done with the one before; the messages of one group are
+matched by their order, a send and its recv by their order between two ranks. Groups do not slow
+each other down. So every time is a maximum or a sum of earlier ones (a max-plus system; Baccelli
+et al. 1992, Synchronization and Linearity): the order in which events are looked at changes
+nothing, no queue of events is needed, and a cheaper event never makes a later one later.
+
+Ranks that behave alike need one program: `like` names the rank whose program stands for another's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from costs.ledger import wire_bytes
+from costs.program import Message, Program, Work
+from costs.trace import COMMUNICATION, COMPUTE, WAIT, Slice
+
+Interval = tuple[float, float]
+PARTS = {  # where the seconds of a Work are counted
+    "forward": "compute",
+    "backward": "compute",
+    "optimizer": "optimizer",
+    "data": "other",
+    "other": "other",
+}
+# All members of one of these hand over as many bytes. An all_to_all's may differ.
+EVEN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send", "recv")
+
+
+class Mismatch(ValueError):
+    """Programs that do not fit together: one line, with rank, message and place in the step."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """One message, from the first member that hands it over to its end."""
+
+    message: Message
+    place: int  # in the program of the rank that handed it over first
+    rank: int
+    missing: int  # members that have not handed it over
+    handed: float = 0.0  # when the last member did
+    start: float = 0.0
+    end: float | None = None  # None: a member is missing
+    waiting: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Channel:
+    """A group's messages in order, or those from one rank to another."""
+
+    members: frozenset  # ranks that have a program; of a channel between two its ends
+    flights: list[Flight] = field(default_factory=list)
+    handed: dict = field(default_factory=dict)  # member -> how many it has handed over
+    free: float = 0.0  # when the last message was over
+
+
+@dataclass
+class Timeline:
+    """What a replay found. Seconds from the start of the step.
+
+    `times`: start and end of every event of a rank's program; of a Wait, how long it held the rank.
+    `time_s`: each rank's parts as in a ledger; they add up to when the rank was done.
+    """
+
+    programs: dict[int, Program]
+    times: dict[int, list[Interval]]
+    time_s: dict[int, dict[str, float]]
+
+    @property
+    def total(self) -> float:
+        """Of the slowest rank."""
+        return max(parts["total"] for parts in self.time_s.values())
+
+    def slices(self, rank: int) -> Iterator[Slice]:
+        """What to draw of one rank: its work, its waits, its messages; nothing of no length."""
+        messages: dict[int, Message] = {}
+        for event, (start, end) in zip(self.programs[rank], self.times[rank], strict=True):
+            if isinstance(event, Message):
+                messages[event.number] = event
+            if end <= start:
+                continue
+            span = (start, end)
+            if isinstance(event, Work):
+                kind = event.name or event.phase
+                yield Slice(rank, COMPUTE, kind, *span, event.stage, event.micro_batch)
+            elif isinstance(event, Message):
+                place = (event.stage, event.micro_batch)
+                yield Slice(rank, COMMUNICATION, event.collective, *span, *place, _args(event))
+            else:
+                waited = messages[event.number]
+                args = {"collective": waited.collective, "axis": waited.axis}
+                yield Slice(rank, COMPUTE, WAIT, *span, args=args)
+
+
+def replay(
+    programs: dict[int, Program],
+    work_seconds: Callable[[Work], float],
+    message_seconds: Callable[[Message], float],
+    like: Callable[[int], int] | None = None,
+) -> Timeline:
+    """Run the programs of all ranks, or of one rank of each kind, where `like` maps a rank of the
+    world to the one whose program stands for its own.
+
+    Raises Mismatch where members of a group hand over different messages, or wait for ever.
+    """
+    return _Replay(programs, work_seconds, message_seconds, like).run()
+
+
+class _Replay:
+    def __init__(
+        self,
+        programs: dict[int, Program],
+        work_seconds: Callable[[Work], float],
+        message_seconds: Callable[[Message], float],
+        like: Callable[[int], int] | None,
+    ) -> None:
+        self.programs, self.like = programs, like or (lambda rank: rank)
+        self.work_seconds, self.message_seconds = work_seconds, message_seconds
+        self.channels: dict[tuple, Channel] = {}
+        self.known: dict[tuple, tuple[Channel, object]] = {}  # hashing a thousand ranks takes long
+        self.clock = dict.fromkeys(programs, 0.0)
+        self.place = dict.fromkeys(programs, 0)
+        self.flights: dict[int, dict[int, Flight]] = {rank: {} for rank in programs}
+        self.times: dict[int, list] = {rank: [] for rank in programs}
+        names = ("compute", "exposed_communication", "bubble", "optimizer", "other")
+        self.time_s = {rank: dict.fromkeys(("total", *names), 0.0) for rank in programs}
+        self.ready = deque(sorted(programs))
+
+    def run(self) -> Timeline:
+        while self.ready:
+            self._advance(self.ready.popleft())
+        self._check_end()
+        times = {
+            rank: [t if t.__class__ is tuple else (t.start, t.end) for t in own]
+            for rank, own in self.times.items()
+        }
+        for rank, end in self.clock.items():
+            self.time_s[rank]["total"] = end
+        return Timeline(self.programs, times, self.time_s)
+
+    def _advance(self, rank: int) -> None:
+        """Go on with one rank until it waits for a message that some member has not handed over."""
+        program, flights, times = self.programs[rank], self.flights[rank], self.times[rank]
+        parts, now, place = self.time_s[rank], self.clock[rank], self.place[rank]
+        work_seconds, count = self.work_seconds, len(program)
+        while place < count:
+            event = program[place]
+            if isinstance(event, Work):
+                seconds = work_seconds(event)
+                times.append((now, now + seconds))
+                now += seconds
+                parts[PARTS[event.phase]] += seconds
+            elif isinstance(event, Message):
+                flight = self._hand_over(rank, place, event, now)
+                flights[event.number] = flight
+                times.append(flight)
+            else:
+                flight = flights.get(event.number)  # type: ignore[assignment]
+                if flight is None:
+                    raise Mismatch(
+                        f"rank {rank}, event {place}: waits for message {event.number}, which it "
+                        "has not handed over"
+                    )
+                if flight.end is None:
+                    flight.waiting.append(rank)
+                    break
+                if flight.end > now:
+                    self._count_wait(parts, flight, now, flight.end)
+                    times.append((now, flight.end))
+                    now = flight.end
+                else:
+                    times.append((now, now))
+            place += 1
+        self.clock[rank], self.place[rank] = now, place
+
+    def _count_wait(self, parts: dict[str, float], flight: Flight, now: float, end: float) -> None:
+        """A wait is bubble as long as another stage has not come, and else exposed."""
+        late = 0.0
+        if "pp" in flight.message.axis.split("*"):
+            late = min(max(flight.handed - now, 0.0), end - now)
+        parts["bubble"] += late
+        parts["exposed_communication"] += end - now - late
+
+    def _hand_over(self, rank: int, place: int, message: Message, now: float) -> Flight:
+        key = (rank, id(message.ranks), message.axis, message.collective)
+        found = self.known.get(key)
+        if found is None:
+            found = self.known[key] = self._channel_of(rank, place, message)
+        channel, member = found
+        number = channel.handed.get(member, 0)
+        channel.handed[member] = number + 1
+        if number == len(channel.flights):
+            channel.flights.append(Flight(message, place, rank, len(channel.members)))
+        flight = channel.flights[number]
+        if flight.message is not message:
+            _check_alike(flight, rank, place, message)
+        flight.missing -= 1
+        flight.handed = max(flight.handed, now)
+        if not flight.missing:
+            # all of a group's earlier messages are complete too: each member keeps the order
+            flight.start = max(flight.handed, channel.free)
+            channel.free = flight.end = flight.start + self.message_seconds(message)
+            self.ready.extend(flight.waiting)
+        return flight
+
+    def _channel_of(self, rank: int, place: int, message: Message) -> tuple[Channel, object]:
+        """The channel of a message, and which of its members this rank is."""
+        collective, ranks = message.collective, message.ranks
+        pair = collective in ("send", "recv")
+        if pair:
+            own: int | None = ranks[collective == "recv"]
+            source, destination = map(self.like, ranks)
+            key: tuple = (message.axis, "pair", source, destination)
+            member: object = collective
+        else:
+            own = rank if rank in ranks else None
+            key, member = (message.axis, *sorted(ranks)), rank
+        if own != rank:
+            raise Mismatch(
+                f"rank {rank}, event {place}: {_said(message)} is not a message of its own"
+            )
+        channel = self.channels.get(key)
+        if channel is None:
+            members = frozenset(("send", "recv")) if pair else frozenset(map(self.like, ranks))
+            self._check_members(rank, place, message)
+            channel = self.channels[key] = Channel(members)
+        return channel, member
+
+    def _check_members(self, rank: int, place: int, message: Message) -> None:
+        for other in message.ranks:
+            if self.like(other) not in self.programs:
+                raise Mismatch(
+                    f"rank {rank}, event {place}: {_said(message)} needs rank {other}, which has "
+                    "no program"
+                )
+
+    def _check_end(self) -> None:
+        """Raise Mismatch where a rank did not come to its end, or a message has no counterpart."""
+        incomplete = [
+            flight
+            for channel in self.channels.values()
+            for flight in channel.flights
+            if flight.end is None
+        ]
+        if not incomplete:
+            return
+        waited = [flight for flight in incomplete if flight.waiting]
+        flight = min(waited or incomplete, key=lambda f: (f.handed, f.rank, f.place))
+        rank = flight.waiting[0] if flight.waiting else flight.rank
+        place = self.place[rank] if flight.waiting else flight.place
+        verb = "waits for ever for" if flight.waiting else "is alone with"
+        raise Mismatch(
+            f"rank {rank}, event {place}: {verb} {_said(flight.message)}, message "
+            f"{flight.message.number} of rank {flight.rank}; {self._missing_from(flight)}"
+        )
+
+    def _missing_from(self, flight: Flight) -> str:
+        """Who has not handed a message over, and where that rank is instead."""
+        channel, _ = self._channel_of(flight.rank, flight.place, flight.message)
+        number = next(i for i, f in enumerate(channel.flights) if f is flight)
+        late = min((m for m in channel.members if channel.handed.get(m, 0) <= number), key=str)
+        other = late
+        if late in ("send", "recv"):
+            other = self.like(flight.message.ranks[late == "recv"])
+        program, place = self.programs[other], self.place[other]
+        if place == len(program):
+            return f"rank {other} has ended without it"
+        wanted = self.flights[other][program[place].number].message  # type: ignore[union-attr]
+        return f"rank {other} has not come to it: it waits at event {place} for {_said(wanted)}"
+
+
+def _args(message: Message) -> dict[str, Any]:
+    """What a viewer shows of a message."""
+    size, n = message.payload_bytes, len(message.ranks)
+    return {
+        "number": message.number,
+        "axis": message.axis,
+        "ranks": list(message.ranks),
+        "dtype": message.dtype,
+        "payload_bytes": size,
+        "wire_bytes": wire_bytes(message.collective, size, n),
+        "phase": message.phase,
+    }
+
+
+def _check_alike(flight: Flight, rank: int, place: int, message: Message) -> None:
+    """Members of a group must hand over the same message."""
+    first = flight.message
+    pair = message.collective in ("send", "recv")
+    same = (pair or first.collective == message.collective) and first.dtype == message.dtype
+    if message.collective in EVEN:
+        same = same and first.payload_bytes == message.payload_bytes
+    if not same:
+        raise Mismatch(
+            f"rank {rank}, event {place}: {_said(message)} meets {_said(first)} "
+            f"of rank {flight.rank}, event {flight.place}"
+        )
+
+
+def _said(message: Message) -> str:
+    ranks = ",".join(map(str, message.ranks[:8])) + (",..." if len(message.ranks) > 8 else "")
+    size = f"{message.payload_bytes} B of {message.dtype}"
+    return f"{message.collective} over {message.axis} of ranks {ranks} ({size})"
