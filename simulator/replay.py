@@ -13,15 +13,13 @@ Ranks that behave alike need one program: `like` names the rank whose program st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from costs.ledger import wire_bytes
+from costs.ledger import TIME_PARTS
 from costs.program import Message, Program, Work
-from costs.trace import COMMUNICATION, COMPUTE, WAIT, Slice
+from simulator.timeline import Timeline
 
-Interval = tuple[float, float]
 PARTS = {  # where the seconds of a Work are counted
     "forward": "compute",
     "backward": "compute",
@@ -61,44 +59,6 @@ class Channel:
     free: float = 0.0  # when the last message was over
 
 
-@dataclass
-class Timeline:
-    """What a replay found. Seconds from the start of the step.
-
-    `times`: start and end of every event of a rank's program; of a Wait, how long it held the rank.
-    `time_s`: each rank's parts as in a ledger; they add up to when the rank was done.
-    """
-
-    programs: dict[int, Program]
-    times: dict[int, list[Interval]]
-    time_s: dict[int, dict[str, float]]
-
-    @property
-    def total(self) -> float:
-        """Of the slowest rank."""
-        return max(parts["total"] for parts in self.time_s.values())
-
-    def slices(self, rank: int) -> Iterator[Slice]:
-        """What to draw of one rank: its work, its waits, its messages; nothing of no length."""
-        messages: dict[int, Message] = {}
-        for event, (start, end) in zip(self.programs[rank], self.times[rank], strict=True):
-            if isinstance(event, Message):
-                messages[event.number] = event
-            if end <= start:
-                continue
-            span = (start, end)
-            if isinstance(event, Work):
-                kind = event.name or event.phase
-                yield Slice(rank, COMPUTE, kind, *span, event.stage, event.micro_batch)
-            elif isinstance(event, Message):
-                place = (event.stage, event.micro_batch)
-                yield Slice(rank, COMMUNICATION, event.collective, *span, *place, _args(event))
-            else:
-                waited = messages[event.number]
-                args = {"collective": waited.collective, "axis": waited.axis}
-                yield Slice(rank, COMPUTE, WAIT, *span, args=args)
-
-
 def replay(
     programs: dict[int, Program],
     work_seconds: Callable[[Work], float],
@@ -129,8 +89,7 @@ class _Replay:
         self.place = dict.fromkeys(programs, 0)
         self.flights: dict[int, dict[int, Flight]] = {rank: {} for rank in programs}
         self.times: dict[int, list] = {rank: [] for rank in programs}
-        names = ("compute", "exposed_communication", "bubble", "optimizer", "other")
-        self.time_s = {rank: dict.fromkeys(("total", *names), 0.0) for rank in programs}
+        self.time_s = {rank: dict.fromkeys(("total", *TIME_PARTS), 0.0) for rank in programs}
         self.ready = deque(sorted(programs))
 
     def run(self) -> Timeline:
@@ -274,20 +233,6 @@ class _Replay:
             return f"rank {other} has ended without it"
         wanted = self.flights[other][program[place].number].message  # type: ignore[union-attr]
         return f"rank {other} has not come to it: it waits at event {place} for {_said(wanted)}"
-
-
-def _args(message: Message) -> dict[str, Any]:
-    """What a viewer shows of a message."""
-    size, n = message.payload_bytes, len(message.ranks)
-    return {
-        "number": message.number,
-        "axis": message.axis,
-        "ranks": list(message.ranks),
-        "dtype": message.dtype,
-        "payload_bytes": size,
-        "wire_bytes": wire_bytes(message.collective, size, n),
-        "phase": message.phase,
-    }
 
 
 def _check_alike(flight: Flight, rank: int, place: int, message: Message) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from costs.program import Message, Program, Wait, Work
 from costs.trace import COMPUTE
-from simulator.replay import Mismatch, Timeline, replay
+from simulator.replay import Mismatch, replay
+from simulator.timeline import Timeline
 from tests.random_programs import programs, seconds_of
 from tests.simpy_model import simulate
 
