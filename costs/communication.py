@@ -69,6 +69,7 @@ class Call:
     payload_bytes: int
     start: float
     end: float | None = None  # None: not yet over
+    peer: int | None = None  # global rank of the other end of a send or recv
 
 
 class CommunicationMeter:
@@ -76,7 +77,8 @@ class CommunicationMeter:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.waits: list[tuple[float, float]] = []  # when the calling thread was held up
+        # when the calling thread was held up, and by what
+        self.waits: list[tuple[float, float, Call]] = []
         self.recording = False
 
     def start(self) -> None:
@@ -164,7 +166,7 @@ class RecordedWork(dist.Work):
         if self.call.end is None:
             self.call.end = end
         if meter.recording and threading.current_thread() is threading.main_thread():
-            meter.waits.append((start, end))
+            meter.waits.append((start, end, self.call))
         return True
 
     def get_future(self) -> Any:
@@ -195,6 +197,7 @@ class RecordingGroup(dist.ProcessGroup):
     def __init__(self, inner: dist.ProcessGroup, rank: int, ranks: list[int]) -> None:
         super().__init__(rank, len(ranks))  # type: ignore[call-arg]
         self.inner, self.own_rank, self.ranks = inner, rank, frozenset(ranks)
+        self.global_ranks = ranks  # by rank in this group
         self.own_name, self.own_desc = "", ""
 
     def getSize(self) -> int:
@@ -249,6 +252,8 @@ def _recorded(method: str, collective: str, payload: int | None) -> Callable:
             return inner(*args, **kwargs)
         argument = args[payload] if payload is not None and len(args) > payload else ()
         made = describe(collective, self, argument, time.perf_counter())
+        if method in ("send", "recv"):
+            made.peer = self.global_ranks[args[1]]
         meter.calls.append(made)
         work = inner(*args, **kwargs)
         if work is None:  # monitored_barrier is over when it returns

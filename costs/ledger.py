@@ -7,6 +7,9 @@ layout        {world_size, pp, dp_replicate, dp_shard, cp, tp, ep}
 model         {parameters, flops_per_token}
 environment   {device, backend, torch, cores, ...}
 training      {steps, losses, validation_loss}; measured runs only
+pipeline      {schedule, micro_batches, ideal_bubble, stages}; may be there where layout.pp > 1.
+              stages: {rank, stages, bubble_s, bubble} of each rank. `bubble` is idle time over idle
+              and busy time of forward and backward, as is `ideal_bubble`, the schedule's own
 step          one optimiser step: times of the slowest rank, memory of the fullest
 ranks         the same `step` for each rank
 
@@ -53,6 +56,12 @@ STEP_KEYS = (
     "mfu",
     "hfu",
 )
+# resident_peak: the process's high-water mark since it began, libraries included, an upper bound of
+# memory_bytes.peak; allocator_peak: of the device's allocator in the step that was followed
+PROCESS_KEYS = ("resident_peak", "allocator_peak")
+STEP_MAY_HAVE = ("process_bytes",)
+PIPELINE_KEYS = ("schedule", "micro_batches", "ideal_bubble", "stages")
+PIPELINE_STAGE_KEYS = ("rank", "stages", "bubble_s", "bubble")
 OPEN_SECTIONS = ("config", "environment", "training")  # may hold keys of their own
 TIME_TOLERANCE = 1e-6  # relative: sums of floating-point seconds
 
@@ -118,7 +127,8 @@ def check(ledger: Any) -> None:
     measured = ledger.get("source") == "measured"
     _need(ledger.get("source") in SOURCES, "source", f"must be one of {', '.join(SOURCES)}")
     sections = ["schema", "source", "config", "layout", "model", "environment", "step", "ranks"]
-    _keys(ledger, (*sections, "training") if measured else tuple(sections), "ledger")
+    sections += ["training"] if measured else []
+    _keys(ledger, tuple(sections), "ledger", may=("pipeline",))
     for name in OPEN_SECTIONS:
         _need(isinstance(ledger.get(name, {}), dict), name, "must be an object")
     _keys(ledger["layout"], LAYOUT_KEYS, "layout")
@@ -129,6 +139,8 @@ def check(ledger: Any) -> None:
     _number(ledger["model"]["flops_per_token"], "model.flops_per_token")
     if measured:
         _check_training(ledger["training"])
+    if "pipeline" in ledger:
+        _check_pipeline(ledger["pipeline"])
     check_step(ledger["step"], "step")
     ranks, world_size = ledger["ranks"], ledger["layout"]["world_size"]
     _need(isinstance(ranks, list), "ranks", "must be a list")
@@ -147,9 +159,24 @@ def _check_training(training: dict[str, Any]) -> None:
     _number(training["validation_loss"], "training.validation_loss")
 
 
+def _check_pipeline(pipeline: Any) -> None:
+    _keys(pipeline, PIPELINE_KEYS, "pipeline")
+    _need(isinstance(pipeline["schedule"], str), "pipeline.schedule", "must be a name")
+    _whole(pipeline["micro_batches"], "pipeline.micro_batches", low=1, null=False)
+    _number(pipeline["ideal_bubble"], "pipeline.ideal_bubble")
+    _need(isinstance(pipeline["stages"], list), "pipeline.stages", "must be a list")
+    for i, rank in enumerate(pipeline["stages"]):
+        where = f"pipeline.stages[{i}]"
+        _keys(rank, PIPELINE_STAGE_KEYS, where)
+        _whole(rank["rank"], f"{where}.rank", null=False)
+        _need(isinstance(rank["stages"], list), f"{where}.stages", "must be a list")
+        for key in ("bubble_s", "bubble"):
+            _number(rank[key], f"{where}.{key}")
+
+
 def check_step(step: Any, where: str) -> None:
     """One rank's costs of one step."""
-    _keys(step, STEP_KEYS, where)
+    _keys(step, STEP_KEYS, where, STEP_MAY_HAVE)
     _whole(step["tokens"], f"{where}.tokens", null=False)
     time_s, memory = step["time_s"], step["memory_bytes"]
     _keys(time_s, ("total", *TIME_PARTS), f"{where}.time_s")
@@ -160,6 +187,10 @@ def check_step(step: Any, where: str) -> None:
     for key in memory:
         _whole(memory[key], f"{where}.memory_bytes.{key}")
     _adds_up(memory, "peak", f"{where}.memory_bytes", 0.0)
+    if "process_bytes" in step:
+        _keys(step["process_bytes"], PROCESS_KEYS, f"{where}.process_bytes")
+        for key in PROCESS_KEYS:
+            _whole(step["process_bytes"][key], f"{where}.process_bytes.{key}")
     rows = step["communication"]
     _need(rows is None or isinstance(rows, list), f"{where}.communication", "must be a list")
     for i, row in enumerate(rows or []):
@@ -197,12 +228,12 @@ def _adds_up(parts: dict[str, Any], whole: str, where: str, tolerance: float) ->
     _need(off <= tolerance * total, where, f"parts sum to {math.fsum(known)}, {whole} is {total}")
 
 
-def _keys(value: Any, keys: tuple[str, ...], where: str) -> None:
+def _keys(value: Any, keys: tuple[str, ...], where: str, may: tuple[str, ...] = ()) -> None:
     _need(isinstance(value, dict), where, "must be an object")
     for key in keys:
         _need(key in value, f"{where}.{key}", "is missing")
     for key in value:
-        _need(key in keys, f"{where}.{key}", "is not in the schema")
+        _need(key in keys or key in may, f"{where}.{key}", "is not in the schema")
 
 
 def _number(value: Any, where: str) -> None:

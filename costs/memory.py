@@ -16,6 +16,7 @@ other          the rest: batches, temporaries of the optimizer
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -56,7 +57,8 @@ class MemoryMeter(TorchDispatchMode):
         super().__init__()
         self.model, self.optimizer_state = model, optimizer_state
         self.default = "other"  # the category of what is made now; the phases set it
-        self.log: list[tuple[int, int]] = []  # (storage number, change in bytes)
+        # (storage number, change in bytes, when by time.perf_counter)
+        self.log: list[tuple[int, int, float]] = []
         self.category: dict[int, str] = {}  # by storage number
         self._number: dict[int, int] = {}  # of live storages, by address
         self._size: dict[int, int] = {}
@@ -103,14 +105,35 @@ class MemoryMeter(TorchDispatchMode):
     def result(self) -> dict[str, int]:
         """The peak in bytes and its parts, which add up to it."""
         total, peak, at = 0, 0, 0
-        for i, (_, change) in enumerate(self.log):
+        for i, (_, change, _) in enumerate(self.log):
             total += change
             if total > peak:
                 peak, at = total, i + 1
         parts = dict.fromkeys(MEMORY_PARTS, 0)
-        for number, change in self.log[:at]:
+        for number, change, _ in self.log[:at]:
             parts[self.category[number]] += change
         return {"peak": peak, **parts}
+
+    def timeline(self, samples: int = 1000) -> list[tuple[float, dict[str, int]]]:
+        """(moment, bytes by category) in order; of each stretch of time the fullest moment and the
+        last, so that the peak is there however few `samples` there are."""
+        held, total = dict.fromkeys(MEMORY_PARTS, 0), 0
+        if not self.log:
+            return []
+        begin = self.log[0][2]
+        width = (self.log[-1][2] - begin) / samples or 1.0
+        found: dict[int, list[tuple[float, dict[str, int]]]] = {}
+        fullest: dict[int, int] = {}
+        for number, change, moment in self.log:
+            held[self.category[number]] += change
+            total += change
+            stretch = int((moment - begin) / width)
+            now = (moment, dict(held))
+            if total >= fullest.get(stretch, -1):
+                fullest[stretch], found[stretch] = total, [now]
+            else:
+                found[stretch][1:] = [now]
+        return [sample for stretch in found.values() for sample in stretch]
 
     def _add(self, tensor: Tensor, category: str) -> None:
         if isinstance(tensor, DTensor):
@@ -137,7 +160,7 @@ class MemoryMeter(TorchDispatchMode):
         change = size - self._size[number]
         if change:
             self._size[number] = size
-            self.log.append((number, change))
+            self.log.append((number, change, time.perf_counter()))
 
     def _gone(self, address: int, number: int) -> None:
         self._resized(number, 0)

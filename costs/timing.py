@@ -3,8 +3,9 @@
 total                  the step's wall time
 compute                forward and backward, without what is exposed
 exposed_communication  time in which this rank could only wait for messages
-bubble                 time in which a pipeline stage had nothing to do; 0 without a pipeline. With
-                       one it is not told from waiting for messages so far: null, and counted there
+bubble                 the part of a wait along pp before all who take part had handed their side of
+                       the message over (costs/timeline.py): a neighbour was still busy; 0 without a
+                       pipeline. Along other axes waiting for the last rank counts as exposed
 optimizer              clipping and the update, without what is exposed
 other                  the rest: batches, bookkeeping
 
@@ -20,14 +21,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from costs.communication import CommunicationMeter
+from costs.communication import Call, CommunicationMeter
 
 Interval = tuple[float, float]
 PHASES = ("data", "forward_backward", "optimizer")
+# kinds of Action that are no work, but say to which micro-batch the next message belongs
+MESSAGE_KINDS = ("send_forward", "recv_forward", "send_backward", "recv_backward")
 
 
 def union(intervals: list[Interval]) -> list[Interval]:
@@ -52,41 +56,124 @@ def length(intervals: list[Interval]) -> float:
     return sum(end - start for start, end in union(intervals))
 
 
+@dataclass(slots=True)
+class Action:
+    """One thing that a rank did with one micro-batch of one stage."""
+
+    kind: str  # forward, loss, backward, backward_input, backward_weight, or of MESSAGE_KINDS
+    stage: int
+    micro_batch: int
+    start: float
+    end: float
+
+
+@dataclass
+class StepRecord:
+    """What one rank did in one step, as it was. Times are those of time.perf_counter."""
+
+    start: float
+    end: float = 0.0
+    phases: dict[str, list[Interval]] = field(default_factory=lambda: {p: [] for p in PHASES})
+    actions: list[Action] = field(default_factory=list)
+    tails: list[Interval] = field(default_factory=list)  # of backwards, once the engine had ended
+    calls: list[Call] = field(default_factory=list)
+    waits: list[tuple[float, float, Call]] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return self.end - self.start
+
+    def shift(self, seconds: float) -> None:
+        """Move all times, onto another rank's clock."""
+        self.start, self.end = self.start + seconds, self.end + seconds
+        for intervals in (*self.phases.values(), self.tails):
+            intervals[:] = [(start + seconds, end + seconds) for start, end in intervals]
+        for action in self.actions:
+            action.start, action.end = action.start + seconds, action.end + seconds
+        for call in self.calls:
+            call.start += seconds
+            call.end = None if call.end is None else call.end + seconds
+        self.waits = [(start + seconds, end + seconds, call) for start, end, call in self.waits]
+
+    def all_waits(self) -> list[tuple[float, float, Call]]:
+        """When this rank was held up, and by which message, in order; DDP's final waits included.
+
+        Those are for the messages that nobody else waits for, one after the other as they end.
+        """
+        named = {id(call) for _, _, call in self.waits}
+        unnamed = sorted(
+            ((call.end or self.end, call) for call in self.calls if id(call) not in named),
+            key=lambda pair: pair[0],
+        )
+        found = list(self.waits)
+        for start, end in self.tails:
+            for over, call in unnamed:
+                begin, over = max(start, call.start), min(over, end)
+                if begin < over:
+                    found.append((begin, over, call))
+                    start = over
+        return sorted(found, key=lambda wait: wait[:2])
+
+    def held_up(self) -> list[Interval]:
+        """When this rank could only wait for messages."""
+        return union([(start, end) for start, end, _ in self.all_waits()])
+
+    def parts(self, bubble: list[Interval] | None, metered: bool) -> dict[str, float | None]:
+        """Seconds by part; they add up to the total.
+
+        `bubble`: the parts of held_up() that are; None where that is not known, which leaves them
+        in exposed_communication. `metered` False: messages are not seen (NCCL), and neither is
+        what they expose.
+        """
+        held_up = self.held_up()
+        own = {
+            name: length(intervals) - length(intersection(held_up, intervals))
+            for name, intervals in self.phases.items()
+        }
+        compute, optimizer, waited = own["forward_backward"], own["optimizer"], length(held_up)
+        idle = None if bubble is None else length(bubble)
+        return {
+            "total": self.total,
+            "compute": compute,
+            "exposed_communication": max(0.0, waited - (idle or 0.0)) if metered else None,
+            "bubble": idle,
+            "optimizer": optimizer,
+            "other": max(0.0, self.total - compute - optimizer - waited),
+        }
+
+
 class StepTimer:
-    """Times the phases of one step after another.
+    """Times what one step after another does. `communication`: the meter of this rank's messages;
+    None where their times are not known (NCCL)."""
 
-    `communication`: the meter of this rank's messages; None where their times are not known
-    (NCCL), which makes exposed_communication null. `alone`: one rank, which exposes nothing.
-    `staged`: the model is a pipeline.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        communication: CommunicationMeter | None,
-        alone: bool,
-        staged: bool = False,
-    ) -> None:
-        self.staged = staged
-        self.device, self.communication, self.alone = device, communication, alone
-        self.phases: dict[str, list[Interval]] = {}
-        self.tails: list[Interval] = []
-        self.last: dict[str, float | None] = {}
+    def __init__(self, device: torch.device, communication: CommunicationMeter | None) -> None:
+        self.device, self.communication = device, communication
+        self.record = StepRecord(0.0)
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step; afterwards `last` holds its parts."""
-        self.phases, self.tails = {name: [] for name in PHASES}, []
-        start = self._now()
+        """Around one step; afterwards `record` holds what it did."""
+        record = self.record = StepRecord(self._now())
         yield
-        self.last = self._parts(start, self._now())
+        record.end = self._now()
+        if self.communication:
+            record.calls, record.waits = self.communication.calls, self.communication.waits
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Around a part of the step; a phase may come several times."""
         start = self._now()
         yield
-        self.phases[name].append((start, self._now()))
+        self.record.phases[name].append((start, self._now()))
+
+    @contextmanager
+    def action(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
+        """Around one micro-batch's way through a stage. On a GPU these are the host's times: to
+        wait for the kernels here would take their overlap away."""
+        action = Action(kind, stage, micro_batch, time.perf_counter(), 0.0)
+        self.record.actions.append(action)
+        yield
+        action.end = time.perf_counter()
 
     @contextmanager
     def backward(self, loss: Tensor) -> Iterator[None]:
@@ -102,33 +189,9 @@ class StepTimer:
         yield
         hook.remove()
         if engine_ended:
-            self.tails.append((engine_ended[0], time.perf_counter()))
+            self.record.tails.append((engine_ended[0], time.perf_counter()))
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # kernels run behind the host
         return time.perf_counter()
-
-    def _parts(self, start: float, end: float) -> dict[str, float | None]:
-        total = end - start
-        spent = {name: length(intervals) for name, intervals in self.phases.items()}
-        exposed = self._exposed(end)
-        hidden = {name: length(intersection(exposed, self.phases[name])) for name in PHASES}
-        compute = spent["forward_backward"] - hidden["forward_backward"]
-        optimizer = spent["optimizer"] - hidden["optimizer"]
-        waited = length(exposed)
-        measured = self.alone or self.communication is not None
-        return {
-            "total": total,
-            "compute": compute,
-            "exposed_communication": waited if measured else None,
-            "bubble": None if self.staged else 0.0,
-            "optimizer": optimizer,
-            "other": max(0.0, total - compute - optimizer - waited),
-        }
-
-    def _exposed(self, end: float) -> list[Interval]:
-        if self.communication is None:
-            return []
-        in_flight = [(call.start, call.end or end) for call in self.communication.calls]
-        return union([*self.communication.waits, *intersection(self.tails, in_flight)])

@@ -189,4 +189,4 @@ def _to_json(event: Event) -> dict[str, Any]:
 
 def _from_json(event: dict[str, Any]) -> Event:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in event.items()}
-    return EVENTS[values.pop("event")](**values)
+    return EVENTS[str(values.pop("event"))](**values)

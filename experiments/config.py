@@ -135,6 +135,7 @@ class TrainConfig:
     clip: float | None = 1.0  # the gradient norm's upper bound; null: no clipping
     device: Device = Device.auto
     backend: Backend = Backend.auto
+    trace: bool = False  # write one step of all ranks as trace.json.gz, and pictures of it
     launch: Launch = Launch.local
     timeout_s: float = 600.0  # how long a collective may wait for its last rank
 

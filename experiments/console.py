@@ -169,11 +169,37 @@ def communication_table(rows: list[dict[str, Any]] | None) -> Table:
     return table
 
 
+def pipeline_table(pipeline: dict[str, Any]) -> Table:
+    """Idle time of each rank's stages beside the schedule's own."""
+    ideal = share(pipeline["ideal_bubble"], 1.0)
+    schedule, micro_batches = pipeline["schedule"], pipeline["micro_batches"]
+    title = f"bubble of {schedule} with {micro_batches} micro-batches, ideally {ideal}"
+    table = Table(title=title, title_justify="left")
+    for name in ("rank", "stages", "bubble", "of forward and backward"):
+        table.add_column(name, justify="right")
+    for row in pipeline["stages"]:
+        stages = ", ".join(map(str, row["stages"]))
+        idle = human_seconds(row["bubble_s"]), share(row["bubble"], 1.0)
+        table.add_row(str(row["rank"]), stages, *idle)
+    return table
+
+
+def memory_line(step: dict[str, Any]) -> str:
+    """What the process, and on a GPU its allocator, say of the peak."""
+    process = step.get("process_bytes") or {}
+    resident, allocator = process.get("resident_peak"), process.get("allocator_peak")
+    said = f"peak of the whole process {human_bytes(resident)}, libraries included"
+    return said if allocator is None else f"{said}; of the GPU's allocator {human_bytes(allocator)}"
+
+
 def print_costs(console: Console, ledger: dict[str, Any]) -> None:
     """The end-of-run tables and the one line of rates."""
     for table in costs_tables(ledger):
         console.print(table)
+    if "pipeline" in ledger:
+        console.print(pipeline_table(ledger["pipeline"]))
     step = ledger["step"]
+    console.print(memory_line(step))
     speed = DASH if step["tokens_per_s"] is None else f"{step['tokens_per_s']:,.0f}"
     rates = "  ".join(f"{name.upper()} {share(step[name], 1.0)}" for name in ("mfu", "hfu"))
     console.print(f"{speed} tokens/s  {rates}")

@@ -1,6 +1,7 @@
 """The meters of one run, put together: what the training loop and the ledger ask for.
 
-Every step is timed and its messages are recorded. Two steps are also looked at operator by
+Every step is timed and its messages are recorded; the ledger shows one of them, the same of all
+ranks. Two steps are also looked at operator by
 operator, one for flops and one for memory: that slows them, so their times are left out. They are
 two because torch's flop counter keeps alive what activation checkpointing would have freed.
 """
@@ -11,18 +12,19 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from costs import communication, flops
-from costs.communication import Call, rows_of
+from costs import clock, communication, flops
+from costs.communication import rows_of
 from costs.ledger import MEMORY_PARTS, TIME_PARTS
 from costs.memory import MemoryMeter
-from costs.timing import StepTimer
+from costs.timeline import Transfer, bubbles, name_axes, transfers
+from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
 from minigpt.config import FFN
 from parallel.precision import DTYPES
@@ -34,14 +36,6 @@ WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of mem
 KEPT_STEPS = 500  # the last ones, of which the median is taken: a long run must not grow
 
 
-@dataclass(frozen=True)
-class MeasuredStep:
-    """Times and messages of one step, as they were."""
-
-    time_s: dict[str, float | None]
-    calls: list[Call]
-
-
 class Meters:
     """Implements parallel.step.Marks, so that a step tells it what it is doing."""
 
@@ -51,13 +45,18 @@ class Meters:
         self.alone = config.layout.world_size == 1
         metered = dist.is_initialized() and dist.get_backend() == communication.BACKEND
         self.communication = communication.meter if metered else None
-        staged = config.layout.pp > 1
-        self.timer = StepTimer(self.mesh.device, self.communication, self.alone, staged)
+        self.clock_offset = clock.offset_to_first() if self.communication else 0.0
+        self.timer = StepTimer(self.mesh.device, self.communication)
         self.memory_step = min(MEMORY_STEP, config.steps - 1)
         self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
-        self.steps: deque[MeasuredStep] = deque(maxlen=KEPT_STEPS)
-        self.last: MeasuredStep | None = None  # warm-up or not
+        self.steps: deque[StepRecord] = deque(maxlen=KEPT_STEPS)
+        self.last = StepRecord(0.0)  # warm-up or not
+        self.records: list[StepRecord] = []  # the step that is shown, of all ranks, on one clock
+        self.transfers: list[list[Transfer]] = []
         self.memory: dict[str, int | None] = dict.fromkeys(("peak", *MEMORY_PARTS))
+        self.memory_timeline: list[tuple[float, dict[str, int]]] = []
+        self.memory_record = StepRecord(0.0)  # of the step in which memory was followed
+        self.allocator_peak: int | None = None
         self.hardware_flops: int | None = None
         self.memory_meter: MemoryMeter | None = None
         self.last_step_s = 0.0
@@ -75,8 +74,9 @@ class Meters:
             with self.timer.step():
                 yield
             self.last_step_s = time.perf_counter() - start
-        calls = self.communication.calls if self.communication else []
-        self.last = MeasuredStep(self.timer.last, calls)
+        self.last = self.timer.record
+        if index == self.memory_step:
+            self.memory_record = self.last
         if not looking and index >= min(WARMUP_STEPS, self.config.steps // 2):
             self.steps.append(self.last)
 
@@ -86,6 +86,9 @@ class Meters:
 
     def backward(self, loss: Tensor) -> AbstractContextManager:
         return self.timer.backward(loss)
+
+    def action(self, kind: str, stage: int, micro_batch: int) -> AbstractContextManager:
+        return self.timer.action(kind, stage, micro_batch)
 
     @contextmanager
     def _phase_looked_at(self, name: str) -> Iterator[None]:
@@ -108,9 +111,16 @@ class Meters:
     @contextmanager
     def _follow_memory(self) -> Iterator[None]:
         self.memory_meter = MemoryMeter(self.trainer.replica, state_of(self.trainer.optimizer))
+        on_gpu = self.mesh.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.mesh.device)
         with self.memory_meter:
             yield
+        if on_gpu:
+            self.allocator_peak = torch.cuda.max_memory_allocated(self.mesh.device)
         self.memory = dict(self.memory_meter.result())
+        if self.config.trace:
+            self.memory_timeline = self.memory_meter.timeline()
         self.memory_meter = None
 
     @contextmanager
@@ -121,9 +131,11 @@ class Meters:
 
     def costs(self) -> dict[str, Any]:
         """This rank's `step` of the ledger. Call it after the last step, on all ranks."""
+        shown = self._show()
         times = dict.fromkeys(("total", *TIME_PARTS))
         if self.steps:
-            times = self._median_step().time_s
+            seen = self.alone or self.communication is not None
+            times = shown.parts(self._bubble(), metered=seen)
         tokens = self.config.batch_size * self.config.seq_len
         model_flops = self.flops_per_token * tokens / self.config.layout.world_size
         self.peak_flops = self._measure_peak()
@@ -132,27 +144,60 @@ class Meters:
             "tokens": tokens,
             "time_s": times,
             "memory_bytes": self.memory,
-            "communication": self._rows(),
+            "process_bytes": {
+                "resident_peak": resident_peak(),
+                "allocator_peak": self.allocator_peak,
+            },
+            "communication": self._rows(shown),
             "flops": {"model": model_flops, "hardware": self.hardware_flops},
             "tokens_per_s": tokens / total if total else None,
             "mfu": utilisation(model_flops, total, self.peak_flops),
             "hfu": utilisation(self.hardware_flops, total, self.peak_flops),
         }
 
-    def _median_step(self) -> MeasuredStep:
-        """The step with the (lower) median time: a real one, so that its parts add up."""
-        ordered = sorted(self.steps, key=lambda step: step.time_s["total"] or 0.0)
-        return ordered[(len(ordered) - 1) // 2]
+    def _show(self) -> StepRecord:
+        """Settle which step the ledger shows, and let all ranks see it of all ranks where a
+        pipeline or a trace asks for that."""
+        shown = self._median_step() if self.steps else self.last
+        name_axes(shown, self.mesh.axis_of_ranks())
+        if self.config.layout.pp > 1 or self.config.trace:
+            shown.shift(self.clock_offset)
+            self.records = self.from_all(shown)
+            self.transfers = transfers(self.records)
+        return shown
 
-    def _rows(self) -> list[dict[str, Any]] | None:
-        """Messages of the median step, or of the last where a run was too short to have one.
+    def _median_step(self) -> StepRecord:
+        """The step with the (lower) median time of its slowest rank: a real one, so that its parts
+        add up, and the same on all ranks."""
+        totals = self.from_all([step.total for step in self.steps])
+        slowest = [max(times) for times in zip(*totals, strict=True)]
+        return self.steps[
+            sorted(range(len(slowest)), key=slowest.__getitem__)[(len(slowest) - 1) // 2]
+        ]
+
+    def from_all(self, own: Any) -> list[Any]:
+        """What each rank hands over, by rank."""
+        everyone: list = [own]
+        if not self.alone:
+            everyone = [None] * self.config.layout.world_size
+            dist.all_gather_object(everyone, own)
+        return everyone
+
+    def _bubble(self) -> list[Interval] | None:
+        """When this rank had nothing to do; null where messages are not seen."""
+        if self.config.layout.pp == 1:
+            return []
+        rank = self.mesh.rank
+        return bubbles(self.records[rank], self.transfers[rank]) if self.communication else None
+
+    def _rows(self, shown: StepRecord) -> list[dict[str, Any]] | None:
+        """Messages of the step that is shown: the median one, or the last of a short run.
 
         None where the backend is not metered: what was not seen is not zero.
         """
         if self.communication is None and not self.alone:
             return None
-        shown = self._median_step() if self.steps else self.last
-        return rows_of(shown.calls, self.mesh.axis_of_ranks()) if shown else []
+        return rows_of(shown.calls, self.mesh.axis_of_ranks())
 
     def _measure_peak(self) -> float:
         """This device's own peak, on all ranks at once, as they compute at once too."""
@@ -162,6 +207,16 @@ class Meters:
     def device_name(self) -> str | None:
         device = self.mesh.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def resident_peak() -> int | None:
+    """The high-water mark of this process's resident memory (Linux's VmHWM), in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    marks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(marks[0]) * 1024 if marks else None
 
 
 def flops_per_token(config: TrainConfig) -> int:

@@ -21,6 +21,7 @@ from experiments.metering import Meters
 from minigpt.corpus import Corpus
 from minigpt.tokenizer import BPE_FILE
 from parallel.mesh import Mesh
+from parallel.stages import ideal_bubble
 from parallel.step import Result
 
 SMOOTHING = 0.9  # of the tokens/s that the user sees
@@ -100,6 +101,7 @@ class Record:
         self, meters: Meters, ranks: list[dict[str, Any]], validation_loss: float | None
     ) -> dict[str, Any]:
         layout, config = self.config.layout, self.config
+        staged = {"pipeline": pipeline_of(config, ranks)} if layout.pp > 1 else {}
         axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
         return {
             "schema": ledgers.SCHEMA,
@@ -133,6 +135,7 @@ class Record:
                 "skipped_steps": self.skipped_steps,
                 "startup_s": self.startup_s,
             },
+            **staged,
             "step": worst(ranks),
             "ranks": ranks,
         }
@@ -160,14 +163,36 @@ def worst(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     def most(key: str, value: Any) -> dict[str, Any]:
         return max(ranks, key=lambda rank: value(rank) or 0)[key]
 
+    def fullness(rank: dict[str, Any]) -> Any:
+        return rank["memory_bytes"]["peak"]
+
     slowest = max(ranks, key=lambda rank: rank["time_s"]["total"] or 0)
     return {
         **slowest,
-        "memory_bytes": most("memory_bytes", lambda r: r["memory_bytes"]["peak"]),
+        "memory_bytes": most("memory_bytes", fullness),
+        "process_bytes": most("process_bytes", fullness),
         "communication": most(
             "communication", lambda r: sum(row["wire_bytes"] for row in r["communication"] or [])
         ),
         "flops": most("flops", lambda r: r["flops"]["hardware"]),
+    }
+
+
+def pipeline_of(config: TrainConfig, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The bubble of each rank beside the ideal of its schedule."""
+    pipeline, pp = config.pipeline, config.layout.pp
+    stages = []
+    for rank, step in enumerate(ranks):
+        idle, busy = step["time_s"]["bubble"], step["time_s"]["compute"]
+        mine = pipeline.stages_of(rank // (len(ranks) // pp), pp)  # pp is the outermost axis
+        share = None if idle is None else idle / (idle + busy)
+        stages.append({"rank": rank, "stages": mine, "bubble_s": idle, "bubble": share})
+    micro_batches = config.gradient_accumulation_steps
+    return {
+        "schedule": pipeline.schedule.value,
+        "micro_batches": micro_batches,
+        "ideal_bubble": ideal_bubble(pipeline, pp, micro_batches),
+        "stages": stages,
     }
 
 

@@ -24,6 +24,7 @@ from experiments.metering import Meters
 from experiments.record import Record, save_model
 from experiments.run_folder import Launched
 from experiments.sample import sample_text
+from experiments.tracing import write_trace
 from experiments.tracking import make_tracker
 from minigpt.corpus import open_corpus
 from minigpt.data import Batches
@@ -60,6 +61,8 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
             tracker.log(step, record.last)
 
     ledger = record.finish(meters, validation_loss)
+    if config.trace:
+        write_trace(meters, folder)
     weights = full_weights(trainer.replica) if config.run.save or config.sample.tokens else {}
     if ledger:  # rank 0
         tracker.finish(ledger)

@@ -27,6 +27,12 @@ class Marks(Protocol):
 
     def backward(self, loss: Tensor) -> AbstractContextManager: ...
 
+    def action(self, kind: str, stage: int, micro_batch: int) -> AbstractContextManager:
+        """Around one micro-batch's way through one stage, of those that pp makes: forward, loss,
+        backward, or its halves backward_input and backward_weight. send_forward and its like are
+        over at once: they say to which micro-batch the next message belongs."""
+        ...
+
 
 class NoMarks:
     """Nobody listens."""
@@ -35,6 +41,9 @@ class NoMarks:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> AbstractContextManager:
+        return nullcontext()
+
+    def action(self, kind: str, stage: int, micro_batch: int) -> AbstractContextManager:
         return nullcontext()
 
 
@@ -76,11 +85,11 @@ class OneByOne(Passes):
         for i, (inputs, targets) in enumerate(micro_batches):
             self.sync_gradients(i == len(micro_batches) - 1)
             with self.loss_context():
-                with self.autocast():
+                with marks.action("forward", 0, i), self.autocast():
                     loss, count = self.loss(self.call(inputs), targets)
                 totals += torch.stack((loss.detach().double(), count.double()))
                 scaled = loss * factor
-                with marks.backward(scaled):
+                with marks.action("backward", 0, i), marks.backward(scaled):
                     scaled.backward()
         return totals
 

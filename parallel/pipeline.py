@@ -15,15 +15,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from minigpt.config import ModelConfig
 from minigpt.model import GPT
 from parallel.gradients import align_gradients, local
 from parallel.layout import Options
+from parallel.marked_stage import MarkedStage
 from parallel.mesh import Mesh
-from parallel.passes import Context, Marks, MicroBatch, Passes, loss_and_count, valid_tokens
+from parallel.passes import (
+    Context,
+    Marks,
+    MicroBatch,
+    NoMarks,
+    Passes,
+    loss_and_count,
+    valid_tokens,
+)
 from parallel.stages import split_layers
 
 SCHEDULES = {
@@ -83,6 +91,7 @@ class Pipeline(Passes):
         self.loss_context = loss_context
         self.sums: list[Tensor] = []  # one loss a micro-batch, on the rank of the last stage
         self.factor = 1.0
+        self.marks: Marks = NoMarks()
         self.first, self.last = 0 in stages, self.count - 1 in stages
         for stage in stages.values():
             _autocast_forward(stage, autocast)
@@ -92,7 +101,7 @@ class Pipeline(Passes):
     def train(self, micro_batches: Sequence[MicroBatch], factor: float, marks: Marks) -> Tensor:
         inputs = torch.cat([inputs for inputs, _ in micro_batches])
         targets = torch.cat([targets for _, targets in micro_batches])
-        self.factor = factor
+        self.factor, self.marks = factor, marks
         self.sums.clear()
         given: dict[str, Any] = {"target": targets} if self.last else {}
         with self.loss_context():
@@ -127,7 +136,8 @@ class Pipeline(Passes):
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """What a schedule calls at the end of each micro-batch's forward."""
-        loss, _ = loss_and_count(logits, targets)
+        with self.marks.action("loss", self.count - 1, len(self.sums)):
+            loss, _ = loss_and_count(logits, targets)
         self.sums.append(loss.detach())
         return loss * self.factor
 
@@ -137,7 +147,8 @@ class Pipeline(Passes):
         tokens = torch.empty(self.shape[:2], dtype=torch.int64, device="meta")
         logits = torch.empty((*self.shape[:2], 1), device="meta", requires_grad=True)
         parts = [
-            PipelineStage(
+            MarkedStage(
+                lambda: self.marks,
                 stage,
                 number,
                 self.count,

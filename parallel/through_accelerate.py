@@ -51,10 +51,11 @@ class ThroughAccelerate(Passes):
         for i, (inputs, targets) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, count = loss_and_count(self.model(inputs), targets)
+                with marks.action("forward", 0, i):
+                    loss, count = loss_and_count(self.model(inputs), targets)
                 totals += torch.stack((loss.detach().double(), count.double()))
                 scaled = loss * factor
-                with marks.backward(scaled):
+                with marks.action("backward", 0, i), marks.backward(scaled):
                     self.accelerator.backward(scaled)
         return totals
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from costs import timing
 from costs.communication import Call, CommunicationMeter
 from costs.ledger import TIME_PARTS
-from costs.timing import StepTimer, intersection, length, union
+from costs.timing import Interval, StepTimer, intersection, length, union
 
 points = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=8)
 
@@ -49,7 +49,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def run_step(timer: StepTimer, clock: Clock, waits: float = 0.0) -> dict[str, float]:
+A_CALL = Call("all_reduce", frozenset({0, 1}), "dp_replicate", "float32", 8, 100.0)
+
+
+def run_step(timer: StepTimer, clock: Clock, waits: float = 0.0) -> None:
     """3 s of forward and backward, `waits` of them held up; 2 s of optimizer, 1 s of data, 0.5 of
     nothing in particular."""
     with timer.step():
@@ -58,17 +61,20 @@ def run_step(timer: StepTimer, clock: Clock, waits: float = 0.0) -> dict[str, fl
         with timer.phase("forward_backward"):
             clock.now += 3 - waits
             if timer.communication and waits:
-                timer.communication.waits.append((clock.now, clock.now + waits))
+                timer.communication.waits.append((clock.now, clock.now + waits, A_CALL))
             clock.now += waits
         with timer.phase("optimizer"):
             clock.now += 2
         clock.now += 0.5
-    return {name: value for name, value in timer.last.items() if value is not None}
+
+
+NO_BUBBLE: list[Interval] = []
 
 
 def test_parts_add_up_to_the_step(clock: Clock) -> None:
-    parts = run_step(StepTimer(torch.device("cpu"), None, alone=True), clock)
-    assert parts == {
+    timer = StepTimer(torch.device("cpu"), None)
+    run_step(timer, clock)
+    assert timer.record.parts(NO_BUBBLE, metered=True) == {
         "total": 6.5,
         "compute": 3.0,
         "exposed_communication": 0.0,
@@ -81,7 +87,9 @@ def test_parts_add_up_to_the_step(clock: Clock) -> None:
 def test_a_wait_is_exposed_and_is_no_compute(clock: Clock) -> None:
     meter = CommunicationMeter()
     meter.start()
-    parts = run_step(StepTimer(torch.device("cpu"), meter, alone=False), clock, waits=1.25)
+    timer = StepTimer(torch.device("cpu"), meter)
+    run_step(timer, clock, waits=1.25)
+    parts = timer.record.parts(NO_BUBBLE, metered=True)
     assert parts["exposed_communication"] == 1.25 and parts["compute"] == 1.75
     assert sum(parts[name] for name in TIME_PARTS) == parts["total"]
 
@@ -90,7 +98,7 @@ def test_the_end_of_backward_is_exposed_while_a_message_is_in_flight(clock: Cloc
     """DDP waits for its last bucket in C++, after the engine has run its last operator."""
     meter = CommunicationMeter()
     meter.start()
-    timer = StepTimer(torch.device("cpu"), meter, alone=False)
+    timer = StepTimer(torch.device("cpu"), meter)
     loss = torch.ones(1, requires_grad=True).sum()
     with timer.step(), timer.phase("forward_backward"):
         clock.now += 2
@@ -101,10 +109,26 @@ def test_the_end_of_backward_is_exposed_while_a_message_is_in_flight(clock: Cloc
             )
             meter.calls.append(sent)
             clock.now += 4  # what DDP's finalisation takes: the message ends before it
-    assert timer.last["exposed_communication"] == 3
-    assert timer.last["compute"] == 2 + 1
+    parts = timer.record.parts(NO_BUBBLE, metered=True)
+    assert parts["exposed_communication"] == 3
+    assert parts["compute"] == 2 + 1
+    assert timer.record.all_waits() == [(102.0, 105.0, sent)]
 
 
 def test_without_a_meter_exposed_time_is_not_known(clock: Clock) -> None:
-    parts = run_step(StepTimer(torch.device("cpu"), None, alone=False), clock)
-    assert "exposed_communication" not in parts, "null"
+    timer = StepTimer(torch.device("cpu"), None)
+    run_step(timer, clock)
+    assert timer.record.parts(NO_BUBBLE, metered=False)["exposed_communication"] is None
+
+
+def test_a_bubble_is_the_part_of_a_wait_that_is_not_exposed(clock: Clock) -> None:
+    meter = CommunicationMeter()
+    meter.start()
+    timer = StepTimer(torch.device("cpu"), meter)
+    run_step(timer, clock, waits=1.25)
+    begin = timer.record.waits[0][0]
+    parts = timer.record.parts([(begin, begin + 1.0)], metered=True)
+    assert parts["bubble"] == 1.0 and parts["exposed_communication"] == 0.25
+    assert sum(parts[name] for name in TIME_PARTS) == parts["total"]
+    unknown = timer.record.parts(None, metered=True)
+    assert unknown["bubble"] is None and unknown["exposed_communication"] == 1.25

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -57,8 +58,15 @@ class Pipeline(Passes):
         totals = torch.zeros(2, dtype=torch.float64, device=waiting[0][0].device)
         before, after = self.rank - 1, self.rank + 1
 
+        ahead, back = count(), count()  # numbers of micro-batches
+
         def forward(x: Tensor | None) -> Tensor:
-            return self.forward(x, *waiting.popleft(), factor, totals)
+            with marks.action("forward", self.rank, next(ahead)):
+                return self.forward(x, *waiting.popleft(), factor, totals)
+
+        def backward(gradient: Tensor | None) -> Tensor | None:
+            with marks.action("backward", self.rank, next(back)):
+                return self.backward(gradient)
 
         warm_up = min(self.ranks - 1 - self.rank, len(micro_batches))
         for _ in range(warm_up):
@@ -70,11 +78,11 @@ class Pipeline(Passes):
         for i in range(steady):
             y = forward(x)
             gradient = self.swap(after, give=y, take=True)
-            x = self.swap(before, give=self.backward(gradient), take=i < steady - 1)
+            x = self.swap(before, give=backward(gradient), take=i < steady - 1)
 
         for _ in range(warm_up):
             gradient = self.swap(after, take=True)
-            self.swap(before, give=self.backward(gradient))
+            self.swap(before, give=backward(gradient))
 
         self.tied.add_gradients()
         return totals
@@ -89,8 +97,8 @@ class Pipeline(Passes):
             x.requires_grad_()  # autograd's graph begins here: the rest is on other ranks
         y = self.stage(x)
         if self.last:
-            loss, count = loss_and_count(y, targets)
-            totals += torch.stack((loss.detach().double(), count.double()))
+            loss, tokens = loss_and_count(y, targets)
+            totals += torch.stack((loss.detach().double(), tokens.double()))
             y = loss * factor
         self.in_flight.append((x, y))
         return y
