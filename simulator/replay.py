@@ -44,8 +44,8 @@ class Flight:
     rank: int
     missing: int  # members that have not handed it over
     handed: float = 0.0  # when the last member did
-    start: float = 0.0
-    end: float | None = None  # None: a member is missing
+    seconds: float = 0.0  # the longest that it is under way for a member
+    start: float | None = None  # None: a member is missing
     waiting: list[int] = field(default_factory=list)
 
 
@@ -64,13 +64,18 @@ def replay(
     work_seconds: Callable[[Work], float],
     message_seconds: Callable[[Message], float],
     like: Callable[[int], int] | None = None,
+    queued: bool = True,
 ) -> Timeline:
     """Run the programs of all ranks, or of one rank of each kind, where `like` maps a rank of the
     world to the one whose program stands for its own.
 
+    `message_seconds` is asked by each member for its own end: a measured message is not over on all
+    ranks at once. `queued` False: its seconds count from when the last member handed it over, as
+    measured ones do, so that they hold any wait for the message before it.
+
     Raises Mismatch where members of a group hand over different messages, or wait for ever.
     """
-    return _Replay(programs, work_seconds, message_seconds, like).run()
+    return _Replay(programs, work_seconds, message_seconds, like, queued).run()
 
 
 class _Replay:
@@ -80,14 +85,17 @@ class _Replay:
         work_seconds: Callable[[Work], float],
         message_seconds: Callable[[Message], float],
         like: Callable[[int], int] | None,
+        queued: bool,
     ) -> None:
+        self.queued = queued
         self.programs, self.like = programs, like or (lambda rank: rank)
         self.work_seconds, self.message_seconds = work_seconds, message_seconds
         self.channels: dict[tuple, Channel] = {}
         self.known: dict[tuple, tuple[Channel, object]] = {}  # hashing a thousand ranks takes long
         self.clock = dict.fromkeys(programs, 0.0)
         self.place = dict.fromkeys(programs, 0)
-        self.flights: dict[int, dict[int, Flight]] = {rank: {} for rank in programs}
+        # by the message's number; with how long it is under way for this rank
+        self.flights: dict[int, dict[int, tuple[Flight, float]]] = {rank: {} for rank in programs}
         self.times: dict[int, list] = {rank: [] for rank in programs}
         self.time_s = {rank: dict.fromkeys(("total", *TIME_PARTS), 0.0) for rank in programs}
         self.ready = deque(sorted(programs))
@@ -97,7 +105,7 @@ class _Replay:
             self._advance(self.ready.popleft())
         self._check_end()
         times = {
-            rank: [t if t.__class__ is tuple else (t.start, t.end) for t in own]
+            rank: [t if t[0].__class__ is float else _span(*t) for t in own]
             for rank, own in self.times.items()
         }
         for rank, end in self.clock.items():
@@ -117,25 +125,24 @@ class _Replay:
                 now += seconds
                 parts[PARTS[event.phase]] += seconds
             elif isinstance(event, Message):
-                flight = self._hand_over(rank, place, event, now)
-                flights[event.number] = flight
-                times.append(flight)
+                found = self._hand_over(rank, place, event, now)
+                flights[event.number] = found
+                times.append(found)
             else:
-                flight = flights.get(event.number)  # type: ignore[assignment]
-                if flight is None:
+                if event.number not in flights:
                     raise Mismatch(
                         f"rank {rank}, event {place}: waits for message {event.number}, which it "
                         "has not handed over"
                     )
-                if flight.end is None:
+                flight, seconds = flights[event.number]
+                if flight.start is None:
                     flight.waiting.append(rank)
                     break
-                if flight.end > now:
-                    self._count_wait(parts, flight, now, flight.end)
-                    times.append((now, flight.end))
-                    now = flight.end
-                else:
-                    times.append((now, now))
+                end = max(now, flight.start + seconds) + event.seconds
+                if end > now:
+                    self._count_wait(parts, flight, now, end)
+                times.append((now, end))
+                now = end
             place += 1
         self.clock[rank], self.place[rank] = now, place
 
@@ -147,7 +154,9 @@ class _Replay:
         parts["bubble"] += late
         parts["exposed_communication"] += end - now - late
 
-    def _hand_over(self, rank: int, place: int, message: Message, now: float) -> Flight:
+    def _hand_over(
+        self, rank: int, place: int, message: Message, now: float
+    ) -> tuple[Flight, float]:
         key = (rank, id(message.ranks), message.axis, message.collective)
         found = self.known.get(key)
         if found is None:
@@ -160,14 +169,16 @@ class _Replay:
         flight = channel.flights[number]
         if flight.message is not message:
             _check_alike(flight, rank, place, message)
+        seconds = self.message_seconds(message)
         flight.missing -= 1
         flight.handed = max(flight.handed, now)
+        flight.seconds = max(flight.seconds, seconds)
         if not flight.missing:
             # all of a group's earlier messages are complete too: each member keeps the order
-            flight.start = max(flight.handed, channel.free)
-            channel.free = flight.end = flight.start + self.message_seconds(message)
+            flight.start = max(flight.handed, channel.free) if self.queued else flight.handed
+            channel.free = flight.start + flight.seconds
             self.ready.extend(flight.waiting)
-        return flight
+        return flight, seconds
 
     def _channel_of(self, rank: int, place: int, message: Message) -> tuple[Channel, object]:
         """The channel of a message, and which of its members this rank is."""
@@ -206,7 +217,7 @@ class _Replay:
             flight
             for channel in self.channels.values()
             for flight in channel.flights
-            if flight.end is None
+            if flight.start is None
         ]
         if not incomplete:
             return
@@ -231,8 +242,13 @@ class _Replay:
         program, place = self.programs[other], self.place[other]
         if place == len(program):
             return f"rank {other} has ended without it"
-        wanted = self.flights[other][program[place].number].message  # type: ignore[union-attr]
+        wanted = self.flights[other][program[place].number][0].message  # type: ignore[union-attr]
         return f"rank {other} has not come to it: it waits at event {place} for {_said(wanted)}"
+
+
+def _span(flight: Flight, seconds: float) -> tuple[float, float]:
+    assert flight.start is not None
+    return flight.start, flight.start + seconds
 
 
 def _check_alike(flight: Flight, rank: int, place: int, message: Message) -> None:
