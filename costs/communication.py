@@ -87,6 +87,12 @@ class CommunicationMeter:
         self.recording = False
 
 
+def axis_of(call: Call, axis_of_ranks: dict[frozenset[int], str]) -> str:
+    """The axis that a call's group was made for, or else that its ranks stand for."""
+    unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
+    return call.axis or axis_of_ranks.get(call.ranks, unnamed)
+
+
 def rows_of(calls: list[Call], axis_of_ranks: dict[frozenset[int], str]) -> list[Row]:
     """Sum calls up by (collective, axis, group size, dtype), in the order of their first call.
 
@@ -95,8 +101,7 @@ def rows_of(calls: list[Call], axis_of_ranks: dict[frozenset[int], str]) -> list
     grouped: dict[tuple, list[Call]] = defaultdict(list)
     for call in calls:
         if len(call.ranks) > 1 and call.collective != "barrier":
-            unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
-            axis = call.axis or axis_of_ranks.get(call.ranks, unnamed)
+            axis = axis_of(call, axis_of_ranks)
             grouped[call.collective, axis, len(call.ranks), call.dtype].append(call)
     rows = []
     for (collective, axis, n, dtype), same in grouped.items():

@@ -75,6 +75,17 @@ def _register() -> None:
 _register()
 
 
+class _NoModules:
+    """In the place of torch's module tracker, whose hooks fail in a backward for inputs alone, as
+    zero-bubble pipelines run it."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_error: object) -> None: ...
+
+
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """Count the flops of what this rank runs inside: `.get_total_flops()` afterwards.
@@ -82,7 +93,9 @@ def counted() -> Iterator[FlopCounterMode]:
     An operator of DTensors has the shapes of the whole; its local operators come one by one, and
     those are what ran.
     """
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with counter:
         whole: Any = counter.mode
 
         class LocalOnly(type(whole)):  # type: ignore[misc]
