@@ -26,8 +26,8 @@ class Call:
     payload_bytes: int
     start: float
     end: float | None = None  # None: not yet over
-    phase: str = "other"  # of costs.program.PHASES
     peer: int | None = None  # global rank of the other end of a send or recv
+    phase: str = "other"  # of costs.program.PHASES
 
     @property
     def is_control(self) -> bool:
