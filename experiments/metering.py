@@ -24,10 +24,10 @@ from costs.ledger import MEMORY_PARTS, TIME_PARTS
 from costs.memory import MemoryMeter
 from costs.timing import StepTimer
 from experiments.config import TrainConfig
-from minigpt.config import FFN
 from parallel.precision import DTYPES
 from parallel.step import Trainer
 from parallel.zero1 import state_of
+from simulator.flops import model_flops_per_token
 
 MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
 WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
@@ -166,13 +166,7 @@ class Meters:
 
 def flops_per_token(config: TrainConfig) -> int:
     """Model flops of one token, forward and backward."""
-    model = config.model
-    kv_dim, gated = model.kv_heads * model.head_dim, model.ffn != FFN.gelu
-    experts = (model.n_expert, model.experts_per_token) if model.ffn == FFN.moe else (0, 1)
-    weights = flops.matmul_parameters(
-        model.n_layer, model.d_model, kv_dim, model.ff_dim, gated, model.vocab_size, *experts
-    )
-    return flops.model_flops_per_token(weights, model.n_layer, model.d_model, config.seq_len)
+    return model_flops_per_token(config.model, config.seq_len)
 
 
 def utilisation(done: float | None, seconds: float | None, peak: float | None) -> float | None:
