@@ -1,7 +1,8 @@
-"""Floating-point operations: the closed form, what ran, and what this device can do.
+"""Floating-point operations: what ran, and what this device can do.
 
 Model flops are what the mathematics asks for; hardware flops are what ran, recomputation included.
-MFU and HFU are their shares of the peak (Chowdhery et al. 2022, PaLM, appendix B).
+MFU and HFU are their shares of the peak (Chowdhery et al. 2022, PaLM, appendix B). The closed form
+of model flops is simulator/flops.py's.
 """
 
 from __future__ import annotations
@@ -16,58 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 aten = torch.ops.aten
-
-
-def matmul_parameters(
-    n_layer: int,
-    d_model: int,
-    kv_dim: int,
-    d_ff: int,
-    gated: bool,
-    vocab_size: int,
-    n_expert: int = 0,
-    experts_per_token: int = 1,
-) -> int:
-    """Weights that a token is multiplied with: projections, MLP and head; no embedding.
-
-    With experts, `d_ff` wide each: the active ones and the router (Jiang et al. 2024, section 2.1).
-    """
-    attention = 2 * d_model * d_model + 2 * d_model * kv_dim
-    mlp = experts_per_token * (3 if gated else 2) * d_model * d_ff + n_expert * d_model
-    return n_layer * (attention + mlp) + vocab_size * d_model
-
-
-def model_flops_per_token(matmul_weights: int, n_layer: int, d_model: int, seq_len: int) -> int:
-    """Forward and backward flops of one token: 6 N + 12 L D T (PaLM, appendix B).
-
-    N counts matmul weights. Attention's two products are counted in full, T keys a query, although
-    the mask hides half of them: the convention of most published MFUs.
-    """
-    return 6 * matmul_weights + 12 * n_layer * d_model * seq_len
-
-
-def hardware_flops_per_token(
-    matmul_weights: int,
-    n_layer: int,
-    d_model: int,
-    seq_len: int,
-    weights_again: int | None = None,
-    cp: int = 1,
-    flash: bool = True,
-) -> float:
-    """What runs for one token, forward and backward, over all ranks that share its sequence.
-
-    6 N + 14 L D T: a flash kernel's backward makes attention's scores again, 2 L D T (Dao et al.
-    2022); without one (`flash` False) nothing is made twice. `weights_again`: of blocks that run
-    forward again in backward, attention with them (Korthikanti et al. 2022); None where none does.
-    A ring of cp ranks skips nearly half of what the mask hides: T becomes T (n+1)/2n
-    (parallel/context_parallel.py).
-    """
-    forward = 4 * n_layer * d_model * seq_len * (cp + 1) / (2 * cp)
-    attention = (3.5 if flash else 3) * forward
-    if weights_again is None:
-        return 6 * matmul_weights + attention
-    return 6 * matmul_weights + attention + 2 * weights_again + forward
 
 
 def _cpu_attention(query: tuple, key: tuple, *_args: Any, **_kwargs: Any) -> int:

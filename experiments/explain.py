@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.config import TrainConfig
-from experiments.metering import flops_per_token, hardware_flops_per_token
+from experiments.metering import flops_per_token
 from parallel.layout import ActivationCheckpointing, Impl
 from simulator.explain import LETTERS, Case, Key, formulas
+from simulator.flops import hardware_flops
+from simulator.plans import Plans
 
 OF_ALL = "weights that a token is multiplied with, L and T of the whole model and a whole sequence"
 FLOPS_LETTERS = {"N": OF_ALL}
@@ -92,7 +94,7 @@ def flops(config: TrainConfig, tokens: int, ranks: list[dict[str, Any]]) -> list
     """Of a step, of all ranks together."""
     hardware = [rank["hardware"] for rank in ranks]
     counted = None if None in hardware else sum(hardware)
-    a_token, why = hardware_flops_per_token(config), None
+    closed, why = hardware_flops_of(config), None
     attention = 14 if config.model.dropout == 0 else 12
     formula = f"(6 N + {attention} L D T) tokens"
     if config.layout.cp > 1:
@@ -102,17 +104,31 @@ def flops(config: TrainConfig, tokens: int, ranks: list[dict[str, Any]]) -> list
         ActivationCheckpointing.offload,
     ):
         formula += " + forward of blocks"
-    if a_token is None:
+    if closed is None:
         why = "each piece of a split backward runs checkpointed blocks again"
     model, said = flops_per_token(config) * tokens, sum(rank["model"] for rank in ranks)
     return [
         Explained("model flops", "(6 N + 12 L D T) tokens", model, said, "FLOP"),
         Explained(
             "hardware flops",
-            None if a_token is None else formula,
-            None if a_token is None else a_token * tokens,
+            None if closed is None else formula,
+            closed,
             counted,
             "FLOP",
             why,
         ),
     ]
+
+
+def hardware_flops_of(config: TrainConfig) -> int | None:
+    """What all ranks together should run in a step, recomputation included.
+
+    None where blocks are checkpointed and backward is split: each piece runs them again.
+    """
+    layout, mode = config.layout, config.activation_checkpointing
+    split = layout.pp > 1 and config.pipeline.splits_backward
+    if split and mode != ActivationCheckpointing.none:
+        return None
+    plan = Plans.of(config.model, layout, config.options, flash=config.model.dropout == 0)
+    of_places = [int(hardware_flops(plan, place)[0]) for place in range(layout.pp)]
+    return sum(of_places) * (layout.world_size // layout.pp)

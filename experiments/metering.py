@@ -27,11 +27,10 @@ from costs.messages import control_of, rows_of
 from costs.timeline import Transfer, bubbles, name_axes, transfers
 from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
-from minigpt.config import FFN, ModelConfig
-from parallel.layout import ActivationCheckpointing
 from parallel.precision import DTYPES
 from parallel.step import Trainer
 from parallel.zero1 import state_of
+from simulator.flops import model_flops_per_token
 
 MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
 WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
@@ -231,42 +230,7 @@ def resident_peak() -> int | None:
 
 def flops_per_token(config: TrainConfig) -> int:
     """Model flops of one token, forward and backward."""
-    model = config.model
-    weights = matmul_weights(model)
-    return flops.model_flops_per_token(weights, model.n_layer, model.d_model, config.seq_len)
-
-
-def hardware_flops_per_token(config: TrainConfig) -> float | None:
-    """What all ranks together should run for one token, recomputation included.
-
-    None where blocks are checkpointed and backward is split: each piece runs them again.
-    """
-    model, mode = config.model, config.activation_checkpointing
-    again = None
-    if mode in (ActivationCheckpointing.full, ActivationCheckpointing.offload):
-        if config.layout.pp > 1 and config.pipeline.splits_backward:
-            return None
-        # torch stops as soon as it has what backward needs, before the last product of a block
-        last = 0 if model.ffn == FFN.moe else model.n_layer * model.ff_dim * model.d_model
-        again = matmul_weights(model) - model.vocab_size * model.d_model - last
-    return flops.hardware_flops_per_token(
-        matmul_weights(model),
-        model.n_layer,
-        model.d_model,
-        config.seq_len,
-        again,
-        config.layout.cp,
-        flash=model.dropout == 0,
-    )
-
-
-def matmul_weights(model: ModelConfig) -> int:
-    """Weights that a token is multiplied with."""
-    kv_dim, gated = model.kv_heads * model.head_dim, model.ffn != FFN.gelu
-    experts = (model.n_expert, model.experts_per_token) if model.ffn == FFN.moe else (0, 1)
-    return flops.matmul_parameters(
-        model.n_layer, model.d_model, kv_dim, model.ff_dim, gated, model.vocab_size, *experts
-    )
+    return model_flops_per_token(config.model, config.seq_len)
 
 
 def utilisation(done: float | None, seconds: float | None, peak: float | None) -> float | None:

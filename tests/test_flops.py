@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from costs.flops import counted, measure_peak_flops, model_flops_per_token
+from costs.flops import counted, measure_peak_flops
 from experiments.metering import flops_per_token, utilisation
 from experiments.parity import make_config
 from minigpt.attention import sdpa
-from minigpt.config import FFN, ModelConfig
+from minigpt.config import FFN, Attention, ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options
 from parallel.mesh import build_mesh
 from parallel.parallelize import parallelize
 from parallel.passes import NoMarks
+from simulator.flops import hardware_flops, model_flops_per_token
+from simulator.plans import Plans
 
 B, T = 2, 16
 
@@ -74,10 +78,32 @@ def test_torch_counts_the_cpu_attention_kernel() -> None:
     assert counter.get_total_flops() == forward * 7 // 2
 
 
-def test_palms_own_example() -> None:
-    """PaLM 540B, appendix B: 6 N + 12 L H Q T with L=118, H Q=12288, T=2048."""
-    weights = 540_350_000_000
-    assert model_flops_per_token(weights, 118, 12288, 2048) == 6 * weights + 12 * 118 * 12288 * 2048
+def test_a_dense_models_flops_are_six_a_weight_and_attention() -> None:
+    """PaLM, appendix B, with all weights but the embedding's and the norms': 6 N + 12 L D T."""
+    config = ModelConfig(n_layer=32, d_model=4096, n_head=32, n_kv_head=8, d_ff=14336)
+    weights = config.parameters - config.vocab_size * 4096 - 65 * 4096
+    assert model_flops_per_token(config, 8192) == 6 * weights + 12 * 32 * 4096 * 8192
+
+
+@pytest.mark.parametrize("mode", ActivationCheckpointing)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_kv_head": 2},
+        {"ffn": FFN.gelu, "bias": True},
+        {"ffn": FFN.moe, "n_expert": 4},
+        {"ffn": FFN.moe, "n_expert": 4, "capacity_factor": 1.0},
+        {"attention": Attention.plain},
+    ],
+)
+def test_hardware_flops_are_what_is_counted(
+    mode: ActivationCheckpointing, changes: dict[str, Any]
+) -> None:
+    config = ModelConfig(n_layer=3, d_model=64, vocab_size=96, **changes)
+    options = Options(activation_checkpointing=mode, micro_batch_size=B, seq_len=T)
+    flash = config.attention != Attention.plain
+    plan = Plans.of(config, Layout(), options, flash=flash)
+    assert hardware_flops(plan).tolist() == [step_flops(config, options)]
 
 
 def test_the_peak_is_measured_and_utilisation_needs_it() -> None:

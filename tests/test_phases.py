@@ -15,8 +15,8 @@ from torch import nn
 from costs.messages import Call, Row, control_of, rows_of
 from costs.phases import Phases
 from experiments.config import TrainConfig
+from experiments.explain import hardware_flops_of
 from experiments.matrix import PLANS
-from experiments.metering import hardware_flops_per_token
 from experiments.ranks import run_ranks
 from parallel.layout import ActivationCheckpointing
 from tests.on_ranks import control_traffic, rows_and_flops
@@ -137,10 +137,8 @@ def test_every_message_knows_its_phase(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_ranks_together_run_the_closed_forms_flops(name: str) -> None:
     config = CONFIGS[name]
-    a_token = hardware_flops_per_token(config)
-    assert a_token is not None
     counted = sum(hardware for *_, hardware in measured()[name])
-    assert counted == a_token * config.batch_size * config.seq_len
+    assert counted == hardware_flops_of(config)
 
 
 @pytest.mark.slow
