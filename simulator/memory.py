@@ -34,11 +34,13 @@ class Memory:
 def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Memory:
     """The fullest moment of pp rank `place` in one optimiser step, on its first data rank.
 
-    Three moments are looked at: the loss begins its backward, and the MLP's backward of the rank's
-    last and of its first block. The optimizer's step adds nothing: its kernel is fused.
+    The moments that are looked at: the loss begins its backward; the MLP's backward in the last two
+    and the first two blocks of a stage. The optimizer adds nothing: its kernel is fused.
     """
     on = Held(rank or Rank(plans, place))
-    moments = (on.at_the_loss(), on.in_last_block(), on.in_first_block())
+    first = on.rank.blocks[0] - 1  # how many blocks of its stage come after the first
+    behind = (0 * first, first.clip(max=1), (first - 1).clip(0), first)
+    moments = [on.at_the_loss(), *(on.in_block(after) for after in behind)]
     parameters, optimizer = on.parameters, on.optimizer
     parts = [np.stack([moment[i] for moment in moments]) for i in range(3)]
     fullest = np.argmax(sum(parts), axis=0)[None]
@@ -107,57 +109,64 @@ class Held:
         """Log-probabilities, and gradients of them and of the logits, all in fp32: 3 V a token."""
         logits = 12 * self.of.tokens * self.model.vocab_size // self.plans.tp
         activations = self.of.waiting + self.of.head + self.rank.last * logits
-        return self.gradients(0 * self.outer), activations, self.gathered
+        return self.gradients(0 * self.outer), activations, self.gathered(1) + self.reduced
 
-    def in_last_block(self) -> tuple[Array, Array, Array]:
-        activations = self.of.waiting + self.of.made_again + self.of.in_mlp
-        return self.gradients(self._back + self._down), activations, self.gathered_in_backward
-
-    def in_first_block(self) -> tuple[Array, Array, Array]:
-        """All blocks but this one of this micro-batch have gone."""
-        gone = (self.rank.blocks[0] - 1).clip(0) * self.of.kept
+    def in_block(self, after: Array) -> tuple[Array, Array, Array]:
+        """In the backward of the MLP of the block that has `after` blocks of its stage behind it:
+        what those kept has gone, and their gradients are there."""
+        gone, blocks = after * self.of.kept, after * self.block
         activations = self.of.waiting - gone + self.of.made_again + self.of.in_mlp
-        later = self._back + (self.rank.layers - 1) * self.block + self._down
-        return self.gradients(later), activations, self.gathered_in_backward
+        # fully_shard and replicate hand over gradients a block at a time, and the last ones at the
+        # end: until then they are a message's, as is the block's before, on its way in fp32
+        pending = self.modular * self.low * (self._back + self._down)
+        n, rest = self.rank.weight_shards, self.rank.expert_shards
+        block = self.rank.of_block(n) + self.rank.of_experts(rest)
+        sent = self.modular * (after > 0) * self.plans.numerics.gradients * block
+        left = self.rank.layers - after
+        ahead = np.where(left > 1, 2, 1)  # the block itself, and the next one fetched ahead
+        kept = np.where(self.plans.zero_stage == 2, left, ahead)
+        gradients = self.gradients(blocks + ~self.modular * (self._back + self._down))
+        return gradients, activations, self.gathered(kept) + self.reduced + pending + sent
+
+    @cached_property
+    def modular(self) -> Array:
+        """Gradients are handed over by fully_shard or replicate."""
+        return self.rank.sharded | (self.rank.has_policy & (self.rank.replicas > 1))
 
     @cached_property
     def _back(self) -> Array:
-        """Weights of norm and head, whose gradients come first."""
-        rank, shapes = self.rank, self.model.outer_shapes
-        names = [name for name in shapes if name.startswith(("norm", "head"))]
-        n = rank.weight_shards
-        numbers = padded(weights_of({x: shapes[x] for x in names}), self.plans, n) // n
+        """Weights of norm and head, whose gradients come first, before they are cut."""
+        shapes = self.model.outer_shapes
+        numbers = self._whole([name for name in shapes if name.startswith(("norm", "head"))])
         if self.model.tied:
-            copy = {"embedding.weight": shapes["embedding.weight"]}
-            numbers = numbers + (1 - rank.alone) * padded(weights_of(copy), self.plans, n) // n
-        return rank.last * numbers
+            numbers = numbers + (1 - self.rank.alone) * self._whole(["embedding.weight"])
+        return self.rank.last * numbers
 
     @cached_property
     def _down(self) -> Array:
-        """Weights of `down`, whose gradient is there when the rest of the MLP's comes; fully_shard
-        and replicate hand over a block's gradients when all are there."""
-        shapes = self.model.block_shapes
-        down = {name: shapes[name] for name in shapes if ".down" in name}
-        at_once = self.rank.has_policy | self.rank.sharded
-        return ~at_once * padded(weights_of(down), self.plans, np.ones_like(self.plans.tp))
+        """Weights of `down`, whose gradient is there when the rest of the MLP's comes."""
+        return self._whole([name for name in self.model.block_shapes if ".down" in name])
+
+    def _whole(self, names: list[str]) -> Array:
+        shapes = {**self.model.block_shapes, **self.model.outer_shapes}
+        one = np.ones_like(self.plans.tp)
+        return padded(weights_of({name: shapes[name] for name in names}), self.plans, one)
 
     # communication
 
-    @property
-    def gathered(self) -> Array:
-        """Weights that are whole for a while: those outside of blocks, and a block's, or with
-        zero_stage=2 all of them (Zhao et al. 2023, PyTorch FSDP, section 3.2)."""
-        rank = self.rank
+    def gathered(self, blocks: Array | int) -> Array:
+        """Weights that are whole for a while: those outside of blocks, and so many blocks'; all of
+        them with zero_stage=2, or in a pipeline (Zhao et al. 2023, PyTorch FSDP, section 3.2)."""
+        rank, plans = self.rank, self.plans
         n, rest = rank.weight_shards, rank.expert_shards
-        outer = rank.of_outer(n)
         block = rank.of_block(n) + rank.of_experts(rest)
-        held = np.where((self.plans.zero_stage == 2) | (self.plans.pp > 1), rank.layers, 1)
-        return rank.sharded * self.low * (outer + held * block)
+        if isinstance(blocks, int):
+            blocks = np.where(plans.zero_stage == 2, rank.layers, blocks)
+        blocks = np.where(plans.pp > 1, rank.layers, blocks)
+        return rank.sharded * self.low * (rank.of_outer(n) + blocks * block)
 
     @property
-    def gathered_in_backward(self) -> Array:
-        """The same, one block fetched ahead, and a block's gradients on their way in fp32."""
-        rank = self.rank
-        block = rank.of_block(rank.weight_shards) + rank.of_experts(rank.expert_shards)
-        ahead = self.low * block * ((self.plans.zero_stage == 3) & (self.plans.pp == 1))
-        return self.gathered + rank.sharded * (ahead + self.plans.numerics.gradients * block)
+    def reduced(self) -> Array:
+        """Activations before and after an all_reduce over tp."""
+        plain = (self.plans.tp > 1) & ~self.plans.sequence_parallel
+        return plain * 2 * self.of.width
