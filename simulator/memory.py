@@ -124,14 +124,20 @@ class Held:
         sent = self.modular * (after > 0) * self.plans.numerics.gradients * block
         left = self.rank.layers - after
         ahead = np.where(left > 1, 2, 1)  # the block itself, and the next one fetched ahead
-        kept = np.where(self.plans.zero_stage == 2, left, ahead)
+        kept = np.where(self.gives_up, ahead, left)
         gradients = self.gradients(blocks + ~self.modular * (self._back + self._down))
         return gradients, activations, self.gathered(kept) + self.reduced + pending + sent
 
     @cached_property
     def modular(self) -> Array:
         """Gradients are handed over by fully_shard or replicate."""
-        return self.rank.sharded | (self.rank.has_policy & (self.rank.replicas > 1))
+        ours = self.plans.numerics.weights == 4
+        return self.rank.sharded | (self.rank.has_policy & (self.rank.replicas > 1) & ours)
+
+    @cached_property
+    def gives_up(self) -> Array:
+        """Gathered weights go after each forward; replicate keeps a copy of all, as zero 2 does."""
+        return self.rank.sharded & (self.plans.zero_stage == 3)
 
     @cached_property
     def _back(self) -> Array:
@@ -161,9 +167,9 @@ class Held:
         n, rest = rank.weight_shards, rank.expert_shards
         block = rank.of_block(n) + rank.of_experts(rest)
         if isinstance(blocks, int):
-            blocks = np.where(plans.zero_stage == 2, rank.layers, blocks)
+            blocks = np.where(self.gives_up, blocks, rank.layers)
         blocks = np.where(plans.pp > 1, rank.layers, blocks)
-        return rank.sharded * self.low * (rank.of_outer(n) + blocks * block)
+        return self.modular * self.low * (rank.of_outer(n) + blocks * block)
 
     @property
     def reduced(self) -> Array:
