@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,8 +28,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from costs.communication import tensors_in
 from costs.ledger import MEMORY_PARTS
+from costs.messages import tensors_in
 
 # Gathering a block's gradients for reduce_scatter is part of the message
 FSDP_COPIES = ("fsdp::chunk_cat", "fsdp::split_with_sizes_copy", "fsdp::all_gather_copy_in")
@@ -96,6 +97,19 @@ class MemoryMeter(TorchDispatchMode):
             for tensor in tensors_in(list(state.values())):
                 self._add(tensor, "optimizer")
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around a part of the step: what forward and backward make are activations."""
+        self.default = "activations" if name == "forward_backward" else "other"
+        yield
+        self.default = "other"
+        self.look()
+
+    def sent(self, tensors: Iterable[Tensor]) -> None:
+        """What a message reads or writes."""
+        for tensor in tensors:
+            self._add(tensor, "communication")
+
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
@@ -109,8 +123,7 @@ class MemoryMeter(TorchDispatchMode):
         category = self.default
         if message:
             category = "communication"
-            for tensor in tensors_in([*args, *(kwargs or {}).values()]):
-                self._add(tensor, category)
+            self.sent(tensors_in([*args, *(kwargs or {}).values()]))
         if type(out) is Tensor:  # nearly always
             self._add(out, category)
         else:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from costs.communication import Call
 from costs.ledger import wire_bytes
+from costs.messages import Call, axis_of
 from costs.program import Event, Message, Program, Wait, Work
 from costs.timing import MESSAGE_KINDS, Action, Interval, StepRecord, intersection
 from costs.trace import COMMUNICATION, COMPUTE, STEP, WAIT, Slice
@@ -37,8 +37,7 @@ class Transfer:
 def name_axes(record: StepRecord, axis_of_ranks: dict[frozenset[int], str]) -> None:
     """Write into each call the mesh axis that its group stands for, which its own rank knows."""
     for call in record.calls:
-        unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
-        call.axis = call.axis or axis_of_ranks.get(call.ranks, unnamed)
+        call.axis = axis_of(call, axis_of_ranks)
 
 
 def transfers(records: Sequence[StepRecord]) -> list[list[Transfer]]:
@@ -124,9 +123,11 @@ class Labels:
         return "other"
 
     def of(self, call: Call) -> tuple[str, Action | None]:
-        """Phase of a message, and what was done with the micro-batch that it carries."""
+        """Phase of a message, as it was told or else by its moment, and what was done with the
+        micro-batch that it carries."""
         mark = self.messages.get(id(call))
-        return (mark.kind.partition("_")[2], mark) if mark else self.at(call.start)
+        phase, action = (mark.kind.partition("_")[2], mark) if mark else self.at(call.start)
+        return (phase if call.phase == "other" else call.phase), action
 
     def of_wait(self, start: float, call: Call) -> str:
         """Phase of a wait: its own, but a pipeline waits in the phase of what it waits for."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from costs.communication import Call, CommunicationMeter
+from costs.messages import Call, CommunicationMeter
 
 Interval = tuple[float, float]
 PHASES = ("data", "forward_backward", "optimizer")

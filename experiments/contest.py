@@ -111,12 +111,18 @@ METERS: dict[str, Any] = {"": Meters, "off": NoMeters, "following": Following}
 OFF = " meters off"
 
 
-def our_loop(config: TrainConfig, meters_of: Any = Meters) -> Step:
+class OurLoop:
     """The training loop's own step, with its meters on."""
-    trainer = make_trainer(config, build_mesh(config.layout, torch.device("cpu")))
-    meters, batches = meters_of(config, trainer), make_batches(config, prepare(config.data))
-    numbers = iter(range(config.steps))
-    return lambda: train_step(next(numbers), config, trainer, batches, meters)
+
+    def __init__(self, config: TrainConfig, meters_of: Any = Meters) -> None:
+        self.config = config
+        self.trainer = make_trainer(config, build_mesh(config.layout, torch.device("cpu")))
+        self.meters = meters_of(config, self.trainer)
+        self.batches = make_batches(config, prepare(config.data))
+        self.numbers = iter(range(config.steps))
+
+    def __call__(self) -> None:
+        train_step(next(self.numbers), self.config, self.trainer, self.batches, self.meters)
 
 
 def gemm() -> Step:
@@ -138,7 +144,7 @@ def make_step(kind: str, shape: Shape, steps: int) -> Step:
         return lambda: None
     name, _, meters = kind.partition(" meters ")
     layout, changes = KINDS["fp32" if kind == ALONE else name]
-    return our_loop(our_config(shape, layout, steps, changes), METERS[meters])
+    return OurLoop(our_config(shape, layout, steps, changes), METERS[meters])
 
 
 class Baton:
