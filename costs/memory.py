@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,12 @@ STRONGEST_FIRST = (
 STRENGTH = {category: -i for i, category in enumerate(STRONGEST_FIRST)}
 
 
+def moves_messages(operator: Any) -> bool:
+    """Whether what an operator reads and makes is there for a message."""
+    of_messages = operator.namespace in ("c10d", "_c10d_functional")
+    return of_messages or operator.name().startswith(FSDP_COPIES)
+
+
 class HoldsTensors(Protocol):
     """A module, or what stands for several."""
 
@@ -62,8 +69,9 @@ class MemoryMeter(TorchDispatchMode):
         self.log: list[tuple[int, int, float]] = []
         self.category: dict[int, str] = {}  # by storage number
         self._number: dict[int, int] = {}  # of live storages, by address
-        self._size: dict[int, int] = {}
-        self._count = 0
+        self._size: list[int] = []  # by storage number
+        self._alive: dict[int, weakref.ref] = {}  # by storage number
+        self._is_message: dict[Any, bool] = {}  # by operator
 
     def __enter__(self) -> MemoryMeter:
         self.look()
@@ -76,6 +84,7 @@ class MemoryMeter(TorchDispatchMode):
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self.look()
+        self._alive.clear()  # what ends later is none of this meter's business
 
     def look(self) -> None:
         """Find what is a parameter, a gradient or the optimizer's. Call it between phases too."""
@@ -104,15 +113,22 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its local operators come here one by one
-        out = func(*args, **(kwargs or {}))
-        name = func.name()
-        message = func.namespace in ("c10d", "_c10d_functional") or name.startswith(FSDP_COPIES)
+        for kind in types:
+            if issubclass(kind, DTensor):
+                return NotImplemented  # its local operators come here one by one
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        message = self._is_message.get(func)
+        if message is None:
+            message = self._is_message[func] = moves_messages(func)
+        category = self.default
         if message:
+            category = "communication"
             self.sent(tensors_in([*args, *(kwargs or {}).values()]))
-        for tensor in tensors_in(out):
-            self._add(tensor, "communication" if message else self.default)
+        if type(out) is Tensor:  # nearly always
+            self._add(out, category)
+        else:
+            for tensor in tensors_in(out):
+                self._add(tensor, category)
         return out
 
     def result(self) -> dict[str, int]:
@@ -151,7 +167,7 @@ class MemoryMeter(TorchDispatchMode):
     def _add(self, tensor: Tensor, category: str) -> None:
         if isinstance(tensor, DTensor):
             tensor = tensor.to_local() if not tensor.requires_grad else tensor._local_tensor
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
+        if tensor.layout != torch.strided or tensor.is_meta:
             return
         self._see(tensor.untyped_storage(), category)
 
@@ -160,11 +176,10 @@ class MemoryMeter(TorchDispatchMode):
         address = storage._cdata
         number = self._number.get(address)
         if number is None:
-            number = self._number[address] = self._count
-            self._count += 1
-            self._size[number] = 0
+            number = self._number[address] = len(self._size)
+            self._size.append(0)
             self.category[number] = category
-            weakref.finalize(storage, self._gone, address, number)
+            self._alive[number] = weakref.ref(storage, partial(self._gone, address, number))
         elif STRENGTH[category] > STRENGTH[self.category[number]]:
             self.category[number] = category
         self._resized(number, storage.nbytes())
@@ -175,8 +190,9 @@ class MemoryMeter(TorchDispatchMode):
             self._size[number] = size
             self.log.append((number, change, time.perf_counter()))
 
-    def _gone(self, address: int, number: int) -> None:
+    def _gone(self, address: int, number: int, _storage: object) -> None:
         self._resized(number, 0)
+        self._alive.pop(number, None)
         if self._number.get(address) == number:
             del self._number[address]
 

@@ -123,9 +123,11 @@ class Labels:
         return "other"
 
     def of(self, call: Call) -> tuple[str, Action | None]:
-        """Phase of a message, and what was done with the micro-batch that it carries."""
+        """Phase of a message, as it was told or else by its moment, and what was done with the
+        micro-batch that it carries."""
         mark = self.messages.get(id(call))
-        return (mark.kind.partition("_")[2], mark) if mark else self.at(call.start)
+        phase, action = (mark.kind.partition("_")[2], mark) if mark else self.at(call.start)
+        return (phase if call.phase == "other" else call.phase), action
 
     def of_wait(self, start: float, call: Call) -> str:
         """Phase of a wait: its own, but a pipeline waits in the phase of what it waits for."""

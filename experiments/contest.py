@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from minigpt.config import FFN, DataConfig, ModelConfig, Norm, OptimizerConfig, 
 from minigpt.corpus import prepare
 from parallel.layout import Impl, Layout, Precision
 from parallel.mesh import build_mesh
+from parallel.passes import NoMarks
+from parallel.step import Trainer
 
 WARMUP = 5  # steps; by then the meters have looked at the operators (metering.MEMORY_STEP)
 TURN = 3  # steps that are counted
@@ -88,13 +90,34 @@ def our_config(
     )
 
 
+class NoMeters(NoMarks):
+    """In the place of Meters, which then measure nothing."""
+
+    def __init__(self, _config: TrainConfig, _trainer: Trainer) -> None: ...
+
+    def step(self, _index: int) -> AbstractContextManager:
+        return nullcontext()
+
+
+class Following(Meters):
+    """Meters that follow the memory of every step operator by operator, not only of one."""
+
+    def _looking(self, _index: int) -> AbstractContextManager:
+        return self._follow_memory()
+
+
+# "ddp meters off": a kind of KINDS, but for its meters
+METERS: dict[str, Any] = {"": Meters, "off": NoMeters, "following": Following}
+OFF = " meters off"
+
+
 class OurLoop:
     """The training loop's own step, with its meters on."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, meters_of: Any = Meters) -> None:
         self.config = config
         self.trainer = make_trainer(config, build_mesh(config.layout, torch.device("cpu")))
-        self.meters = Meters(config, self.trainer)
+        self.meters = meters_of(config, self.trainer)
         self.batches = make_batches(config, prepare(config.data))
         self.numbers = iter(range(config.steps))
 
@@ -119,8 +142,9 @@ def make_step(kind: str, shape: Shape, steps: int) -> Step:
         return plain_strategy(kind, shape, text)
     if kind == ALONE and dist.get_rank():
         return lambda: None
-    layout, changes = KINDS["fp32" if kind == ALONE else kind]
-    return OurLoop(our_config(shape, layout, steps, changes))
+    name, _, meters = kind.partition(" meters ")
+    layout, changes = KINDS["fp32" if kind == ALONE else name]
+    return OurLoop(our_config(shape, layout, steps, changes), METERS[meters])
 
 
 class Baton:
@@ -180,6 +204,8 @@ def hold(kinds: list[str], world_size: int, shape: Shape, rounds: int) -> dict[s
             plain = kind in YARDSTICKS or kind in PLAIN_STRATEGIES
             variables = AS_IT_COMES if plain and kind != TUNED else None
             limits: dict[str, Any] = {"timeout_s": PATIENCE_S, "variables": variables}
+            if kind.endswith(OFF):
+                limits["backend"] = "gloo"  # itself: the meter's backend stands before it
             job = pool.submit(run_ranks, world_size, perform, kind, shape, rounds, baton, **limits)
             running.append(job)
         ranks = [run.result() for run in running]

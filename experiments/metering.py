@@ -46,7 +46,8 @@ class Meters:
         self.alone = config.layout.world_size == 1
         metered = dist.is_initialized() and dist.get_backend() == communication.BACKEND
         self.communication = communication.meter if metered else None
-        self.clock_offset = clock.offset_to_first() if self.communication else 0.0
+        shared = self.communication is not None and not self.alone
+        self.clock_offset = clock.offset_to_first() if shared else 0.0
         if self.communication:
             self.communication.phases.follow(trainer.replica.stages)
         self.timer = StepTimer(self.mesh.device, self.communication)
@@ -56,9 +57,8 @@ class Meters:
         self.last = StepRecord(0.0)  # warm-up or not
         self.records: list[StepRecord] = []  # the step that is shown, of all ranks, on one clock
         self.transfers: list[list[Transfer]] = []
-        self.memory: dict[str, int | None] = dict.fromkeys(("peak", *MEMORY_PARTS))
-        self.memory_timeline: list[tuple[float, dict[str, int]]] = []
-        self.memory_record = StepRecord(0.0)  # of the step in which memory was followed
+        self.followed: MemoryMeter | None = None  # once it has followed a step
+        self.memory_record = StepRecord(0.0)  # of that step
         self.allocator_peak: int | None = None
         self.hardware_flops: int | None = None
         self.memory_meter: MemoryMeter | None = None
@@ -122,10 +122,7 @@ class Meters:
             yield
         if on_gpu:
             self.allocator_peak = torch.cuda.max_memory_allocated(self.mesh.device)
-        self.memory = dict(self.memory_meter.result())
-        if self.config.trace:
-            self.memory_timeline = self.memory_meter.timeline()
-        self.memory_meter = None
+        self.followed, self.memory_meter = self.memory_meter, None
 
     @contextmanager
     def _count_flops(self) -> Iterator[None]:
@@ -147,7 +144,7 @@ class Meters:
         return {
             "tokens": tokens,
             "time_s": times,
-            "memory_bytes": self.memory,
+            "memory_bytes": self._memory(),
             "process_bytes": {
                 "resident_peak": resident_peak(),
                 "allocator_peak": self.allocator_peak,
@@ -187,6 +184,12 @@ class Meters:
             everyone = [None] * self.config.layout.world_size
             dist.all_gather_object(everyone, own)
         return everyone
+
+    def _memory(self) -> dict[str, int | None]:
+        """What was held at the peak; null where no step was followed."""
+        if self.followed:
+            return dict(self.followed.result())
+        return dict.fromkeys(("peak", *MEMORY_PARTS))
 
     def _bubble(self) -> list[Interval] | None:
         """When this rank had nothing to do; null where messages are not seen."""

@@ -28,11 +28,12 @@ def run_ranks(
     *args: Any,
     timeout_s: float = TIMEOUT_S,
     variables: dict[str, str] | None = None,
+    backend: str | None = None,
 ) -> list[Any]:
-    """Call `function(*args)`, a function of a module, on `world_size` ranks of the metered backend.
+    """Call `function(*args)`, a function of a module, on `world_size` ranks.
 
-    `variables` default to what the launcher gives its ranks. Raises RankFailed. No process is left
-    behind.
+    `backend` defaults to the metered one, `variables` to what the launcher gives its ranks. Raises
+    RankFailed. No process is left behind.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -40,7 +41,7 @@ def run_ranks(
         spec = sys.modules["__main__"].__spec__
         if module == "__main__" and spec:  # of python -m: the ranks know it by its own name
             module = spec.name
-        task = (module, function.__qualname__, args)
+        task = (backend, module, function.__qualname__, args)
         (folder / "task").write_bytes(pickle.dumps(task))
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environ = {
@@ -101,8 +102,8 @@ def main(folder: Path) -> None:
     try:
         # a file to meet at: a port found free now may be taken a moment later
         store = dist.FileStore(str(folder / "store"), world_size)
-        join(BACKEND, TIMEOUT_S, rank, world_size, store)
-        module, name, args = pickle.loads((folder / "task").read_bytes())
+        backend, module, name, args = pickle.loads((folder / "task").read_bytes())
+        join(backend or BACKEND, TIMEOUT_S, rank, world_size, store)
         result = getattr(importlib.import_module(module), name)(*args)
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))
         leave()

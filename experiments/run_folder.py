@@ -4,6 +4,7 @@ config.yaml      the resolved configuration; ranks read it and never compose
 launch.json      overrides, corpus, when the command began
 logs/            torchrun's messages, the other ranks' output, a small file for each failed rank
 metrics.jsonl, ledger.json, model.pt, tokenizer.json   written while and after it trains
+trace.json.gz, timeline.png, memory.png (and .svg)     with trace=true
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from experiments.metering import Meters
 def make_trace(meters: Meters) -> Trace | None:
     """What all ranks did; rank 0 gets it. All ranks call it, after Meters.costs()."""
     mine = meters.records[meters.mesh.rank]
-    warp = warped(meters.memory_record, mine) if meters.memory_timeline else None
-    followed = [(warp(t), held) for t, held in meters.memory_timeline] if warp else []
-    memory = meters.from_all(followed)
+    warp = warped(meters.memory_record, mine)
+    samples = meters.followed.timeline() if meters.followed else []
+    memory = meters.from_all([(warp(moment), held) for moment, held in samples])
     if meters.mesh.rank:
         return None
     zero = min(record.start for record in meters.records)

@@ -102,11 +102,11 @@ def test_package_init_is_empty(package: str) -> None:
     assert (ROOT / package / "__init__.py").read_text() == ""
 
 
-def test_only_experiments_knows_hydra_wandb_and_rich() -> None:
+def test_only_experiments_knows_hydra_wandb_rich_and_matplotlib() -> None:
     for package in OURS - {"experiments"}:
         for path in files(package):
             found = {n.split(".")[0] for n in imports_of(path)}
-            assert not found & {"hydra", "omegaconf", "wandb", "rich"}, path
+            assert not found & {"hydra", "omegaconf", "wandb", "rich", "matplotlib"}, path
 
 
 @pytest.mark.parametrize("package", sorted(OURS | {"tests"}))

@@ -30,6 +30,7 @@ def a_step() -> dict[str, Any]:
         "tokens": 2048,
         "time_s": {"total": 0.5, **dict.fromkeys(TIME_PARTS, 0.1)},
         "memory_bytes": {"peak": 60, **dict.fromkeys(MEMORY_PARTS, 10)},
+        "process_bytes": {"resident_peak": 90, "allocator_peak": None},
         "communication": [row],
         "flops": {"model": 1e9, "hardware": None},
         "tokens_per_s": 4096.0,
@@ -47,6 +48,12 @@ def a_ledger() -> dict[str, Any]:
         "layout": {"world_size": 2, "dp_replicate": 2, **axes},
         "model": {"parameters": 1000, "flops_per_token": 6000},
         "environment": {"device": "cpu"},
+        "pipeline": {
+            "schedule": "1f1b",
+            "micro_batches": 4,
+            "ideal_bubble": 0.2,
+            "stages": [{"rank": 0, "stages": [0], "bubble_s": 0.1, "bubble": None}],
+        },
         "training": {"steps": 2, "losses": [2.0, None], "validation_loss": None},
         "step": a_step(),
         "ranks": [a_step(), a_step()],
@@ -79,6 +86,16 @@ BREAKS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda x: x["step"]["time_s"].update(total=None), "step.time_s: has parts"),
     (lambda x: x["step"]["memory_bytes"].update(peak=61), "step.memory_bytes: parts sum to 60"),
     (lambda x: x["step"]["memory_bytes"].update(peak=-1), "step.memory_bytes.peak: -1"),
+    (lambda x: x["step"].update(more=1), "step.more: is not in the schema"),
+    (lambda x: x["step"]["memory_bytes"].update(more=1), "step.memory_bytes.more: is not"),
+    (
+        lambda x: x["step"]["process_bytes"].update(resident_peak=1.5),
+        "step.process_bytes.resident_peak: 1.5 is not a whole",
+    ),
+    (lambda x: x["ranks"][0]["process_bytes"].pop("resident_peak"), "ranks[0].process_bytes.resi"),
+    (lambda x: x["pipeline"].update(extra=1), "pipeline.extra: is not in the schema"),
+    (lambda x: x["pipeline"]["stages"][0].update(bubble=-1.0), "pipeline.stages[0].bubble: -1.0"),
+    (lambda x: x.update(pipeline=None), "pipeline: must be an object"),
     (lambda x: x["step"].update(mfu=float("nan")), "step.mfu: nan is not a finite number"),
     (lambda x: x["step"].update(mfu=True), "step.mfu: True is not"),
     (lambda x: x["step"].update(communication={}), "step.communication: must be a list"),
@@ -117,6 +134,14 @@ def test_what_was_not_measured_may_be_null() -> None:
     ledger["step"]["time_s"] = dict.fromkeys(("total", *TIME_PARTS))
     ledger["step"]["memory_bytes"] = dict.fromkeys(("peak", *MEMORY_PARTS))
     ledger["step"]["communication"] = None
+    check(ledger)
+
+
+def test_what_may_be_there_may_be_missing() -> None:
+    ledger = a_ledger()
+    del ledger["pipeline"]
+    for step in (ledger["step"], *ledger["ranks"]):
+        del step["process_bytes"]
     check(ledger)
 
 
