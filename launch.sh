@@ -11,7 +11,7 @@ extra="" # what of pyproject.toml's optional dependencies this command needs
 modules="torch numpy hydra omegaconf rich wandb tokenizers psutil matplotlib"
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
     extra="[dev]"
-    modules="$modules pytest hypothesis ruff mypy accelerate"
+    modules="$modules pytest hypothesis ruff mypy simpy accelerate"
 elif [[ " $*" == *" strategy="*accelerate* || " $*" == *" impl="*accelerate* ]]; then
     extra="[accelerate]"
     modules="$modules accelerate"

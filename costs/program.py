@@ -54,6 +54,7 @@ class Wait:
 
     number: int
     phase: str
+    seconds: float = 0.0  # from the message's end until the rank went on, where measured
 
 
 Event = Work | Message | Wait

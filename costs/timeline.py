@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from costs.ledger import wire_bytes
-from costs.messages import Call
+from costs.messages import Call, axis_of
 from costs.program import Event, Message, Program, Wait, Work
 from costs.timing import MESSAGE_KINDS, Action, Interval, StepRecord, intersection
 from costs.trace import COMMUNICATION, COMPUTE, STEP, WAIT, Slice
@@ -37,8 +37,7 @@ class Transfer:
 def name_axes(record: StepRecord, axis_of_ranks: dict[frozenset[int], str]) -> None:
     """Write into each call the mesh axis that its group stands for, which its own rank knows."""
     for call in record.calls:
-        unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
-        call.axis = call.axis or axis_of_ranks.get(call.ranks, unnamed)
+        call.axis = axis_of(call, axis_of_ranks)
 
 
 def transfers(records: Sequence[StepRecord]) -> list[list[Transfer]]:
@@ -128,6 +127,11 @@ class Labels:
         mark = self.messages.get(id(call))
         return (mark.kind.partition("_")[2], mark) if mark else self.at(call.start)
 
+    def of_wait(self, start: float, call: Call) -> str:
+        """Phase of a wait: its own, but a pipeline waits in the phase of what it waits for."""
+        mark = self.messages.get(id(call))
+        return self.of(call)[0] if mark else self.at(start)[0]
+
 
 def phase_of(action: Action) -> str:
     """forward or backward."""
@@ -196,7 +200,7 @@ def program_of(rank: int, record: StepRecord, own: Sequence[Transfer]) -> Progra
         points.append((call.start, 1, call.start, _message(rank, call, transfer, labels, number)))
     for start, end, call in record.all_waits():
         if id(call) in number:
-            points.append((start, 2, end, Wait(number[id(call)], labels.at(start)[0])))
+            points.append((start, 2, end, Wait(number[id(call)], labels.of_wait(start, call))))
     points.append((record.end, 3, record.end, None))
 
     program: Program = []

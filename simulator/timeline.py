@@ -1,0 +1,65 @@
+"""What a replay found: when each event of each rank's program started and ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from costs.ledger import wire_bytes
+from costs.program import Message, Program, Work
+from costs.trace import COMMUNICATION, COMPUTE, WAIT, Slice
+
+Interval = tuple[float, float]
+
+
+@dataclass
+class Timeline:
+    """What a replay found. Seconds from the start of the step.
+
+    `times`: start and end of every event of a rank's program; of a Wait, how long it held the rank.
+    `time_s`: each rank's parts as in a ledger; they add up to when the rank was done.
+    """
+
+    programs: dict[int, Program]
+    times: dict[int, list[Interval]]
+    time_s: dict[int, dict[str, float]]
+
+    @property
+    def total(self) -> float:
+        """Of the slowest rank."""
+        return max(parts["total"] for parts in self.time_s.values())
+
+    def slices(self, rank: int) -> Iterator[Slice]:
+        """What to draw of one rank: its work, its waits, its messages; nothing of no length."""
+        messages: dict[int, Message] = {}
+        for event, (start, end) in zip(self.programs[rank], self.times[rank], strict=True):
+            if isinstance(event, Message):
+                messages[event.number] = event
+            if end <= start:
+                continue
+            span = (start, end)
+            if isinstance(event, Work):
+                kind = event.name or event.phase
+                yield Slice(rank, COMPUTE, kind, *span, event.stage, event.micro_batch)
+            elif isinstance(event, Message):
+                place = (event.stage, event.micro_batch)
+                yield Slice(rank, COMMUNICATION, event.collective, *span, *place, _args(event))
+            else:
+                waited = messages[event.number]
+                args = {"collective": waited.collective, "axis": waited.axis}
+                yield Slice(rank, COMPUTE, WAIT, *span, args=args)
+
+
+def _args(message: Message) -> dict[str, Any]:
+    """What a viewer shows of a message."""
+    size, n = message.payload_bytes, len(message.ranks)
+    return {
+        "number": message.number,
+        "axis": message.axis,
+        "ranks": list(message.ranks),
+        "dtype": message.dtype,
+        "payload_bytes": size,
+        "wire_bytes": wire_bytes(message.collective, size, n),
+        "phase": message.phase,
+    }
