@@ -15,6 +15,7 @@ VERBS = {
     "train": ("experiments.commands", "train"),
     "generate": ("experiments.generate", "command"),
     "score": ("experiments.score", "command"),
+    "calibrate": ("experiments.calibrate", "command"),
 }
 
 

@@ -124,7 +124,6 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
         "matmul_dtype": dtype,
         "compiled": flag(cells, "compile", False),
         "messages_a_block": len(model.block_shapes) if program == "deepspeed" else 1,
-        "balanced": program == "nanotron",
         "gradient_bytes": 2 if precision == Precision.fp16 else 4,
         "shards": None if kind == "ddp" else layout.dp_shard * layout.cp,
     }
@@ -135,6 +134,8 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
         _checkpointing(cells, flash),
         _local_stages(cells, model, layout.pp),
     ):
+        if model.n_layer < layout.pp * local:
+            raise Unknown(f"n_layer({model.n_layer}) is less than pp({layout.pp}) * vpp({local})")
         micro_batches = max(1, round(batch / (size * layout.data_parallel)))
         if local > 1 and micro_batches % layout.pp:
             continue  # the interleaved schedule cannot
@@ -150,12 +151,20 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
             micro_batches=micro_batches,
         )
         numerics = _numerics(kind, program, precision)
-        plan = Plans.of(model, layout, options, numerics=numerics, flash=flash)
+        split = None if program == "nanotron" else even(model, layout.pp, local)
+        plan = Plans.of(model, layout, options, numerics=numerics, flash=flash, split=split)
         kept = replace(memory, recomputed_blocks=share or 0.0)
         found.append(Candidate(plan, {**others, "recomputed": share}, kept))
     if not found:
         raise Unknown(f"vpp={cells.get('vpp')}: micro-batches do not divide by pp({layout.pp})")
     return found
+
+
+def even(model: ModelConfig, pp: int, local: int) -> tuple[int, ...] | None:
+    """As many blocks on each stage, where they divide (as Megatron-LM has it); else balanced."""
+    stages = pp * local
+    whole = pp > 1 and model.n_layer % stages == 0
+    return (model.n_layer // stages,) * stages if whole else None
 
 
 def _published_share(cells: Cells) -> float | None:

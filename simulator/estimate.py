@@ -75,7 +75,8 @@ def bubble_slots(work: Work) -> Array:
 def peak_flops(dtype: Array, cluster: Cluster) -> Array:
     """FLOP/s that large products reach, plan by plan, by the place of their dtype in DTYPES."""
     device, share = cluster.device, cluster.device.efficiency
-    shares = {"fp8": share.matmul_fp8, "fp4": share.matmul_fp8}
+    narrow = share.matmul if share.matmul_fp8 is None else share.matmul_fp8
+    shares = {"fp8": narrow, "fp4": narrow}
     rates = [device.flops(name) * shares.get(name, share.matmul) for name in DTYPES]
     return np.choose(dtype.astype(int), [np.broadcast_to(r, dtype.shape) for r in rates])
 

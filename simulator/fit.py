@@ -98,6 +98,8 @@ def stacked(nodes: list[Any]) -> Any:
         for name in DTYPES:
             rates = [node.flops(name) / node.clock for node in nodes]
             setattr(made.peak_flops, name, np.array(rates))
+        share: Any = made.efficiency
+        share.matmul_fp8 = np.where(np.isnan(share.matmul_fp8), share.matmul, share.matmul_fp8)
     return made
 
 

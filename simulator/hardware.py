@@ -34,7 +34,7 @@ class Efficiency:
     """
 
     matmul: float = 1.0  # share of the peak that large bf16 (or fp32) products reach
-    matmul_fp8: float = 1.0  # the same of the fp8 and fp4 peaks
+    matmul_fp8: float | None = None  # the same of the fp8 and fp4 peaks; null: as bf16
     half_size: float = 0.0  # numbers
     attention: float = 1.0  # share of the bf16 peak that a flash kernel reaches
     memory: float = 1.0  # share of the memory bandwidth that element-wise operators reach

@@ -8,16 +8,15 @@ L V, and tp, cp, ep for the size of an axis.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from minigpt.config import FFN, ModelConfig
+from minigpt.config import FFN
 from parallel.layout import ActivationCheckpointing, PipelineConfig, Precision
-from parallel.stages import split_layers
 from simulator.hardware import DTYPES
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Array, Plans
+from simulator.shapes import Rank
 
 NONE = CHECKPOINTING.index(ActivationCheckpointing.none)
 SELECTIVE = CHECKPOINTING.index(ActivationCheckpointing.selective)
@@ -105,7 +104,6 @@ class Work:
         compiled: bool = False,
         recomputed: float | None = None,
         messages_a_block: int = 1,
-        balanced: bool = False,
         gradient_bytes: float | None = None,
         shards: int | None = None,
     ) -> Work:
@@ -113,12 +111,11 @@ class Work:
 
         matmul_dtype: of simulator.hardware.DTYPES; None: the plans' precision. recomputed: share
         of a block's forward that runs again, where the plans' checkpointing does not say it.
-        balanced: stages are balanced by flops also where blocks divide evenly. gradient_bytes: of
-        one that is sent, where gradients are kept in more. shards: ranks that share the optimizer.
+        gradient_bytes: of one that is sent, where gradients are kept in more. shards: ranks that
+        share the optimizer.
         """
         values = {**_layout(plans), **_block(plans), **_attention(plans)}
-        values |= _stages(plans, balanced)
-        values |= _weights(plans, values["layers"])
+        values |= _stages(plans)
         item = ITEM[plans.precision]
         own = OWN_DTYPE[plans.precision]
         values |= {
@@ -216,43 +213,19 @@ def _attention(plans: Plans) -> Values:
     }
 
 
-def _weights(plans: Plans, layers: Array) -> Values:
-    """Weights of the first pp rank, which has most of them, and how wide they are."""
-    model, tp, kept = plans.model, plans.tp, plans.numerics
-    block = sum(_local(name, shape, plans) for name, shape in model.block_shapes.items())
-    ends = np.where(plans.pp > 1, 1, 1 if model.tied else 2)
-    embedding = model.vocab_size * model.d_model / tp
+def _stages(plans: Plans) -> Values:
+    """Blocks of the first and the last pp rank, weights of the first: it has most blocks, or as
+    many as any, and the embedding."""
+    first, last = Rank(plans), Rank(plans, plans.pp - 1)
+    whole = np.ones_like(plans.pp)
+    block = first.of_block(whole) + first.of_experts(whole)
+    kept = plans.numerics
     return {
-        "parameters": layers * block + ends * embedding,
+        "layers": first.layers,
+        "last_layers": last.layers,
+        "mean_layers": plans.model.n_layer / plans.pp,
+        "parameters": first.layers * block + first.of_outer(whole),
         "gradient_bytes": kept.gradients,
         "weight_bytes": ITEM[plans.precision],
         "state_bytes": 2 * kept.optimizer + 2 * kept.weights + kept.gradients,
     }
-
-
-def _local(name: str, shape: tuple[int, ...], plans: Plans) -> Any:
-    """Numbers of a block's parameter that tp and ep leave on a rank; norms stay whole."""
-    spread = plans.ep if ".experts." in name else 1
-    return np.prod(shape) / (plans.tp * spread if len(shape) > 1 else 1)
-
-
-@lru_cache(maxsize=4096)
-def _held(model_fields: tuple, seq_len: int, balanced: bool, stages: int, pp: int) -> list[float]:
-    """Blocks of the fullest rank without the last, and of the last: even where that is whole (as
-    Megatron-LM does it), else balanced by flops."""
-    model = ModelConfig(*model_fields)
-    if pp == 1 or (model.n_layer % stages == 0 and not balanced):
-        return [model.n_layer / pp, model.n_layer / pp]
-    split = split_layers(model, stages, seq_len)
-    ranks = [sum(split[rank::pp]) for rank in range(pp)]
-    return [max(ranks[:-1]), ranks[-1]]
-
-
-def _stages(plans: Plans, balanced: bool) -> Values:
-    model = plans.model
-    stages = plans.pp * np.where(plans.pp > 1, plans.local_stages, 1)
-    pairs, place = np.unique(np.stack([stages, plans.pp]), axis=1, return_inverse=True)
-    own = tuple(getattr(model, f.name) for f in fields(model))
-    table = [_held(own, plans.seq_len, balanced, s, p) for s, p in pairs.T.tolist()]
-    most, last = np.array(table)[np.ravel(place)].T
-    return {"layers": most, "last_layers": last, "mean_layers": model.n_layer / plans.pp}
