@@ -8,7 +8,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
 extra="" # what of pyproject.toml's optional dependencies this command needs
-modules="torch numpy hydra omegaconf rich wandb tokenizers psutil"
+modules="torch numpy hydra omegaconf rich wandb tokenizers psutil matplotlib"
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
     extra="[dev]"
     modules="$modules pytest hypothesis ruff mypy simpy accelerate"

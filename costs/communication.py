@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo
 
-from costs.ledger import wire_bytes
+from costs.messages import Call, CommunicationMeter, meter, tensors_in
 
 BACKEND = "metered_gloo"
 
@@ -55,84 +52,9 @@ METHODS = {
     "monitored_barrier": ("barrier", None),
 }
 AXIS = "mesh_"  # how DeviceMesh describes the groups that it makes, before the axis's name
-Row = dict[str, Any]
 
 
-@dataclass(slots=True)
-class Call:
-    """One collective, as one rank saw it. Times are those of time.perf_counter."""
-
-    collective: str
-    ranks: frozenset[int]  # global
-    axis: str | None  # as the group's maker called it
-    dtype: str
-    payload_bytes: int
-    start: float
-    end: float | None = None  # None: not yet over
-    peer: int | None = None  # global rank of the other end of a send or recv
-
-
-class CommunicationMeter:
-    """What this process sent between start() and stop(). There is one, as there is one wire."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        # when the calling thread was held up, and by what
-        self.waits: list[tuple[float, float, Call]] = []
-        self.recording = False
-
-    def start(self) -> None:
-        """Forget the last step and record the next."""
-        self.calls, self.waits, self.recording = [], [], True
-
-    def stop(self) -> None:
-        self.recording = False
-
-
-def rows_of(calls: list[Call], axis_of_ranks: dict[frozenset[int], str]) -> list[Row]:
-    """Sum calls up by (collective, axis, group size, dtype), in the order of their first call.
-
-    A group of one rank moves nothing, and a barrier carries nothing: neither is a row.
-    """
-    grouped: dict[tuple, list[Call]] = defaultdict(list)
-    for call in calls:
-        if len(call.ranks) > 1 and call.collective != "barrier":
-            unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
-            axis = call.axis or axis_of_ranks.get(call.ranks, unnamed)
-            grouped[call.collective, axis, len(call.ranks), call.dtype].append(call)
-    rows = []
-    for (collective, axis, n, dtype), same in grouped.items():
-        seconds = [call.end - call.start for call in same if call.end is not None]
-        rows.append(
-            {
-                "collective": collective,
-                "axis": axis,
-                "group_size": n,
-                "dtype": dtype,
-                "calls": len(same),
-                "payload_bytes": sum(call.payload_bytes for call in same),
-                "wire_bytes": sum(wire_bytes(collective, c.payload_bytes, n) for c in same),
-                "time_s": sum(seconds) if len(seconds) == len(same) else None,
-            }
-        )
-    return rows
-
-
-meter = CommunicationMeter()
-
-
-def tensors_in(argument: Any) -> Iterator[Tensor]:
-    """Tensors of an argument that may be a tensor or nested lists of them."""
-    if isinstance(argument, Tensor):
-        yield argument
-    elif isinstance(argument, list | tuple):
-        for part in argument:
-            yield from tensors_in(part)
-
-
-def describe(
-    collective: str, group: RecordingGroup, argument: Any, start: float, end: float | None = None
-) -> Call:
+def describe(collective: str, group: RecordingGroup, argument: Any, start: float) -> Call:
     """The record of a call over `group` whose payload is `argument`."""
     ranks = group.ranks
     tensors = list(tensors_in(argument))
@@ -140,7 +62,8 @@ def describe(
     if collective in ("gather", "scatter"):
         size *= len(ranks)  # the argument is one rank's share
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
-    return Call(collective, ranks, group.axis, dtype, size, start, end)
+    phase = meter.phases.of(collective, tensors)
+    return Call(collective, ranks, group.axis, dtype, size, start, phase=phase)
 
 
 class RecordedWork(dist.Work):
@@ -248,14 +171,14 @@ class RecordingGroup(dist.ProcessGroup):
 def _recorded(method: str, collective: str, payload: int | None) -> Callable:
     def call(self: RecordingGroup, *args: Any, **kwargs: Any) -> Any:
         inner = getattr(self.inner, method)
-        if not meter.recording:
-            return inner(*args, **kwargs)
         argument = args[payload] if payload is not None and len(args) > payload else ()
         made = describe(collective, self, argument, time.perf_counter())
         if method in ("send", "recv"):
             made.peer = self.global_ranks[args[1]]
-        meter.calls.append(made)
+        meter.add(made)
         work = inner(*args, **kwargs)
+        if not meter.recording:
+            return work
         if work is None:  # monitored_barrier is over when it returns
             made.end = time.perf_counter()
             return work

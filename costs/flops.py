@@ -46,6 +46,30 @@ def model_flops_per_token(matmul_weights: int, n_layer: int, d_model: int, seq_l
     return 6 * matmul_weights + 12 * n_layer * d_model * seq_len
 
 
+def hardware_flops_per_token(
+    matmul_weights: int,
+    n_layer: int,
+    d_model: int,
+    seq_len: int,
+    weights_again: int | None = None,
+    cp: int = 1,
+    flash: bool = True,
+) -> float:
+    """What runs for one token, forward and backward, over all ranks that share its sequence.
+
+    6 N + 14 L D T: a flash kernel's backward makes attention's scores again, 2 L D T (Dao et al.
+    2022); without one (`flash` False) nothing is made twice. `weights_again`: of blocks that run
+    forward again in backward, attention with them (Korthikanti et al. 2022); None where none does.
+    A ring of cp ranks skips nearly half of what the mask hides: T becomes T (n+1)/2n
+    (parallel/context_parallel.py).
+    """
+    forward = 4 * n_layer * d_model * seq_len * (cp + 1) / (2 * cp)
+    attention = (3.5 if flash else 3) * forward
+    if weights_again is None:
+        return 6 * matmul_weights + attention
+    return 6 * matmul_weights + attention + 2 * weights_again + forward
+
+
 def _cpu_attention(query: tuple, key: tuple, *_args: Any, **_kwargs: Any) -> int:
     """Forward: q k^T and weights v, 2 flops a multiply-add. torch's counter misses this kernel."""
     batch, heads, queries, width = query
@@ -75,6 +99,17 @@ def _register() -> None:
 _register()
 
 
+class NoModules:
+    """In place of torch's ModuleTracker, whose hooks break a backward that a schedule has split
+    (zero bubble), and of which only the total is wanted."""
+
+    parents = frozenset({"Global"})  # the name under which torch's counter keeps the total
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """Count the flops of what this rank runs inside: `.get_total_flops()` afterwards.
@@ -82,7 +117,9 @@ def counted() -> Iterator[FlopCounterMode]:
     An operator of DTensors has the shapes of the whole; its local operators come one by one, and
     those are what ran.
     """
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()  # type: ignore[assignment]
+    with counter:
         whole: Any = counter.mode
 
         class LocalOnly(type(whole)):  # type: ignore[misc]

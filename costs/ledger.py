@@ -24,6 +24,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from costs.program import PHASES
+
 SCHEMA = "worldsize.ledger/1"
 SOURCES = ("measured", "traced", "formula", "replayed")
 TIME_PARTS = ("compute", "exposed_communication", "bubble", "optimizer", "other")
@@ -46,6 +48,9 @@ ROW_KEYS = (
     "wire_bytes",
     "time_s",
 )
+# phase: of costs.program.PHASES. backend_bytes: what the backend's own algorithm makes a rank send,
+# on the average of the group, where that is known; wire_bytes are a ring's
+ROW_MAY_HAVE = ("phase", "backend_bytes")
 STEP_KEYS = (
     "tokens",
     "time_s",
@@ -56,10 +61,13 @@ STEP_KEYS = (
     "mfu",
     "hfu",
 )
-# resident_peak: the process's high-water mark since it began, libraries included, an upper bound of
-# memory_bytes.peak; allocator_peak: of the device's allocator in the step that was followed
+# control: {calls, payload_bytes} of barriers and objects within the step, and `outside_steps` the
+# same of whatever the rank sent before the first, between two and after the last
+# process_bytes: resident_peak, the process's high-water mark since it began, libraries included, an
+# upper bound of memory_bytes.peak; allocator_peak: of the device's allocator in the step that was
+# followed
 PROCESS_KEYS = ("resident_peak", "allocator_peak")
-STEP_MAY_HAVE = ("process_bytes",)
+STEP_MAY_HAVE = ("control", "process_bytes")
 PIPELINE_KEYS = ("schedule", "micro_batches", "ideal_bubble", "stages")
 PIPELINE_STAGE_KEYS = ("rank", "stages", "bubble_s", "bubble")
 OPEN_SECTIONS = ("config", "environment", "training")  # may hold keys of their own
@@ -195,6 +203,8 @@ def check_step(step: Any, where: str) -> None:
     _need(rows is None or isinstance(rows, list), f"{where}.communication", "must be a list")
     for i, row in enumerate(rows or []):
         _check_row(row, f"{where}.communication[{i}]")
+    if step.get("control") is not None:
+        _check_control(step["control"], f"{where}.control")
     _keys(step["flops"], ("model", "hardware"), f"{where}.flops")
     for key in ("model", "hardware"):
         _number(step["flops"][key], f"{where}.flops.{key}")
@@ -202,10 +212,23 @@ def check_step(step: Any, where: str) -> None:
         _number(step[key], f"{where}.{key}")
 
 
+def _check_control(control: Any, where: str) -> None:
+    counts = ("calls", "payload_bytes")
+    _keys(control, (*counts, "outside_steps"), where)
+    _keys(control["outside_steps"], counts, f"{where}.outside_steps")
+    for key in counts:
+        _whole(control[key], f"{where}.{key}", null=False)
+        _whole(control["outside_steps"][key], f"{where}.outside_steps.{key}", null=False)
+
+
 def _check_row(row: Any, where: str) -> None:
-    _keys(row, ROW_KEYS, where)
+    _keys(row, ROW_KEYS, where, ROW_MAY_HAVE)
     for key in ("collective", "axis", "dtype"):
         _need(isinstance(row[key], str) and bool(row[key]), f"{where}.{key}", "must be a name")
+    phase = row.get("phase")
+    known = phase is None or phase in PHASES
+    _need(known, f"{where}.phase", f"{phase!r} is not one of {', '.join(PHASES)}")
+    _whole(row.get("backend_bytes"), f"{where}.backend_bytes")
     _whole(row["group_size"], f"{where}.group_size", low=2, null=False)
     for key in ("calls", "payload_bytes", "wire_bytes"):
         _whole(row[key], f"{where}.{key}", null=False)

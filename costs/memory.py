@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from costs.communication import tensors_in
 from costs.ledger import MEMORY_PARTS
+from costs.messages import tensors_in
 
 # Gathering a block's gradients for reduce_scatter is part of the message
 FSDP_COPIES = ("fsdp::chunk_cat", "fsdp::split_with_sizes_copy", "fsdp::all_gather_copy_in")

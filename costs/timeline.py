@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from costs.communication import Call
 from costs.ledger import wire_bytes
+from costs.messages import Call
 from costs.program import Event, Message, Program, Wait, Work
 from costs.timing import MESSAGE_KINDS, Action, Interval, StepRecord, intersection
 from costs.trace import COMMUNICATION, COMPUTE, STEP, WAIT, Slice

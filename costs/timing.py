@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from costs.communication import Call, CommunicationMeter
+from costs.messages import Call, CommunicationMeter
 
 Interval = tuple[float, float]
 PHASES = ("data", "forward_backward", "optimizer")
@@ -98,20 +98,20 @@ class StepRecord:
     def all_waits(self) -> list[tuple[float, float, Call]]:
         """When this rank was held up, and by which message, in order; DDP's final waits included.
 
-        Those are for the messages that nobody else waits for, one after the other as they end.
+        Those are for the messages that nobody else waits for, one after the other as they end. One
+        that had ended before held nobody up, but is waited for.
         """
         named = {id(call) for _, _, call in self.waits}
-        unnamed = sorted(
-            ((call.end or self.end, call) for call in self.calls if id(call) not in named),
-            key=lambda pair: pair[0],
-        )
+        unnamed = [(call.end or self.end, call) for call in self.calls if id(call) not in named]
+        unnamed.sort(key=lambda pair: pair[0])
         found = list(self.waits)
-        for start, end in self.tails:
-            for over, call in unnamed:
-                begin, over = max(start, call.start), min(over, end)
-                if begin < over:
-                    found.append((begin, over, call))
-                    start = over
+        for start, end in sorted(self.tails):
+            sent = [(over, call) for over, call in unnamed if call.start < end]
+            for over, call in sent:
+                begin = max(start, call.start)
+                start = max(begin, min(over, end))
+                found.append((begin, start, call))
+            unnamed = [(over, call) for over, call in unnamed if call.start >= end]
         return sorted(found, key=lambda wait: wait[:2])
 
     def held_up(self) -> list[Interval]:

@@ -5,11 +5,17 @@ Exit status: 0 done, 1 the run failed, 2 the input was refused.
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from experiments.compose import Refused
 
-VERBS = ("train", "generate")
+# verb -> the module and function that take the rest of the command line; imported when asked for
+VERBS = {
+    "train": ("experiments.commands", "train"),
+    "generate": ("experiments.generate", "command"),
+    "score": ("experiments.score", "command"),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -20,11 +26,8 @@ def main(argv: list[str]) -> int:
         if verb is None and rest and rest[0].isidentifier():
             known = ", ".join((*VERBS, "test"))
             raise Refused(f"{rest[0]}: no such command; there are {known}, or KEY=VALUE to train")
-        if verb == "generate":
-            from experiments.generate import command
-        else:
-            from experiments.commands import train as command
-        return command(rest)
+        module, function = VERBS[verb or "train"]
+        return getattr(importlib.import_module(module), function)(rest)
     except (Refused, ValueError) as error:
         print(f"launch.sh: {error}", file=sys.stderr)
         return 2

@@ -7,11 +7,14 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:  # it needs torch, and the launcher, which prints too, does without
+    from experiments.explain import Explanation
 
 PLAIN_LINE_EVERY_S = 2.0
 DASH = "-"  # a value that was not measured
@@ -87,11 +90,11 @@ class Reporter:
             self.last_line = now
             self.say(f"step {step + 1}/{self.steps}  loss {loss:.4f}  {speed} tokens/s")
 
-    def finish(self, ledger: dict[str, Any], folder: Path) -> None:
+    def finish(self, ledger: dict[str, Any], explained: Explanation, folder: Path) -> None:
         """The end of a run: its costs, its held-out loss, its folder."""
         if not self.shown:
             return
-        print_costs(self.console, ledger)
+        print_costs(self.console, ledger, explained)
         loss = ledger["training"]["validation_loss"]
         entropy = ledger["environment"]["corpus"]["unigram_entropy"]
         if loss is not None:
@@ -106,6 +109,17 @@ def human_bytes(number: float | None) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(number) < 1000 or unit == "TB":
             return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def human_flops(number: float | None) -> str:
+    """Decimal units: 1.23 GFLOP."""
+    if number is None:
+        return DASH
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000 or unit == "T":
+            return f"{number:.3g} {unit}FLOP"
         number /= 1000
     raise AssertionError
 
@@ -149,23 +163,31 @@ def parts_table(title: str, parts: dict[str, float | None], whole: str, human: A
 
 
 def communication_table(rows: list[dict[str, Any]] | None) -> Table:
-    """One row a collective, axis and dtype: per rank and step."""
-    table = Table(title="communication of a step, per rank", title_justify="left")
-    for name in ("collective", "axis", "ranks", "dtype", "calls", "payload", "on the wire", "time"):
-        table.add_column(name, justify="left" if name in ("collective", "axis") else "right")
+    """One row a collective, axis, dtype and phase: per rank and step."""
+    title = "communication of a step, per rank"
+    table = Table(title=title, title_justify="left", caption_justify="left", collapse_padding=True)
+    for name in ("collective", "axis", "ranks", "dtype", "phase", "calls", "payload", "wire"):
+        words = name in ("collective", "axis", "dtype", "phase")
+        table.add_column(name, justify="left" if words else "right", overflow="fold")
+    table.add_column("time", justify="right")
     for row in rows or []:
         table.add_row(
             row["collective"],
             row["axis"],
             str(row["group_size"]),
             row["dtype"],
+            row.get("phase") or DASH,
             str(row["calls"]),
             human_bytes(row["payload_bytes"]),
             human_bytes(row["wire_bytes"]),
             human_seconds(row["time_s"]),
         )
     if not rows:
-        table.add_row("not measured" if rows is None else "none", *[DASH] * 7)
+        table.add_row("not measured" if rows is None else "none", *[DASH] * 8)
+    own = sum(row.get("backend_bytes") or row["wire_bytes"] for row in rows or [])
+    ring = sum(row["wire_bytes"] for row in rows or [])
+    if own != ring:
+        table.caption = f"gloo itself sends {human_bytes(own)}: its reduce_scatter is an all_reduce"
     return table
 
 
@@ -192,9 +214,27 @@ def memory_line(step: dict[str, Any]) -> str:
     return said if allocator is None else f"{said}; of the GPU's allocator {human_bytes(allocator)}"
 
 
-def print_costs(console: Console, ledger: dict[str, Any]) -> None:
+def explained_table(explained: Explanation) -> Table:
+    """Each cost, the formula that it should follow, and whether it does."""
+    table = Table(title="what the formulas say", title_justify="left", caption_justify="left")
+    table.add_column("cost", overflow="fold")
+    table.add_column("formula", overflow="fold")
+    for name in ("gives", "measured", "off"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in explained.rows:
+        human = human_bytes if row.unit == "B" else human_flops
+        said = row.formula or DASH
+        if row.why:
+            said = f"{said} ({row.why})" if row.formula else row.why
+        off = "0" if row.off == 0 else human(row.off)
+        table.add_row(row.cost, said, human(row.closed_form), human(row.measured), off)
+    table.caption = explained.letters
+    return table
+
+
+def print_costs(console: Console, ledger: dict[str, Any], explained: Explanation) -> None:
     """The end-of-run tables and the one line of rates."""
-    for table in costs_tables(ledger):
+    for table in (*costs_tables(ledger), explained_table(explained)):
         console.print(table)
     if "pipeline" in ledger:
         console.print(pipeline_table(ledger["pipeline"]))

@@ -88,12 +88,18 @@ def our_config(
     )
 
 
-def our_loop(config: TrainConfig) -> Step:
+class OurLoop:
     """The training loop's own step, with its meters on."""
-    trainer = make_trainer(config, build_mesh(config.layout, torch.device("cpu")))
-    meters, batches = Meters(config, trainer), make_batches(config, prepare(config.data))
-    numbers = iter(range(config.steps))
-    return lambda: train_step(next(numbers), config, trainer, batches, meters)
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.trainer = make_trainer(config, build_mesh(config.layout, torch.device("cpu")))
+        self.meters = Meters(config, self.trainer)
+        self.batches = make_batches(config, prepare(config.data))
+        self.numbers = iter(range(config.steps))
+
+    def __call__(self) -> None:
+        train_step(next(self.numbers), self.config, self.trainer, self.batches, self.meters)
 
 
 def gemm() -> Step:
@@ -114,7 +120,7 @@ def make_step(kind: str, shape: Shape, steps: int) -> Step:
     if kind == ALONE and dist.get_rank():
         return lambda: None
     layout, changes = KINDS["fp32" if kind == ALONE else kind]
-    return our_loop(our_config(shape, layout, steps, changes))
+    return OurLoop(our_config(shape, layout, steps, changes))
 
 
 class Baton:

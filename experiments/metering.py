@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from costs import clock, communication, flops
-from costs.communication import rows_of
 from costs.ledger import MEMORY_PARTS, TIME_PARTS
 from costs.memory import MemoryMeter
+from costs.messages import control_of, rows_of
 from costs.timeline import Transfer, bubbles, name_axes, transfers
 from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
-from minigpt.config import FFN
+from minigpt.config import FFN, ModelConfig
+from parallel.layout import ActivationCheckpointing
 from parallel.precision import DTYPES
 from parallel.step import Trainer
 from parallel.zero1 import state_of
@@ -46,6 +48,8 @@ class Meters:
         metered = dist.is_initialized() and dist.get_backend() == communication.BACKEND
         self.communication = communication.meter if metered else None
         self.clock_offset = clock.offset_to_first() if self.communication else 0.0
+        if self.communication:
+            self.communication.phases.follow(trainer.replica.stages)
         self.timer = StepTimer(self.mesh.device, self.communication)
         self.memory_step = min(MEMORY_STEP, config.steps - 1)
         self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
@@ -80,9 +84,13 @@ class Meters:
         if not looking and index >= min(WARMUP_STEPS, self.config.steps // 2):
             self.steps.append(self.last)
 
-    def phase(self, name: str) -> AbstractContextManager:
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         """Around a part of the step: data, forward_backward, optimizer."""
-        return self._phase_looked_at(name) if self.memory_meter else self.timer.phase(name)
+        messages = self.communication.phases.during(name) if self.communication else nullcontext()
+        looked_at = self._phase_looked_at(name) if self.memory_meter else self.timer.phase(name)
+        with messages, looked_at:
+            yield
 
     def backward(self, loss: Tensor) -> AbstractContextManager:
         return self.timer.backward(loss)
@@ -149,6 +157,7 @@ class Meters:
                 "allocator_peak": self.allocator_peak,
             },
             "communication": self._rows(shown),
+            "control": self._control(shown),
             "flops": {"model": model_flops, "hardware": self.hardware_flops},
             "tokens_per_s": tokens / total if total else None,
             "mfu": utilisation(model_flops, total, self.peak_flops),
@@ -191,13 +200,17 @@ class Meters:
         return bubbles(self.records[rank], self.transfers[rank]) if self.communication else None
 
     def _rows(self, shown: StepRecord) -> list[dict[str, Any]] | None:
-        """Messages of the step that is shown: the median one, or the last of a short run.
-
-        None where the backend is not metered: what was not seen is not zero.
-        """
+        """Null where the backend is not metered: what was not seen is not zero."""
         if self.communication is None and not self.alone:
             return None
         return rows_of(shown.calls, self.mesh.axis_of_ranks())
+
+    def _control(self, shown: StepRecord) -> dict[str, Any] | None:
+        """Traffic that is no part of a step's mathematics; null where it was not seen."""
+        if self.communication is None:
+            return None
+        outside = asdict(self.communication.outside)
+        return {**asdict(control_of(shown.calls)), "outside_steps": outside}
 
     def _measure_peak(self) -> float:
         """This device's own peak, on all ranks at once, as they compute at once too."""
@@ -222,12 +235,41 @@ def resident_peak() -> int | None:
 def flops_per_token(config: TrainConfig) -> int:
     """Model flops of one token, forward and backward."""
     model = config.model
+    weights = matmul_weights(model)
+    return flops.model_flops_per_token(weights, model.n_layer, model.d_model, config.seq_len)
+
+
+def hardware_flops_per_token(config: TrainConfig) -> float | None:
+    """What all ranks together should run for one token, recomputation included.
+
+    None where blocks are checkpointed and backward is split: each piece runs them again.
+    """
+    model, mode = config.model, config.activation_checkpointing
+    again = None
+    if mode in (ActivationCheckpointing.full, ActivationCheckpointing.offload):
+        if config.layout.pp > 1 and config.pipeline.splits_backward:
+            return None
+        # torch stops as soon as it has what backward needs, before the last product of a block
+        last = 0 if model.ffn == FFN.moe else model.n_layer * model.ff_dim * model.d_model
+        again = matmul_weights(model) - model.vocab_size * model.d_model - last
+    return flops.hardware_flops_per_token(
+        matmul_weights(model),
+        model.n_layer,
+        model.d_model,
+        config.seq_len,
+        again,
+        config.layout.cp,
+        flash=model.dropout == 0,
+    )
+
+
+def matmul_weights(model: ModelConfig) -> int:
+    """Weights that a token is multiplied with."""
     kv_dim, gated = model.kv_heads * model.head_dim, model.ffn != FFN.gelu
     experts = (model.n_expert, model.experts_per_token) if model.ffn == FFN.moe else (0, 1)
-    weights = flops.matmul_parameters(
+    return flops.matmul_parameters(
         model.n_layer, model.d_model, kv_dim, model.ff_dim, gated, model.vocab_size, *experts
     )
-    return flops.model_flops_per_token(weights, model.n_layer, model.d_model, config.seq_len)
 
 
 def utilisation(done: float | None, seconds: float | None, peak: float | None) -> float | None:

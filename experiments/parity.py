@@ -256,7 +256,7 @@ class Plan:
 
 
 # Keys that change what is learned; all others change only how, and a single process goes without
-WHAT_IS_LEARNED = ("model.", "data.", "optimizer.", "seq_len", "steps")
+WHAT_IS_LEARNED = ("model.", "data.", "optimizer.", "seq_len", "steps", "seed")
 
 
 REFERENCES: dict[str, Trajectory] = {}  # of a single process, which many plans are compared with

@@ -111,13 +111,15 @@ def _draw_compute(
     """Boxes of one rank from `top` down; returns the kinds that were drawn."""
     axes.broken_barh([(0, end * 1e3)], (top, height), facecolors=COLOURS["idle"], linewidth=0)
     boxes = [s for s in slices if s.track == COMPUTE and s.kind in COLOURS]
+    several = len({s.micro_batch for s in boxes} - {None}) > 1
     per_inch = end / (WIDTH - MARGIN_LEFT - MARGIN_RIGHT)
     for box in boxes:
         colour = _shade(COLOURS[box.kind], box.stage, boxes)
         edge = "white" if (box.end - box.start) / per_inch > 0.05 else "none"
         where = [(box.start * 1e3, (box.end - box.start) * 1e3)]
         axes.broken_barh(where, (top, height), facecolors=colour, edgecolor=edge, linewidth=0.6)
-        label = "" if box.micro_batch is None or box.kind == "loss" else str(box.micro_batch)
+        numbered = several and box.micro_batch is not None and box.kind != "loss"
+        label = str(box.micro_batch) if numbered else ""
         if label and (box.end - box.start) / per_inch > DIGIT * (len(label) + 0.6):
             middle = (box.start + box.end) / 2 * 1e3, top + height / 2
             axes.text(*middle, label, ha="center", va="center", color="white", fontsize=8)

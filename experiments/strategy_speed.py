@@ -9,9 +9,14 @@ import statistics
 import sys
 import time
 
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from costs.timing import intersection, length
 from experiments import contest, environment
 from experiments.benchmark import SHAPES, rule, table
 from experiments.contest import ALONE
+from experiments.ranks import run_ranks
 
 COMMAND = "./launch.sh python -m experiments.strategy_speed > docs/strategies.md"
 ROUNDS = 6
@@ -21,6 +26,11 @@ PLAINEST_BAR = 1.10
 SPEEDUPS = {"ddp": 1.50, "tp": 1.44, "pp": 1.46}  # picotron's, measured at this shape on two cores
 OTHERS = ("zero1", "zero2", "tp_sp", "cp")
 FSDP_BAR = 1.17  # of ddp
+# ranks of the steps whose time outside torch's operators is taken
+OUTSIDE = {"fp32": 1, "ddp": 2, "fsdp": 2, "tp": 2, "pp": 2}
+OUTSIDE_BAR = 0.05
+WATCHED = 5  # steps
+MARK = "the whole step"
 
 
 def measure() -> dict[str, list[float]]:
@@ -54,6 +64,43 @@ def rows(times: dict[str, list[float]]) -> list[str]:
     return lines
 
 
+def outside_operators(kind: str) -> float:
+    """The share of a step's time that no operator of torch covers, on this rank.
+
+    What is left is Python, the autograd engine and the meters. Time in which the rank waits for
+    others counts in neither. torch.profiler records the operators; its own cost counts as outside.
+    """
+    torch.set_num_threads(1)
+    step = contest.make_step(kind, SHAPES["L"], contest.WARMUP + WATCHED)
+    assert isinstance(step, contest.OurLoop)
+    for _ in range(contest.WARMUP):
+        step()
+    outside = total = 0.0
+    for _ in range(WATCHED):
+        with profile(activities=[ProfilerActivity.CPU]) as recorded, record_function(MARK):
+            step()
+        events = [(e.name, (e.time_range.start, e.time_range.end)) for e in recorded.events()]
+        (whole,) = [span for name, span in events if name == MARK]
+        inside = [span for name, span in events if is_operator(name)]
+        waited = length(step.meters.last.held_up())
+        here = whole[1] - whole[0] - 1e6 * waited
+        outside += whole[1] - whole[0] - 1e6 * waited - length(intersection(inside, [whole]))
+        total += here
+    return outside / total
+
+
+def is_operator(name: str) -> bool:
+    """Not the engine's own frames, nor an operator that only waits."""
+    return "::" in name and "autograd" not in name and "wait" not in name
+
+
+def outside_rows() -> list[str]:
+    lines = [table("step", f"outside (<= {OUTSIDE_BAR:.0%})"), rule(2)]
+    for kind, ranks in OUTSIDE.items():
+        lines.append(table(kind, f"{max(run_ranks(ranks, outside_operators, kind)):.1%}"))
+    return lines
+
+
 def main() -> None:
     facts, shape = environment.facts(), SHAPES["L"]
     print(f"# Speed of the strategies\n\nMade by `{COMMAND}` on {time.strftime('%Y-%m-%d')}")
@@ -68,6 +115,11 @@ def main() -> None:
     times = measure()
     print("\n".join(rows(times)))
     print(f"\nfsdp takes {ratio(times, 'fsdp', 'ddp'):.3f} of ddp's time (<= {FSDP_BAR:.2f}).")
+    print(
+        "\nTime outside torch's operators (Python, the autograd engine, the meters; recorded by "
+        "torch.profiler, waiting left out), as a share of a step, on the rank with the most:\n"
+    )
+    print("\n".join(outside_rows()))
 
 
 if __name__ == "__main__":

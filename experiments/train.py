@@ -20,6 +20,7 @@ from experiments.assemble import (
 from experiments.config import TrainConfig
 from experiments.console import Reporter
 from experiments.environment import Rank
+from experiments.explain import explain
 from experiments.metering import Meters
 from experiments.record import Record, save_model
 from experiments.run_folder import Launched
@@ -71,7 +72,7 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
         if config.sample.tokens:
             tokenizer = make_tokenizer(corpus.tokenizer, corpus.vocab_size, corpus.folder)
             reporter.say(sample_text(config, weights, tokenizer))
-        reporter.finish(ledger, folder)
+        reporter.finish(ledger, explain(config, ledger), folder)
     leave()
 
 

@@ -38,10 +38,12 @@ class MarkedStage(PipelineStage):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._named("recv_forward", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id))
+        messages = _of_activations(super().get_fwd_recv_ops(fwd_chunk_id))
+        return self._named("recv_forward", fwd_chunk_id, messages)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._named("send_forward", fwd_chunk_id, super().get_fwd_send_ops(fwd_chunk_id))
+        messages = _of_activations(super().get_fwd_send_ops(fwd_chunk_id))
+        return self._named("send_forward", fwd_chunk_id, messages)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         return self._named("recv_backward", bwd_chunk_id, super().get_bwd_recv_ops(bwd_chunk_id))
@@ -55,3 +57,11 @@ class MarkedStage(PipelineStage):
             with self.marks().action(kind, self.stage_index, micro_batch):
                 pass
         return messages
+
+
+def _of_activations(messages: list[dist.P2POp]) -> list[dist.P2POp]:
+    """Activations that travel require a gradient, both when they go and when they come: that is how
+    a meter tells them from gradients (costs/phases.py)."""
+    for message in messages:
+        message.tensor.requires_grad_()
+    return messages

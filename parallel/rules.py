@@ -28,7 +28,7 @@ BY_HAND = ("dp_replicate", "dp_shard", "tp", "pp")  # axes that parallel/by_hand
 def check(model: ModelConfig, layout: Layout, options: Options) -> None:
     """Raise ValueError, one line, where `layout` cannot train `model`. Needs a resolved layout."""
     try:
-        _check(model, layout, options)
+        check_plainly(model, layout, options)
     except ValueError as error:
         near = nearest(model, layout, options)
         if not near or not str(error).startswith(("layout.", "model.", "seq_len")):
@@ -36,7 +36,8 @@ def check(model: ModelConfig, layout: Layout, options: Options) -> None:
         raise ValueError(f"{error}; {layout.world_size} ranks could be {', '.join(near)}") from None
 
 
-def _check(model: ModelConfig, layout: Layout, options: Options) -> None:
+def check_plainly(model: ModelConfig, layout: Layout, options: Options) -> None:
+    """The same without looking for other layouts, which takes long for many ranks."""
     _check_tensor(model, layout, options)
     _check_context(model, layout, options)
     _check_experts(model, layout, options)
@@ -61,7 +62,7 @@ def nearest(model: ModelConfig, layout: Layout, options: Options) -> list[str]:
 def fits(model: ModelConfig, layout: Layout, options: Options) -> bool:
     """Whether `check` would let it pass."""
     try:
-        _check(model, layout, options)
+        check_plainly(model, layout, options)
     except ValueError:
         return False
     return True

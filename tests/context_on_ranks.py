@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from costs.communication import Row, recorded, rows_of
+from costs.communication import recorded
+from costs.messages import Row, rows_of
 from minigpt.attention import plain
 from minigpt.config import ModelConfig
 from minigpt.model import GPT, token_loss

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from costs.communication import recorded, rows_of
+from costs.communication import recorded
+from costs.messages import rows_of
 from minigpt.config import FFN, ModelConfig
 from minigpt.experts import MoE
 from minigpt.model import initial_value

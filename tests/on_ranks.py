@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from costs.communication import Row, recorded, rows_of
+from costs.communication import recorded
+from costs.messages import Row, control_of, rows_of
 from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.config import TrainConfig
 from experiments.metering import Meters
@@ -85,6 +86,21 @@ def step_costs(configs: list[TrainConfig]) -> list[dict[str, Any]]:
     return costs
 
 
+def rows_and_flops(configs: list[TrainConfig]) -> list[tuple[list[Row], list[Row], int | None]]:
+    """This rank's rows of the first and of the third step of each run, and the flops of a step."""
+    found = []
+    for config in configs:
+        trainer, _ = make(config)
+        meters, batches = Meters(config, trainer), make_batches(config, prepare(config.data))
+        rows = []
+        for step in range(3):
+            train_step(step, config, trainer, batches, meters)
+            assert meters.last is not None
+            rows.append(rows_of(meters.last.calls, trainer.replica.mesh.axis_of_ranks()))
+        found.append((rows[0], rows[2], meters.hardware_flops))
+    return found
+
+
 def weights_and_validation(configs: list[TrainConfig]) -> list[tuple[dict, float]]:
     """Initial weights, whole, and a held-out loss."""
     results = []
@@ -99,3 +115,19 @@ def random_numbers(config: TrainConfig) -> list[float]:
     """What dropout would draw on this rank once its trainer is made."""
     make(config)
     return torch.rand(4).tolist()
+
+
+def control_traffic() -> tuple[dict[str, tuple[int, int]], list[Row]]:
+    """Calls and bytes of a barrier, and of two objects beside a tensor; and the rows of those."""
+    with recorded() as meter:
+        dist.barrier()
+    barrier = control_of(meter.calls)
+    with recorded() as meter:
+        objects: list = [None] * dist.get_world_size()
+        dist.all_gather_object(objects, "x" * 100)
+        dist.broadcast_object_list([{"a key": "y" * 100}], 0)
+        dist.all_reduce(torch.ones(3))
+    said = control_of(meter.calls)
+    rows = rows_of(meter.calls, {})
+    counts = {"barrier": barrier, "objects": said}
+    return {name: (c.calls, c.payload_bytes) for name, c in counts.items()}, rows

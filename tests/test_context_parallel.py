@@ -9,7 +9,7 @@ from itertools import chain, product
 import pytest
 import torch
 
-from costs.communication import Row
+from costs.messages import Row
 from experiments.ranks import run_ranks
 from minigpt.config import ModelConfig, Positions
 from parallel.context_parallel import local_part, positions, ring_attention, who_sees_what

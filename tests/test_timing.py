@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from costs import timing
-from costs.communication import Call, CommunicationMeter
 from costs.ledger import TIME_PARTS
+from costs.messages import Call, CommunicationMeter
 from costs.timing import Interval, StepTimer, intersection, length, union
 
 points = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=8)

@@ -91,10 +91,7 @@ class Pipeline(Passes):
         self, x: Tensor | None, inputs: Tensor, targets: Tensor, factor: float, totals: Tensor
     ) -> Tensor:
         """One micro-batch through this stage: activations, or the loss behind the last one."""
-        if x is None:
-            x = inputs
-        else:
-            x.requires_grad_()  # autograd's graph begins here: the rest is on other ranks
+        x = inputs if x is None else x
         y = self.stage(x)
         if self.last:
             loss, tokens = loss_and_count(y, targets)
@@ -118,12 +115,14 @@ class Pipeline(Passes):
         """
         if not 0 <= peer < self.ranks:
             return None
-        taken = torch.empty(self.shape, dtype=self.dtype, device=self.device) if take else None
-        messages = []
+        taken, messages = None, []
         if give is not None:
-            tensor = give.detach().contiguous()
+            tensor = give.contiguous()
             messages.append(dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer))
-        if taken is not None:
+        if take:
+            taken = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            # with an activation autograd's graph begins anew: the rest of it is on other ranks
+            taken.requires_grad_(peer < self.rank and torch.is_grad_enabled())
             messages.append(dist.P2POp(dist.irecv, taken, group=self.group, group_peer=peer))
         for work in dist.batch_isend_irecv(messages) if messages else ():
             work.wait()

@@ -1,0 +1,42 @@
+"""The clusters of configs/cluster, as checked dataclasses (simulator/hardware.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.compose import CONFIGS, Refused
+from simulator.hardware import Cluster
+
+FOLDER = CONFIGS / "cluster"
+
+
+def names() -> list[str]:
+    """Every cluster that configs/cluster has."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Cluster:
+    """One of them. Raises Refused, one line, for a name or a number that is not allowed."""
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise Refused(f"cluster={name}: no such option; allowed: {', '.join(names())}")
+    return read(path)
+
+
+def read(path: Path) -> Cluster:
+    """A cluster's file. Raises Refused, one line with the file's name."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Cluster), OmegaConf.load(path))
+        made = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise Refused(f"{path.name}: {str(error).splitlines()[0]}") from error
+    assert isinstance(made, Cluster)
+    return made
+
+
+def load_all() -> dict[str, Cluster]:
+    """All of them, by name."""
+    return {name: load(name) for name in names()}

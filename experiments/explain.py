@@ -1,0 +1,117 @@
+"""For each cost of a step: the formula that it should follow, its value, and what was measured."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.config import TrainConfig
+from experiments.metering import flops_per_token, hardware_flops_per_token
+from parallel.layout import ActivationCheckpointing, Impl
+from simulator.explain import LETTERS, Case, Key, formulas
+
+FLOPS_LETTERS = {"N": "weights that a token is multiplied with", "T": "tokens of a sequence"}
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One cost. What is not known is None, and `why` says the reason."""
+
+    cost: str
+    formula: str | None
+    closed_form: float | None
+    measured: float | None
+    unit: str  # "B" or "FLOP"
+    why: str | None = None
+
+    @property
+    def off(self) -> float | None:
+        """Measured less closed form."""
+        if self.closed_form is None or self.measured is None:
+            return None
+        return self.measured - self.closed_form
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All costs of a run, and what the symbols in their formulas stand for."""
+
+    rows: list[Explained]
+
+    @property
+    def letters(self) -> str:
+        used = set(re.findall(r"\b[A-Za-z]\b", " ".join(row.formula or "" for row in self.rows)))
+        meaning = {**FLOPS_LETTERS, **LETTERS}
+        said = [f"{name}: {what}" for name, what in meaning.items() if used & set(name.split())]
+        return "; ".join(said)
+
+
+def explain(config: TrainConfig, ledger: dict[str, Any]) -> Explanation:
+    """The messages of the rank that the ledger's step shows, and the flops of all ranks."""
+    step, ranks = ledger["step"], ledger["ranks"]
+    shown = next(i for i, r in enumerate(ranks) if r["communication"] == step["communication"])
+    sent = messages(case_of(config, shown), step["communication"], config.impl)
+    return Explanation(sent + flops(config, step["tokens"], [rank["flops"] for rank in ranks]))
+
+
+def case_of(config: TrainConfig, rank: int) -> Case:
+    """What `rank` of a run does, for its closed forms."""
+    place = rank // (config.layout.world_size // config.layout.pp)
+    return Case(config.model, config.layout, config.options, config.clip is not None, place)
+
+
+def messages(case: Case, rows: list[dict[str, Any]] | None, impl: Impl) -> list[Explained]:
+    """One for each (collective, axis, dtype) that a closed form has or a ledger's rows have."""
+    measured: Counter[Key] = Counter()
+    for row in rows or []:
+        measured[row["collective"], row["axis"], row["dtype"]] += row["payload_bytes"]
+    closed, texts, why = dict[Key, int](), dict[Key, str](), case.unknown
+    try:
+        closed, texts = case.payload_bytes(), formulas(case)
+    except ValueError as reason:
+        why = str(reason)
+    if case.options.zero_stage == 1 and impl == Impl.by_hand:
+        why = "by hand: weights are gathered, padded (parallel/by_hand/zero1.py)"
+    return [
+        Explained(
+            " ".join(key),
+            texts.get(key),
+            closed.get(key),
+            None if rows is None else measured[key],
+            "B",
+            why if closed.get(key) != measured[key] else None,
+        )
+        for key in dict.fromkeys([*measured, *closed])
+    ]
+
+
+def flops(config: TrainConfig, tokens: int, ranks: list[dict[str, Any]]) -> list[Explained]:
+    """Of a step, of all ranks together."""
+    hardware = [rank["hardware"] for rank in ranks]
+    counted = None if None in hardware else sum(hardware)
+    a_token, why = hardware_flops_per_token(config), None
+    attention = 14 if config.model.dropout == 0 else 12
+    formula = f"(6 N + {attention} L D T) tokens"
+    if config.layout.cp > 1:
+        formula = formula.replace("T)", f"T {config.layout.cp + 1} / {2 * config.layout.cp})")
+    if config.activation_checkpointing in (
+        ActivationCheckpointing.full,
+        ActivationCheckpointing.offload,
+    ):
+        formula += " + forward of blocks"
+    if a_token is None:
+        why = "each piece of a split backward runs checkpointed blocks again"
+    model, said = flops_per_token(config) * tokens, sum(rank["model"] for rank in ranks)
+    return [
+        Explained("model flops", "(6 N + 12 L D T) tokens", model, said, "FLOP"),
+        Explained(
+            "hardware flops",
+            None if a_token is None else formula,
+            None if a_token is None else a_token * tokens,
+            counted,
+            "FLOP",
+            why,
+        ),
+    ]

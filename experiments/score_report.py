@@ -1,0 +1,189 @@
+"""docs/score.md and docs/score.png: how far predictions are from published measurements.
+
+./launch.sh python -m experiments.score_report        about a minute
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.fit import timed_problem
+from experiments.score import ROWS, Scored, percent, score
+from simulator.fit import Problem, fit, leave_one_source_out, parameters
+from simulator.score import MOST_OVER, summary
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+COMMAND = "./launch.sh python -m experiments.score_report"
+ORIGINS = {
+    "mpt": "LLM-Foundry: MPT, FSDP",
+    "tt": "torchtitan",
+    "fms": "fms-fsdp",
+    "ptdp": "Megatron-LM: Narayanan et al. 2021, tables 1 and 2",
+    "meg20": "Megatron-LM, 2020",
+    "megh": "Megatron-Core on H100",
+    "megl": "Megatron-LM: Llama in fp8",
+    "kort": "Megatron-LM: Korthikanti et al. 2022",
+    "mtnlg": "Megatron-Turing NLG 530B",
+    "llama3": "Llama 3 405B",
+    "mega": "MegaScale",
+    "bs": "BLOOM's tuning runs",
+    "bs13": "BigScience 1.3B on V100",
+    "nt": "nanotron",
+    "vt": "vTrain's ground truth",
+    "sx": "SimuMax on B200",
+    "sl": "Sailor on GH200",
+    "nemo": "NeMo",
+    "mb": "Megatron-Bridge",
+}
+WORST = 15  # rows that the document lists
+
+
+def main() -> int:
+    scored = score(ROWS)
+    problem = timed_problem()
+    x = fit(problem, np.ones(len(problem.rows), dtype=bool))
+    left_out = leave_one_source_out(problem)
+    draw(scored, DOCS / "score.png")
+    (DOCS / "score.md").write_text("\n".join(document(scored, problem, x, left_out)) + "\n")
+    return 0
+
+
+def document(scored: Scored, problem: Problem, x: np.ndarray, left_out: np.ndarray) -> list[str]:
+    said = scored.said()
+    out = summary(left_out, problem.measured, problem.sources.tolist())
+    fits, time = said["feasibility"], said["time"]
+    return [
+        "# Predictions against published measurements",
+        "",
+        f"Written by `{COMMAND}`; `./launch.sh score` predicts the same rows again.",
+        "",
+        f"{time['rows']} configurations with a published step time, from {len(time['sources'])} "
+        "sources (experiments/published/README.md). Nothing is fitted to a row or to a source: "
+        f"{len(x)} numbers, most of them one a kind of device, are fitted to all of them. So the "
+        "honest figure is the last column: the error on a source whose rows the fit has not seen.",
+        "",
+        "![predicted against measured](score.png)",
+        "",
+        "## Step time",
+        "",
+        *time_table(time, out),
+        "",
+        "## Memory",
+        "",
+        "Peaks mean what each source means by it: BigScience the whole process, torchtitan and "
+        "nanotron what the allocator reserved, SimuMax what was allocated.",
+        "",
+        *memory_table(said["memory"]),
+        "",
+        f"Of {fits['out_of_memory']} rows that ran out of memory "
+        f"{fits['predicted_not_to_fit']} are predicted not to fit. Of {fits['ran']} that ran "
+        f"{fits['ran_above_limit']} are predicted to need more than {MOST_OVER} of their device.",
+        "",
+        "## Rows without a prediction",
+        "",
+        *[f"- {n}: {why}" for why, n in Counter(said["not_expressed"].values()).items()],
+        "",
+        "## What was fitted",
+        "",
+        "`./launch.sh python -m experiments.fit write` puts these into configs/cluster. Priors are "
+        "what libraries and copies reach by themselves; `sd` is how far the fit went from one.",
+        "",
+        *parameter_table(x),
+        "",
+        f"## The {WORST} rows that are furthest off",
+        "",
+        *worst_table(scored),
+    ]
+
+
+def time_table(seen: dict[str, Any], unseen: dict[str, Any]) -> list[str]:
+    lines = [
+        "| source | | rows | mean error | median | 90th percentile | bias | left out of the fit |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, one in seen["sources"].items():
+        errors = [percent(one[key]) for key in ("mape", "median", "p90")]
+        bias, out = f"{100 * one['bias']:+.1f} %", percent(unseen["sources"][name]["mape"])
+        origin = ORIGINS.get(name, "")
+        lines.append(f"| {name} | {origin} | {one['rows']} | {' | '.join([*errors, bias, out])} |")
+    means = f"{percent(seen['macro_mape'])} | | | | **{percent(unseen['macro_mape'])}**"
+    return [*lines, f"| **mean of sources** | | {seen['rows']} | {means} |"]
+
+
+def memory_table(part: dict[str, Any]) -> list[str]:
+    lines = [
+        "| source | rows | mean error | median | 90th percentile | bias |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, one in part["sources"].items():
+        errors = " | ".join(percent(one[key]) for key in ("mape", "median", "p90"))
+        lines.append(f"| {name} | {one['rows']} | {errors} | {100 * one['bias']:+.1f} % |")
+    macro = percent(part["macro_mape"])
+    return [*lines, f"| **mean of sources** | {part['rows']} | **{macro}** | | | |"]
+
+
+def parameter_table(x: np.ndarray) -> list[str]:
+    lines = ["| number | clusters | prior | fitted | sd |", "|---|---|--:|--:|--:|"]
+    for parameter, at in zip(parameters(), x, strict=True):
+        where = "all" if len(parameter.clusters) > 5 else ", ".join(parameter.clusters)
+        value = f"{parameter.value(at):.3g}"
+        lines.append(f"| {parameter.key} | {where} | {parameter.prior:g} | {value} | {at:+.1f} |")
+    return lines
+
+
+def worst_table(scored: Scored) -> list[str]:
+    pairs = [
+        (p / r.seconds - 1, r, p)
+        for r, p in zip(scored.rows, scored.seconds, strict=True)
+        if r.seconds
+    ]
+    lines = ["| row | measured s | predicted s | error |", "|---|--:|--:|--:|"]
+    for error, row, predicted in sorted(pairs, key=lambda pair: -abs(pair[0]))[:WORST]:
+        lines.append(f"| {row.name} | {row.seconds:.4g} | {predicted:.4g} | {100 * error:+.0f} % |")
+    return lines
+
+
+def draw(scored: Scored, path: Path) -> None:
+    """Predicted against measured, seconds and bytes, both axes logarithmic, a colour a source."""
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    measured_s = [row.seconds for row in scored.rows]
+    measured_gib = [row.memory_bytes and row.memory_bytes / 2**30 for row in scored.rows]
+    _scatter(left, scored, measured_s, scored.seconds, "step time, seconds")
+    _scatter(right, scored, measured_gib, scored.memory_bytes / 2**30, "peak memory, GiB")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _scatter(axes: Any, scored: Scored, measured: list, predicted: np.ndarray, what: str) -> None:
+    sources = list(dict.fromkeys(row.source for row in scored.rows))
+    known = [i for i, value in enumerate(measured) if value and not scored.rows[i].out_of_memory]
+    for number, source in enumerate(sources):
+        own = [i for i in known if scored.rows[i].source == source]
+        marker, colour = "os^DvP*"[number % 7], f"C{number % 10}"
+        axes.scatter(
+            [measured[i] for i in own],
+            predicted[own],
+            s=14,
+            c=colour,
+            marker=marker,
+            alpha=0.7,
+            label=source,
+        )
+    if known:
+        shown = np.array([[measured[i] for i in known], predicted[known]], dtype=np.float64)
+        ends = np.array([shown.min() / 1.3, shown.max() * 1.3])
+        axes.fill_between(ends, ends * 0.9, ends * 1.1, color="#e9e9ec", zorder=0)
+        axes.plot(ends, ends, color="#8c8c8c", linewidth=0.8, zorder=1)
+    axes.set(xscale="log", yscale="log", xlabel=f"measured {what}", ylabel=f"predicted {what}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

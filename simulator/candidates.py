@@ -1,0 +1,252 @@
+"""How a published row may have been run: its plan, or several where it leaves something open.
+
+Who publishes a number has tuned it, so of several the fastest that fits is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from minigpt.config import FFN, ModelConfig, Norm, Positions
+from parallel.layout import (
+    ActivationCheckpointing,
+    Layout,
+    Options,
+    PipelineConfig,
+    PipelineSchedule,
+    Precision,
+)
+from simulator.cells import Cells, Unknown, flag, number, whole
+from simulator.footprint import Program, peak_bytes
+from simulator.plans import Numerics, Plans
+from simulator.work import Work
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks, tried likewise
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # tried where a row leaves it open
+ZERO = {"ddp": 1, "zero1": 1, "zero2": 2, "fsdp": 3, "zero3": 3}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way in which a row may have been run: a plan, and what Work.of takes besides."""
+
+    plan: Plans
+    others: dict[str, Any]
+    program: Program
+
+    def work(self) -> Work:
+        return Work.of(self.plan, **self.others)
+
+    def memory_bytes(self) -> float:
+        return float(peak_bytes(self.plan, self.work(), self.program)[0])
+
+
+def program_of(cells: Cells) -> str:
+    """The program that ran a row, where it matters for what the row does not state.
+
+    megatron-deepspeed  flash attention, recomputation and 16 bits are off unless asked for; its
+                        pipeline has one stage a rank
+    deepspeed           ZeRO-3 gathers each parameter by itself
+    torchtitan          as many micro-batches as pipeline ranks; interleaved: two stages a rank
+    nanotron            splits layers by their flops, head included
+    """
+    note, source = cells.get("source_verbatim_note", ""), cells.get("source", "")
+    marks = ("Megatron-DeepSpeed" in note, "bigscience" in source)
+    if any(marks) or cells.get("model_name", "").startswith("MT-NLG"):
+        return "megatron-deepspeed"
+    for name in ("torchtitan", "nanotron", "deepspeed"):
+        if name in source.lower() or f"({name})" in note.lower():
+            return name
+    return ""
+
+
+def model_of(cells: Cells, seq_len: int) -> ModelConfig:
+    kind = cells.get("ffn_kind", "")
+    if kind not in ("gelu", "swiglu"):
+        raise Unknown(f"ffn_kind={kind or 'empty'}: the columns do not say the experts' shape")
+    gated = kind == "swiglu"
+    heads = whole(cells, "n_head")
+    return ModelConfig(
+        n_layer=whole(cells, "n_layer"),
+        n_head=heads,
+        n_kv_head=whole(cells, "n_kv_head", heads),
+        d_model=whole(cells, "d_model"),
+        d_ff=whole(cells, "d_ff") if cells.get("d_ff") else None,
+        vocab_size=whole(cells, "vocab"),
+        context=seq_len,
+        norm=Norm.rmsnorm if gated else Norm.layernorm,
+        positions=Positions.rotary if gated else Positions.learned,
+        ffn=FFN(kind),
+        bias=not gated and not cells["id"].startswith("mpt"),
+        tied=not gated,
+    )
+
+
+def _precision(cells: Cells) -> tuple[Precision, str]:
+    """What weights and activations are in, and what products run in. Not stated: bf16, or what the
+    program does by itself (fp32 in Megatron-DeepSpeed; vTrain's authors trained in fp16)."""
+    text = cells.get("dtype", "").lower()
+    if not text and program_of(cells) == "megatron-deepspeed":
+        text = "fp16" if cells["id"].startswith("vt") else "fp32"
+    wide = Precision.fp16 if text.startswith("fp16") else Precision.bf16
+    if text.startswith("fp32"):
+        return Precision.fp32, "fp32"
+    if "fp4" in text:
+        return wide, "fp4"
+    return wide, "fp8" if "fp8" in text else "bf16"
+
+
+def _layout(cells: Cells, kind: str) -> Layout:
+    """dp is what the other axes leave of the ranks; a row that says otherwise contradicts itself.
+
+    zero1, zero2 and fsdp shard over the whole of it; ddp replicates.
+    """
+    ranks, tp, pp, cp = (whole(cells, key, 1) for key in ("n_gpus", "tp", "pp", "cp"))
+    dp = whole(cells, "dp", max(1, ranks // (tp * pp * cp)))
+    if dp * tp * pp * cp != ranks:
+        raise Unknown(f"dp({dp}) * tp({tp}) * pp({pp}) * cp({cp}) != {ranks} ranks")
+    replicate, shard = (dp, 1) if kind == "ddp" else (1, dp)
+    return Layout(pp=pp, dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp)
+
+
+def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
+    """Every way in which the row may have been run: what it says, and what it leaves open."""
+    kind = cells.get("dp_kind", "") or "zero1"
+    if kind not in ZERO:
+        raise Unknown(f"dp_kind={kind}: must be one of {', '.join(ZERO)}")
+    layout, batch = _layout(cells, kind), whole(cells, "global_batch_seqs")
+    program, (precision, dtype) = program_of(cells), _precision(cells)
+    flash = flag(cells, "flash_attn", program != "megatron-deepspeed")
+    others = {
+        "matmul_dtype": dtype,
+        "compiled": flag(cells, "compile", False),
+        "messages_a_block": len(model.block_shapes) if program == "deepspeed" else 1,
+        "balanced": program == "nanotron",
+        "gradient_bytes": 2 if precision == Precision.fp16 else 4,
+        "shards": None if kind == "ddp" else layout.dp_shard * layout.cp,
+    }
+    memory = _memory(cells, flash)
+    found = []
+    for size, (checkpointing, share), local in product(
+        _micro_batch_sizes(cells, batch, layout),
+        _checkpointing(cells, flash),
+        _local_stages(cells, model, layout.pp),
+    ):
+        micro_batches = max(1, round(batch / (size * layout.data_parallel)))
+        if local > 1 and micro_batches % layout.pp:
+            continue  # the interleaved schedule cannot
+        name = "interleaved_1f1b" if local > 1 else "1f1b"
+        options = Options(
+            precision=precision,
+            activation_checkpointing=checkpointing,
+            zero_stage=ZERO[kind],
+            sequence_parallel=flag(cells, "sp", layout.tp > 1 and flash),
+            pipeline=PipelineConfig(PipelineSchedule(name), local if local > 1 else None),
+            micro_batch_size=size,
+            seq_len=model.context,
+            micro_batches=micro_batches,
+        )
+        numerics = _numerics(kind, program, precision)
+        plan = Plans.of(model, layout, options, numerics=numerics, flash=flash)
+        kept = replace(memory, recomputed_blocks=share or 0.0)
+        found.append(Candidate(plan, {**others, "recomputed": share}, kept))
+    if not found:
+        raise Unknown(f"vpp={cells.get('vpp')}: micro-batches do not divide by pp({layout.pp})")
+    return found
+
+
+def _published_share(cells: Cells) -> float | None:
+    """Share of the blocks that recompute, from the published HFU and MFU: the forward is a third
+    of the model's flops."""
+    hfu = re.search(r"HFU (\d+\.?\d*)", cells.get("source_verbatim_note", ""))
+    mfu = number(cells, "mfu_pct")
+    return min(1.0, max(0.0, 3 * (float(hfu[1]) / mfu - 1))) if hfu and mfu else None
+
+
+def _local_stages(cells: Cells, model: ModelConfig, pp: int) -> list[int]:
+    """What the row says; interleaved without a number, or neither: what divides the layers."""
+    program = program_of(cells)
+    one = pp == 1 or cells.get("pp_schedule") == "1f1b" or program == "megatron-deepspeed"
+    if cells.get("vpp") or one:
+        return [whole(cells, "vpp", 1)]
+    if program == "torchtitan":
+        return [2]
+    least = 2 if cells.get("pp_schedule") else 1
+    held = {n: -(-model.n_layer // (pp * n)) * pp * n for n in range(1, 13)}
+    most = 1.05 * model.n_layer
+    even = [n for n, layers in held.items() if layers <= most and pp * n <= model.n_layer]
+    return [n for n in even if n >= least] or [least]
+
+
+def _micro_batch_sizes(cells: Cells, batch: int, layout: Layout) -> list[int]:
+    """What the row says, or all powers of two that divide what a rank does in a step."""
+    if cells.get("micro_batch_seqs"):
+        return [whole(cells, "micro_batch_seqs")]
+    ranks = layout.data_parallel
+    if batch % ranks:
+        raise Unknown(f"global_batch_seqs({batch}) does not divide by dp({ranks})")
+    if layout.pp > 1 and program_of(cells) == "torchtitan":
+        return [max(1, batch // ranks // layout.pp)]
+    return [size for size in MICRO_BATCHES if batch // ranks % size == 0]
+
+
+def _checkpointing(cells: Cells, flash: bool) -> list[tuple[ActivationCheckpointing, float | None]]:
+    """What the row says, and the share of the forward that runs again where that does not say it.
+
+    `selective` where attention keeps no T x T matrix anyway: the share of blocks that the published
+    HFU tells, else half of the products (torchtitan's per-operator choice keeps every second one).
+    Where a row says nothing: some share of the blocks.
+    """
+    text, none = cells.get("recompute", ""), ActivationCheckpointing.none
+    if not text:
+        megatron = program_of(cells) == "megatron-deepspeed"
+        return [(none, share) for share in ((0.0,) if megatron else SHARES)]
+    try:
+        kind = ActivationCheckpointing(text)
+    except ValueError:
+        raise Unknown(f"recompute={text}: must be none, selective or full") from None
+    if kind != ActivationCheckpointing.selective or not flash:
+        return [(kind, None)]
+    share = _published_share(cells)
+    return [(kind, 0.5)] if share is None else [(none, share)]
+
+
+def _numerics(kind: str, program: str, precision: Precision) -> Numerics:
+    """Bytes of a weight, its gradient and its optimizer's state.
+
+    fsdp keeps fp32 shards and casts. Megatron-LM keeps low weights and an fp32 master copy, and
+    adds gradients up in fp32 but for fp16. nanotron has low gradients besides. DeepSpeed's ZeRO-1
+    has a flat copy of the gradients and an fp32 part of them for the update; its bf16 adds up in
+    an fp32 buffer that is not sharded (BLOOM's engine).
+    """
+    if kind in ("fsdp", "zero2", "zero3") or precision == Precision.fp32:
+        return Numerics()
+    half = precision == Precision.fp16
+    if program == "megatron-deepspeed":
+        return Numerics(weights=2, gradients=4 if half else 6, optimizer=16)
+    if program == "nanotron":
+        return Numerics(weights=2, gradients=6, optimizer=12)
+    return Numerics(weights=2, gradients=2 if half else 4, optimizer=12)
+
+
+# of a logit: low, fp32, its log-softmax and gradient in fp32; Megatron-LM's loss works in place
+TORCH_LOGIT, MEGATRON_LOGIT = 14.0, 8.0
+CONTEXT_BYTES = 3 * 2.0**30  # of a process: CUDA's context, NCCL's buffers, libraries' workspaces
+RESERVED = 1.05  # over allocated: what the caching allocator cannot use
+
+
+def _memory(cells: Cells, flash: bool) -> Program:
+    """What the row's program keeps, and what its figure means: of the whole process
+    (process-level), reserved by the allocator, or allocated."""
+    note, program = cells.get("source_verbatim_note", ""), program_of(cells)
+    process = program == "megatron-deepspeed"
+    return Program(
+        fused=program not in ("torchtitan", "nanotron"),
+        every_second_product=flash,
+        logit_bytes=TORCH_LOGIT if program == "torchtitan" else MEGATRON_LOGIT,
+        context_bytes=CONTEXT_BYTES if process else 0.0,
+        spare=RESERVED if process or "reserved" in note or program == "nanotron" else 1.0,
+    )

@@ -1,0 +1,203 @@
+"""Seconds of a step on a cluster, by parts, for arrays of plans.
+
+    step = m (compute + exposed tp, cp, ep, pp) + bubble + exposed data-parallel + optimizer + other
+
+A product takes the longer of its flops and its bytes; element-wise operators take their bytes; the
+host must launch every operator in time. All but the efficiencies, which are fitted
+(experiments/fit.py) or measured, follows from the shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from simulator import collectives
+from simulator.collectives import group
+from simulator.hardware import DTYPES, Cluster
+from simulator.work import Work
+
+Array = Any
+BACKWARD_PRODUCTS = 2.0  # gradients of inputs and of weights, each as large as the forward product
+BACKWARD_FLASH = 2.5  # with the scores again (Dao et al. 2022, FlashAttention, appendix B.4)
+BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gradient, writes one
+FUSED = 0.6  # of the element-wise bytes left where torch.compile fuses operators
+SCORE_PASSES = 5.0  # over the T x T matrix: write, softmax in and out, dropout in and out
+SCORE_PASSES_BACKWARD = 7.0  # the same with each operator's gradient
+LOGIT_BYTES = 16.0  # of a logit: written, cast to fp32, softmax, its gradient, cast back
+CAST_BYTES = 3.0  # of a product's input and output in fp8: read wide, written twice (transposed)
+NARROW_FILL = 1.5  # half_size in fp8 and fp4 over that in bf16: the faster units fill later
+ALIGNED = 8  # numbers: tensor cores want multiples of 16 bytes (NVIDIA, Matrix Multiplication
+# Background User's Guide, section 4)
+HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can hide
+
+
+def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
+    """Seconds of each part of a step (costs.ledger.TIME_PARTS), and `total`."""
+    slow = straggling(work, cluster)
+    block, head = slow * block_seconds(work, cluster), slow * head_seconds(work, cluster)
+    sent = block_messages(work, cluster)
+    m, pp = work.micro_batches, work.pp
+    last = work.last_layers * block + head
+    mean = work.mean_layers * block + head / pp
+    slowest = np.where(pp > 1, np.maximum(work.layers * block, last), last)
+    messages = work.mean_layers * sent + stage_messages(work, cluster)
+    # (p-1)/v idle slots (Narayanan et al. 2021, section 2.2), and what uneven stages wait for
+    idle = bubble_slots(work) * (mean + work.mean_layers * sent) + m * (slowest - mean)
+    parts = {
+        "compute": m * mean,
+        "exposed_communication": m * messages + exposed_data(work, cluster, block),
+        "bubble": np.where(pp > 1, idle, 0.0),
+        "optimizer": optimizer_seconds(work, cluster),
+        "other": np.zeros_like(m),
+    }
+    return {"total": sum(parts.values()), **parts}
+
+
+def straggling(work: Work, cluster: Cluster) -> Array:
+    """How much slower the slowest of n nodes is: the expected maximum of n normal deviates,
+    sqrt(2 ln n) standard deviations."""
+    ranks = work.pp * work.tp * work.cp * work.dp
+    nodes = np.maximum(1.0, ranks / cluster.node_size)
+    return 1 + cluster.straggling * np.sqrt(2 * np.log(nodes))
+
+
+def bubble_slots(work: Work) -> Array:
+    """Micro-batches that would fit into the time in which a rank of the pipeline idles.
+
+    (p-1)/v for 1F1B and its interleaved form (Narayanan et al. 2021); a third of it where the
+    weights' gradients fill the rest (Qi et al. 2023, Zero Bubble Pipeline Parallelism, table 2).
+    """
+    return (work.pp - 1) / work.local_stages * np.where(work.splits_backward > 0, 1 / 3, 1.0)
+
+
+def peak_flops(dtype: Array, cluster: Cluster) -> Array:
+    """FLOP/s that large products reach, plan by plan, by the place of their dtype in DTYPES."""
+    device, share = cluster.device, cluster.device.efficiency
+    shares = {"fp8": share.matmul_fp8, "fp4": share.matmul_fp8}
+    rates = [device.flops(name) * shares.get(name, share.matmul) for name in DTYPES]
+    return np.choose(dtype.astype(int), [np.broadcast_to(r, dtype.shape) for r in rates])
+
+
+def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array) -> Array:
+    """2 m k n flops at a rate that falls where a dimension is small (hardware.Efficiency)."""
+    fill = 1 + half_size * (1 / m + 1 / k + 1 / n)
+    return 2 * m * k * n / peak * fill
+
+
+def block_seconds(work: Work, cluster: Cluster) -> Array:
+    """Compute of one block and micro-batch, forward and backward with what is recomputed."""
+    share, narrow = cluster.device.efficiency, work.dtype >= DTYPES.index("fp8")
+    bandwidth = cluster.device.memory_bandwidth * share.memory
+    half = share.half_size * np.where(narrow, NARROW_FILL, 1.0)
+    peak = peak_flops(work.dtype, cluster)
+    each = product_seconds(work.rows, work.inner, work.columns, peak[:, None], half[:, None])
+    products = np.sum(work.count * each, axis=1)
+    weights = np.sum(work.count * work.inner * work.columns, axis=1)
+    cast = np.sum(work.count * work.rows * (work.inner + work.columns), axis=1)
+    whole = work.whole_bytes / np.where(work.sequence_parallel > 0, work.tp, 1)
+    fused = np.where(work.compiled > 0, FUSED, 1.0)
+    pointwise = (fused * (whole + work.cut_bytes) + narrow * CAST_BYTES * cast) / bandwidth
+    flash = work.flash_flops / (peak_flops(work.wide_dtype, cluster) / share.matmul)
+    flash = flash / share.attention
+    kept, passes = score_seconds(work, cluster)
+    forward = products + pointwise + flash + kept + SCORE_PASSES * passes
+    backward = BACKWARD_PRODUCTS * (products + kept) + BACKWARD_BYTES * pointwise
+    backward = backward + BACKWARD_FLASH * flash + SCORE_PASSES_BACKWARD * passes
+    # gradients of several micro-batches are added up: read and written
+    added = (work.micro_batches > 1) * 2 * work.gradient_bytes * weights / bandwidth
+    light = np.where(work.score_heads > 0, kept + SCORE_PASSES * passes, pointwise)
+    again = work.recomputed * forward + work.selective * light
+    host = work.operators * (3 + work.recomputed) * cluster.operator_overhead
+    return np.maximum(forward + backward + added + again, host)
+
+
+def score_seconds(work: Work, cluster: Cluster) -> tuple[Array, Array]:
+    """Attention that keeps its T x T matrix: its two products, and one pass over the matrix."""
+    share = cluster.device.efficiency
+    h, q, k = work.head_dim, work.queries, work.keys
+    matrix = work.score_heads * q * k
+    aligned = np.where(h % ALIGNED == 0, 1.0, share.unaligned)
+    peak = peak_flops(work.wide_dtype, cluster) * aligned
+    products = 2 * work.score_heads * product_seconds(q, h, k, peak, share.half_size)
+    return products, matrix * work.item / (cluster.device.memory_bandwidth * share.memory)
+
+
+def head_seconds(work: Work, cluster: Cluster) -> Array:
+    """Logits, loss and their gradients of one micro-batch."""
+    share = cluster.device.efficiency
+    peak = peak_flops(work.wide_dtype, cluster)
+    product = product_seconds(work.tokens, work.width, work.vocabulary, peak, share.half_size)
+    logits = LOGIT_BYTES * work.tokens * work.vocabulary
+    bandwidth = cluster.device.memory_bandwidth * share.memory
+    return (1 + BACKWARD_PRODUCTS) * product + logits / bandwidth
+
+
+def block_messages(work: Work, cluster: Cluster) -> Array:
+    """What a block sends over tp, cp and ep for one micro-batch and what compute leaves exposed.
+
+    tp: two all_reduces of B T D forward, two backward (Shoeybi et al. 2019, section 3), those of
+    the forward again where it is recomputed; with sequence parallelism in pieces that overlap
+    products (Korthikanti et al. 2022, section 4.2.2; Wang et al. 2023). cp: keys and values round
+    the ring, behind attention (Liu et al. 2023). ep: two all_to_alls each way.
+    """
+    one = np.ones_like(work.tp)
+    payload = work.tokens * work.width * work.item
+    tp = group(work.tp, one, cluster.node_size)
+    reduces = (4 + 2 * work.recomputed) * collectives.seconds("all_reduce", payload, tp, cluster)
+    shown = 1 - cluster.tensor_overlap * work.sequence_parallel
+    cp = group(work.cp, work.tp, cluster.node_size)
+    rounds = (3 + work.recomputed) * (work.cp - 1)
+    ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
+    share = cluster.device.efficiency
+    flash = work.flash_flops * share.matmul / peak_flops(work.wide_dtype, cluster)
+    hidden = (1 + BACKWARD_FLASH) * flash / share.attention
+    ep = group(work.ep, work.tp * work.cp, cluster.node_size)
+    slots = (4 + 2 * work.recomputed) * collectives.seconds(
+        "all_to_all", work.routed_bytes, ep, cluster
+    )
+    return shown * reduces + np.maximum(0.0, ring - hidden) + slots
+
+
+def stage_messages(work: Work, cluster: Cluster) -> Array:
+    """Activations to the next stage and gradients from it, of one micro-batch: each of a tp
+    group's ranks sends its part (Narayanan et al. 2021, section 4.1)."""
+    payload = work.tokens * work.width * work.item / work.tp
+    pair = group(np.minimum(work.pp, 2), work.tp * work.cp * work.dp, cluster.node_size)
+    return 2 * work.local_stages * collectives.seconds("send", payload, pair, cluster)
+
+
+def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
+    """Weights and gradients over the data axes that no compute hides.
+
+    Gathered weights (zero_stage 3) hide behind all of the compute, as they are prefetched (Zhao et
+    al. 2023, section 3.3); gradients behind the last micro-batch's backward, block by block (Li et
+    al. 2020, section 3.2.3). The first gather and the last gradient have nothing to hide behind.
+    """
+    calls = work.layers * work.messages_a_block
+    ranks = group(work.dp * work.cp, work.tp, cluster.node_size)
+
+    def each(collective: str, item: Array) -> Array:
+        payload = work.parameters * item / calls
+        return calls * collectives.seconds(collective, payload, ranks, cluster)
+
+    scatter = each("reduce_scatter", work.gradient_bytes)
+    gather = each("all_gather", work.weight_bytes)
+    gather_gradients = each("all_gather", work.gradient_bytes)
+    once = scatter + np.where(work.shards > 1, gather, gather_gradients)
+    always = scatter + 2 * work.micro_batches * gather
+    sent = np.where(work.gathers_weights > 0, always, once)
+    room = work.layers * block
+    hides = np.where(
+        work.gathers_weights > 0,
+        HIDDEN_GATHERS * work.micro_batches * room,
+        cluster.overlap * room,
+    )
+    return sent - np.minimum(sent * (1 - 1 / work.layers), hides)
+
+
+def optimizer_seconds(work: Work, cluster: Cluster) -> Array:
+    """Reading and writing weights, gradients and state of the weights that a rank updates."""
+    bandwidth = cluster.device.memory_bandwidth * cluster.device.efficiency.memory
+    return work.parameters / work.shards * work.state_bytes / bandwidth

@@ -1,0 +1,86 @@
+"""Bytes that the fullest rank holds at the peak of a step, for programs other than this one.
+
+States follow ZeRO (Rajbhandari et al. 2020, section 3), activations Korthikanti et al. 2022,
+section 4, table 2, counted tensor by tensor so that swiglu and grouped queries have theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minigpt.config import FFN
+from simulator.hardware import DTYPES
+from simulator.plans import Array, Plans
+from simulator.work import NONE, SELECTIVE, Work
+
+GATHERED_BLOCKS = 2.0  # whole at a time: the one that computes and the one prefetched
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a program keeps, and what its memory figure means."""
+
+    fused: bool = True  # as Megatron-LM: sequence parallelism keeps its part only and gathers it
+    # again, swiglu is one operator, products in fp8 keep what they took in fp8
+    recomputed_blocks: float = 0.0  # share of the blocks that keep their input only
+    every_second_product: bool = False  # is what `selective` keeps (torchtitan)
+    logit_bytes: float = 8.0  # of a logit at the peak
+    context_bytes: float = 0.0  # of the process besides tensors, where the figure has them
+    spare: float = 1.0  # reserved over allocated, where the figure is of reserved memory
+
+
+def peak_bytes(plans: Plans, work: Work, program: Program) -> Array:
+    """Peak of the first or the last pp rank, whichever is fuller."""
+    block, kept = block_activations(plans, work, program)
+    m, p, v = plans.micro_batches, plans.pp, work.local_stages
+    # 1F1B's first rank has p micro-batches under way, interleaved 1 + (p-1)/(p v) times that
+    # (Korthikanti et al. 2022, section 4.2.3), the last one
+    first = np.minimum(m, p * np.where(v > 1, 1 + (p - 1) / (p * v), 1.0))
+    logits = program.logit_bytes * work.tokens * work.vocabulary
+    front = work.layers * kept * first + np.maximum(block - kept, (p == 1) * logits)
+    back = work.last_layers * kept + np.maximum(block - kept, logits)
+    tensors = state_bytes(plans, work) + np.maximum(front, back)
+    return program.spare * tensors + program.context_bytes
+
+
+def state_bytes(plans: Plans, work: Work) -> Array:
+    """Weights, gradients and the optimizer's state.
+
+    Sharded weights are whole while they compute: two blocks at a time, all of them and their
+    gradients where a pipeline holds on to them.
+    """
+    kept, n = plans.numerics, work.shards
+    cut_gradients = np.where(plans.zero_stage >= 2, n, 1)
+    cut_weights = np.where(plans.zero_stage >= 3, n, 1)
+    each = kept.weights / cut_weights + kept.gradients / cut_gradients + kept.optimizer / n
+    block = np.sum(work.count * work.inner * work.columns, axis=1)
+    whole = np.where(plans.pp > 1, work.parameters, GATHERED_BLOCKS * block)
+    whole = whole * (work.weight_bytes + work.gradient_bytes)
+    return work.parameters * each + np.where(cut_weights > 1, whole, 0.0)
+
+
+def block_activations(plans: Plans, work: Work, program: Program) -> tuple[Array, Array]:
+    """Bytes of one block and micro-batch: all of them, and those kept until the backward."""
+    model, tp, item, tokens = plans.model, plans.tp, work.item, work.tokens
+    d, kv, gelu = model.d_model, model.kv_heads * model.head_dim, model.ffn == FFN.gelu
+    f = model.ff_dim * (model.experts_per_token if model.ffn == FFN.moe else 1)
+    cut = np.where(plans.sequence_parallel, tp, 1)
+    fed = np.where(program.fused & (work.dtype >= DTYPES.index("fp8")), 1, item)
+    # inputs of both norms; of q k v and of the MLP
+    whole = tokens * d * (2 * item / cut + 2 * fed / (cut if program.fused else 1))
+    dropped = 2 * tokens * d / cut * (gelu and model.dropout > 0)
+    # q, k, v; what the activation function takes; what it and attention give, inputs of products
+    taken = 1 if gelu else (2 if program.fused else 3)
+    inner = tokens * (item * (d + 2 * kv + taken * f) + fed * (d + f)) / tp
+    scores = item * work.score_heads * work.queries * work.keys
+    everything = whole + dropped + inner + scores
+    entrance = item * tokens * d / cut
+    outputs = item * tokens * (3 * d + 2 * kv + (1 if gelu else 2) * f) / tp
+    second = entrance + item * tokens * d / tp + outputs / 2
+    selective = second if program.every_second_product else everything - scores
+    share = program.recomputed_blocks
+    some = share * entrance + (1 - share) * everything
+    kept = np.where(plans.checkpointing == NONE, some, entrance)
+    return everything, np.where(plans.checkpointing == SELECTIVE, selective, kept)

@@ -1,0 +1,258 @@
+"""What a step asks of a cluster, plan by plan: arrays of shapes, passes and bytes, no seconds yet.
+
+The time equation (simulator/estimate.py) takes these. They may be joined over models, so that one
+call predicts many rows of many models. Everything is of one rank; letters as in minigpt: B T D H F
+L V, and tp, cp, ep for the size of an axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from minigpt.config import FFN, ModelConfig
+from parallel.layout import ActivationCheckpointing, PipelineConfig, Precision
+from parallel.stages import split_layers
+from simulator.hardware import DTYPES
+from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Array, Plans
+
+NONE = CHECKPOINTING.index(ActivationCheckpointing.none)
+SELECTIVE = CHECKPOINTING.index(ActivationCheckpointing.selective)
+Values = dict[str, Any]  # fields of Work: arrays, or one for all plans
+ITEM = np.array([4 if precision == Precision.fp32 else 2 for precision in PRECISIONS])
+OWN_DTYPE = np.array([DTYPES.index("fp32" if p == Precision.fp32 else "bf16") for p in PRECISIONS])
+SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedule in SCHEDULES])
+
+# Passes over an activation B T D of a block's forward that tp leaves whole: two norms read and
+# write, two residuals read both and write
+WHOLE_PASSES = 2 * 2 + 2 * 3
+OPERATORS = 20  # launched by the forward of a block: products, norms, rotations, residuals
+SCORE_OPERATORS = 10  # more where attention is not one kernel: scale, mask, softmax, dropout
+
+
+@dataclass(frozen=True)
+class Work:
+    """One entry a plan; the products of a block are (plans, products)."""
+
+    # layout
+    pp: Array
+    local_stages: Array
+    micro_batches: Array
+    tp: Array
+    cp: Array
+    ep: Array
+    dp: Array
+    shards: Array  # ranks that share the optimizer's state; 1: each has all
+    gathers_weights: Array  # 1 where each forward and backward gathers them (zero_stage 3)
+    sequence_parallel: Array
+    splits_backward: Array
+    # a block and one micro-batch, forward
+    rows: Array
+    inner: Array
+    columns: Array
+    count: Array
+    dtype: Array  # place in DTYPES of its products
+    wide_dtype: Array  # the same of attention and the head
+    flash_flops: Array  # of a flash kernel, which skips what the mask hides
+    score_heads: Array  # heads whose T x T matrix is kept; 0 with a flash kernel
+    queries: Array
+    keys: Array
+    head_dim: Array
+    kv_bytes: Array  # keys and values of this rank's tokens
+    routed_bytes: Array  # slots of tokens that travel to experts
+    whole_bytes: Array  # read and written by element-wise operators on all of D
+    cut_bytes: Array  # the same on what tp cuts
+    operators: Array
+    recomputed: Array  # share of the forward that runs again in the backward
+    selective: Array  # 1: only element-wise operators and kept scores run again
+    compiled: Array
+    # the head, and what goes from stage to stage
+    tokens: Array
+    width: Array
+    vocabulary: Array  # what tp leaves of V
+    item: Array  # bytes of an activation's number
+    # stages
+    messages_a_block: Array  # of weights or gradients over the data axes
+    layers: Array  # blocks of the rank that has most, without the last
+    last_layers: Array
+    mean_layers: Array
+    # weights of that rank before data axes cut them, and bytes of each
+    parameters: Array
+    gradient_bytes: Array
+    weight_bytes: Array
+    state_bytes: Array  # read and written by the optimizer
+
+    def __len__(self) -> int:
+        return len(self.pp)
+
+    def __getitem__(self, which: Any) -> Work:
+        return Work(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+
+    @classmethod
+    def joined(cls, parts: list[Work]) -> Work:
+        """All entries of several, in order."""
+        names = [f.name for f in fields(cls)]
+        return cls(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+
+    @classmethod
+    def of(
+        cls,
+        plans: Plans,
+        matmul_dtype: str | None = None,
+        compiled: bool = False,
+        recomputed: float | None = None,
+        messages_a_block: int = 1,
+        balanced: bool = False,
+        gradient_bytes: float | None = None,
+        shards: int | None = None,
+    ) -> Work:
+        """What `plans` ask for.
+
+        matmul_dtype: of simulator.hardware.DTYPES; None: the plans' precision. recomputed: share
+        of a block's forward that runs again, where the plans' checkpointing does not say it.
+        balanced: stages are balanced by flops also where blocks divide evenly. gradient_bytes: of
+        one that is sent, where gradients are kept in more. shards: ranks that share the optimizer.
+        """
+        values = {**_layout(plans), **_block(plans), **_attention(plans)}
+        values |= _stages(plans, balanced)
+        values |= _weights(plans, values["layers"])
+        item = ITEM[plans.precision]
+        own = OWN_DTYPE[plans.precision]
+        values |= {
+            "dtype": own if matmul_dtype is None else DTYPES.index(matmul_dtype),
+            "wide_dtype": own,
+            "compiled": compiled,
+            "messages_a_block": messages_a_block,
+            "item": item,
+            "tokens": _tokens(plans),
+            "width": plans.model.d_model,
+            "vocabulary": plans.model.vocab_size / plans.tp,
+            "recomputed": (plans.checkpointing != NONE) & (plans.checkpointing != SELECTIVE),
+            "selective": plans.checkpointing == SELECTIVE,
+        }
+        given = {"gradient_bytes": gradient_bytes, "shards": shards}
+        values |= {name: value for name, value in given.items() if value is not None}
+        if recomputed is not None:
+            values |= {"recomputed": recomputed, "selective": 0}
+        shape = len(plans)
+        one_each = {
+            name: value if np.ndim(value) == 2 else np.broadcast_to(value, shape)
+            for name, value in values.items()
+        }
+        return cls(**{n: np.array(v, dtype=np.float64) for n, v in one_each.items()})
+
+
+def _tokens(plans: Plans) -> Array:
+    return plans.micro_batch_size * plans.seq_len / plans.cp
+
+
+def _layout(plans: Plans) -> Values:
+    return {
+        "pp": plans.pp,
+        "local_stages": np.where(plans.pp > 1, plans.local_stages, 1),
+        "micro_batches": plans.micro_batches,
+        "tp": plans.tp,
+        "cp": plans.cp,
+        "ep": plans.ep,
+        "dp": plans.data_parallel,
+        "shards": np.where(plans.dp_shard > 1, plans.dp_shard * plans.cp, 1),
+        # with a pipeline, gathered weights stay until the step's end in all programs scored here
+        "gathers_weights": (plans.dp_shard > 1) & (plans.zero_stage == 3) & (plans.pp == 1),
+        "sequence_parallel": plans.sequence_parallel,
+        "splits_backward": SPLITS_BACKWARD[plans.schedule] & (plans.pp > 1),
+    }
+
+
+def _block(plans: Plans) -> Values:
+    """Products and element-wise bytes of a block's forward (Shoeybi et al. 2019, section 3)."""
+    model, tp, tokens = plans.model, plans.tp, _tokens(plans)
+    d, f, kv = model.d_model, model.ff_dim, model.kv_heads * model.head_dim
+    moe, matrices = model.ffn == FFN.moe, 1 if model.ffn == FFN.gelu else 2
+    active = model.experts_per_token if moe else 1
+    held = model.n_expert / plans.ep if moe else 1
+    routed = tokens * active / held
+    products = [  # rows, inner, columns, how many: q, k and v, out, up, down, router
+        (tokens, d, d / tp, 1),
+        (tokens, d, 2 * kv / tp, 1),
+        (tokens, d / tp, d, 1),
+        (routed, d, matrices * f / tp, held),
+        (routed, f / tp, d, held),
+        (tokens, d, model.n_expert if moe else 1, int(moe)),
+    ]
+    shape = np.shape(plans.tp)
+    sides = [
+        np.stack([np.broadcast_to(v, shape) for v in side], 1)
+        for side in zip(*products, strict=True)
+    ]
+    item = ITEM[plans.precision]
+    # q, k, v rotated: read and write; the activation function reads what up (and gate) wrote
+    mlp = (matrices + 1) * f * active
+    return {
+        **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
+        "whole_bytes": tokens * d * item * WHOLE_PASSES,
+        "cut_bytes": tokens / tp * item * (2 * (d + 2 * kv) + mlp),
+        "operators": OPERATORS + 2 * matrices + (0 if plans.flash else SCORE_OPERATORS),
+        "kv_bytes": 2 * tokens * kv / tp * item,
+        "routed_bytes": int(moe) * (plans.ep > 1) * tokens * active * d * item,
+    }
+
+
+def _attention(plans: Plans) -> Values:
+    """4 B T T D flops forward (Narayanan et al. 2021, appendix A), halved by the causal mask where
+    a flash kernel skips what it hides (Dao 2023, FlashAttention-2, section 3.1.1)."""
+    model = plans.model
+    heads = plans.micro_batch_size * model.n_head / plans.tp
+    queries, keys = plans.seq_len / plans.cp, plans.seq_len
+    flops = 4 * heads * queries * keys * model.head_dim
+    return {
+        "flash_flops": flops / 2 if plans.flash else 0,
+        "score_heads": 0 if plans.flash else heads,
+        "queries": queries,
+        "keys": keys,
+        "head_dim": model.head_dim,
+    }
+
+
+def _weights(plans: Plans, layers: Array) -> Values:
+    """Weights of the first pp rank, which has most of them, and how wide they are."""
+    model, tp, kept = plans.model, plans.tp, plans.numerics
+    block = sum(_local(name, shape, plans) for name, shape in model.block_shapes.items())
+    ends = np.where(plans.pp > 1, 1, 1 if model.tied else 2)
+    embedding = model.vocab_size * model.d_model / tp
+    return {
+        "parameters": layers * block + ends * embedding,
+        "gradient_bytes": kept.gradients,
+        "weight_bytes": ITEM[plans.precision],
+        "state_bytes": 2 * kept.optimizer + 2 * kept.weights + kept.gradients,
+    }
+
+
+def _local(name: str, shape: tuple[int, ...], plans: Plans) -> Any:
+    """Numbers of a block's parameter that tp and ep leave on a rank; norms stay whole."""
+    spread = plans.ep if ".experts." in name else 1
+    return np.prod(shape) / (plans.tp * spread if len(shape) > 1 else 1)
+
+
+@lru_cache(maxsize=4096)
+def _held(model_fields: tuple, seq_len: int, balanced: bool, stages: int, pp: int) -> list[float]:
+    """Blocks of the fullest rank without the last, and of the last: even where that is whole (as
+    Megatron-LM does it), else balanced by flops."""
+    model = ModelConfig(*model_fields)
+    if pp == 1 or (model.n_layer % stages == 0 and not balanced):
+        return [model.n_layer / pp, model.n_layer / pp]
+    split = split_layers(model, stages, seq_len)
+    ranks = [sum(split[rank::pp]) for rank in range(pp)]
+    return [max(ranks[:-1]), ranks[-1]]
+
+
+def _stages(plans: Plans, balanced: bool) -> Values:
+    model = plans.model
+    stages = plans.pp * np.where(plans.pp > 1, plans.local_stages, 1)
+    pairs, place = np.unique(np.stack([stages, plans.pp]), axis=1, return_inverse=True)
+    own = tuple(getattr(model, f.name) for f in fields(model))
+    table = [_held(own, plans.seq_len, balanced, s, p) for s, p in pairs.T.tolist()]
+    most, last = np.array(table)[np.ravel(place)].T
+    return {"layers": most, "last_layers": last, "mean_layers": model.n_layer / plans.pp}
