@@ -129,7 +129,7 @@ class MemoryMeter(TorchDispatchMode):
             total += change
             stretch = int((moment - begin) / width)
             now = (moment, dict(held))
-            if total >= fullest.get(stretch, -1):
+            if total > fullest.get(stretch, -1):  # the first of several, as in result()
                 fullest[stretch], found[stretch] = total, [now]
             else:
                 found[stretch][1:] = [now]

@@ -128,6 +128,11 @@ class Labels:
         mark = self.messages.get(id(call))
         return (mark.kind.partition("_")[2], mark) if mark else self.at(call.start)
 
+    def of_wait(self, start: float, call: Call) -> str:
+        """Phase of a wait: its own, but a pipeline waits in the phase of what it waits for."""
+        mark = self.messages.get(id(call))
+        return self.of(call)[0] if mark else self.at(start)[0]
+
 
 def phase_of(action: Action) -> str:
     """forward or backward."""
@@ -196,7 +201,7 @@ def program_of(rank: int, record: StepRecord, own: Sequence[Transfer]) -> Progra
         points.append((call.start, 1, call.start, _message(rank, call, transfer, labels, number)))
     for start, end, call in record.all_waits():
         if id(call) in number:
-            points.append((start, 2, end, Wait(number[id(call)], labels.at(start)[0])))
+            points.append((start, 2, end, Wait(number[id(call)], labels.of_wait(start, call))))
     points.append((record.end, 3, record.end, None))
 
     program: Program = []

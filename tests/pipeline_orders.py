@@ -119,3 +119,43 @@ def ends(order: Order, stages: int) -> bool:
                 if action.computation_type != of_torch.BACKWARD_WEIGHT:
                     done.add((action.stage_index, action.microbatch_index, kind))
     return not any(left.values())
+
+
+COST = {
+    of_torch.FORWARD: 1,
+    of_torch.FULL_BACKWARD: 2,
+    of_torch.BACKWARD_INPUT: 1,
+    of_torch.BACKWARD_WEIGHT: 1,
+}
+
+
+def idle_shares(order: Order, stages: int) -> list[float]:
+    """The share of the whole in which each rank idles, at the costs above and with messages that
+    take no time. The order must be one that ends."""
+    left = {rank: list(actions) for rank, actions in flat(order).items()}
+    now, busy = dict.fromkeys(left, 0), dict.fromkeys(left, 0)
+    done: dict[tuple, int] = {}  # when, by (stage, micro-batch, kind)
+
+    def needs(stage: int, micro_batch: int, kind: Any) -> list[tuple]:
+        if kind == of_torch.FORWARD:
+            return [(stage - 1, micro_batch, "F")] if stage else []
+        if kind == of_torch.BACKWARD_WEIGHT:
+            return [(stage, micro_batch, "B")]
+        behind = [(stage + 1, micro_batch, "B")] if stage < stages - 1 else []
+        return [(stage, micro_batch, "F"), *behind]
+
+    while any(left.values()):
+        for rank, actions in left.items():
+            while actions:
+                a = actions[0]
+                place, kind = (a.stage_index, a.microbatch_index), a.computation_type
+                wanted = needs(*place, kind)
+                if not all(need in done for need in wanted):
+                    break
+                actions.pop(0)
+                now[rank] = max([now[rank], *(done[need] for need in wanted)]) + COST[kind]
+                busy[rank] += COST[kind]
+                if kind != of_torch.BACKWARD_WEIGHT:
+                    done[(*place, "F" if kind == of_torch.FORWARD else "B")] = now[rank]
+    whole = max(now.values())
+    return [1 - busy[rank] / whole for rank in left]

@@ -11,7 +11,8 @@ from experiments.parity import compare, make_config, trajectories, trajectory
 from experiments.ranks import run_ranks
 from parallel.layout import Layout, PipelineConfig, PipelineSchedule
 from parallel.rules import takes
-from tests.pipeline_orders import ends, is_complete, nobody, order_of
+from parallel.stages import ideal_bubble
+from tests.pipeline_orders import ends, idle_shares, is_complete, nobody, order_of
 
 MOST = 9  # micro-batches
 PIPELINES = [
@@ -38,6 +39,32 @@ def test_a_schedule_takes_what_torch_can_order(ranks: int) -> None:
                     or (is_complete(order, stages, n) and ends(order, stages))
                 )
                 assert takes(pipeline, ranks, n) == good, (pipeline, ranks, n)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_ideal_bubble_is_that_of_the_orders_that_torch_makes(ranks: int) -> None:
+    """Every rank of every schedule idles as the closed form says; torch's own numbers of gpipe and
+    1f1b are left out, as above."""
+    seen = 0
+    with nobody(ranks):
+        for pipeline in PIPELINES:
+            numbers = range(2 * ranks, MOST) if not pipeline.one_stage_a_rank else ()
+            for n in (n for n in numbers if takes(pipeline, ranks, n)):
+                order = order_of(pipeline, ranks, n)
+                assert order is not None
+                wanted = ideal_bubble(pipeline, ranks, n)
+                shares = idle_shares(order, ranks * pipeline.local_stages)
+                assert shares == pytest.approx([wanted] * ranks), (pipeline, n)
+                seen += 1
+    assert seen >= 5
+
+
+def test_the_textbook_bubble_of_1f1b_and_gpipe() -> None:
+    """Narayanan et al. 2021: (p-1)/m of the ideal time, so 3/7 of the whole at p = 4, m = 4."""
+    for name in ("1f1b", "gpipe"):
+        pipeline = PipelineConfig(PipelineSchedule(name))
+        assert ideal_bubble(pipeline, 4, 4) == pytest.approx(3 / 7)
+        assert ideal_bubble(pipeline, 2, 8) == pytest.approx(1 / 9)
 
 
 @pytest.mark.slow
