@@ -22,8 +22,7 @@ from experiments.ranks import ROOT
 from experiments.yardstick import Shape
 from minigpt.config import ModelConfig
 from parallel.layout import Layout, Options
-from simulator.formula import payload_bytes
-from simulator.step import Step
+from simulator.communication import payload_bytes
 
 SHAPES = {"S": Shape(4, 4, 128, 64, 12), "L": Shape(6, 6, 384, 256, 8)}
 ROUNDS = {"S": 70, "L": 10}
@@ -189,7 +188,7 @@ def agreement() -> list[str]:
 
 
 def bytes_sent() -> list[str]:
-    """Measured payloads of short runs against simulator/formula.py."""
+    """Measured payloads of short runs against simulator/communication.py."""
     head = ("layout", "collective", "axis", "dtype", "measured", "closed form", "difference")
     lines = [table(*head), rule(len(head))]
     for layout in DATA_LAYOUTS:
@@ -199,7 +198,7 @@ def bytes_sent() -> list[str]:
             quick = ("steps=7", "sample.tokens=0", "validation.batches=0", "run.save=false")
             launch(*axes, *quick, f"run.dir={name}/run")
             rows = ledgers.read(Path(name) / "run" / "ledger.json")["step"]["communication"]
-        wanted = payload_bytes(Step(ModelConfig(), layout, Options()))
+        wanted = payload_bytes(ModelConfig(), layout, Options())
         measured = {(r["collective"], r["axis"], r["dtype"]): r["payload_bytes"] for r in rows}
         for key in sorted(wanted.keys() | measured.keys()):
             found, expected = measured.get(key, 0), wanted.get(key, 0)
@@ -229,7 +228,7 @@ PARTS = (
     ),
     (
         "Bytes",
-        "Payloads of one step of the default model, measured and by simulator/formula.py.",
+        "Payloads of one step of the default model, measured and by simulator/communication.py.",
         bytes_sent,
     ),
 )

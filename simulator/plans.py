@@ -66,6 +66,10 @@ class Plans:
     numerics: Numerics = Numerics()
     flash: bool = True  # attention never keeps its T x T matrix
     clipped: bool = True  # a gradient norm is taken
+    split: tuple[int, ...] | None = None  # blocks of each stage, for all plans; None: balanced
+    # zero_stage=1 by reduce_scatter and all_gather, as Megatron-LM does it. Together with pp, tp or
+    # ep, where this program has no zero_stage=1, it is always so
+    distributed_optimizer: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, layout: Layout, options: Options, **changes: Any) -> Plans:
@@ -82,7 +86,9 @@ class Plans:
             "local_stages": options.pipeline.local_stages if layout.pp > 1 else 1,
         }
         arrays: dict[str, Any] = {name: np.array([value]) for name, value in single.items()}
-        return cls(model, options.seq_len, **arrays, **changes)
+        split = options.pipeline.split
+        given: dict[str, Any] = {"split": tuple(split) if split and layout.pp > 1 else None}
+        return cls(model, options.seq_len, **arrays, **{**given, **changes})
 
     @classmethod
     def product(

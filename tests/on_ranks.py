@@ -32,6 +32,11 @@ def make(config: TrainConfig) -> tuple[Trainer, list]:
 
 def payloads(configs: list[TrainConfig]) -> list[dict[Key, int]]:
     """Payload bytes of the third step of each run, by collective, axis and dtype."""
+    return [{key: size for key, (_, size) in sent.items()} for sent in messages(configs)]
+
+
+def messages(configs: list[TrainConfig]) -> list[dict[Key, tuple[int, int]]]:
+    """Calls and payload bytes of the third step of each run, by collective, axis and dtype."""
     measured = []
     for config in configs:
         trainer, micro_batches = make(config)
@@ -40,10 +45,12 @@ def payloads(configs: list[TrainConfig]) -> list[dict[Key, int]]:
         with recorded() as meter:
             trainer.step(micro_batches)
         rows = rows_of(meter.calls, trainer.replica.mesh.axis_of_ranks())
-        sent: Counter[Key] = Counter()
+        calls, sent = Counter[Key](), Counter[Key]()
         for row in rows:  # an axis may have groups of several sizes
-            sent[row["collective"], row["axis"], row["dtype"]] += row["payload_bytes"]
-        measured.append(dict(sent))
+            key = row["collective"], row["axis"], row["dtype"]
+            calls[key] += row["calls"]
+            sent[key] += row["payload_bytes"]
+        measured.append({key: (calls[key], sent[key]) for key in sent})
     return measured
 
 

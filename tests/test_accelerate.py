@@ -20,8 +20,7 @@ from experiments.parity import VARIANTS, Trajectory, compare, make_config, traje
 from experiments.ranks import run_ranks
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, Impl, Layout, Precision
-from simulator.formula import payload_bytes
-from simulator.step import Step
+from simulator.communication import payload_bytes
 from tests.configs import compose
 from tests.launching import ROOT, SMALL, environment, launch, only_run
 from tests.on_ranks import Key, payloads
@@ -117,7 +116,7 @@ def single(changes: dict[str, Any]) -> TrainConfig:
 
 
 def sent(config: TrainConfig) -> dict[Key, int]:
-    return payload_bytes(Step(config.model, config.layout, config.options, config.clip is not None))
+    return payload_bytes(config.model, config.layout, config.options, config.clip is not None)
 
 
 @needs_accelerate

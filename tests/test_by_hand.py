@@ -24,8 +24,7 @@ from parallel.layout import (
     PipelineSchedule,
     Precision,
 )
-from simulator.formula import payload_bytes
-from simulator.step import Step
+from simulator.communication import payload_bytes
 from tests.by_hand_on_ranks import (
     Key,
     beginnings,
@@ -154,7 +153,7 @@ def closed_form(strategy: str, config: TrainConfig, rank: int) -> dict[Key, int]
     sent: Counter[Key] = Counter({("all_reduce", axis, "float64"): 16})
     fp32 = {kind: (kind, axis, "float32") for kind in COLLECTIVES}
     if strategy in ("fsdp", "zero2"):
-        sent = Counter(payload_bytes(Step(model, config.layout, config.options, clipped)))
+        sent = Counter(payload_bytes(model, config.layout, config.options, clipped))
     if strategy in ("ddp", "zero1"):
         sent[fp32["all_reduce"]] = 4 * model.parameters
     if strategy == "zero1":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments.config import TrainConfig
@@ -12,9 +13,11 @@ from experiments.matrix import PLANS
 from experiments.ranks import run_ranks
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options, Precision
-from simulator.formula import payload_bytes
-from simulator.step import Step, padded_size
-from tests.on_ranks import every_collective, payloads
+from simulator.communication import exact, messages, payload_bytes
+from simulator.plans import Plans
+from simulator.shapes import padded, weights_of
+from tests import on_ranks
+from tests.on_ranks import every_collective
 
 pytestmark = pytest.mark.slow
 
@@ -38,16 +41,20 @@ OTHERS: list[dict[str, Any]] = [
 WORLD_SIZES = (2, 4, 8)
 
 
-def has_closed_form(config: TrainConfig) -> bool:
-    """Not where the order of a schedule decides, nor where tokens choose their experts freely."""
-    order = config.zero_stage == 3 and config.layout.dp_shard > 1 and config.layout.pp > 1
-    free = config.layout.ep > 1 and config.model.capacity_factor is None
-    return not free and not (order and not config.pipeline.one_stage_a_rank)
+def plans_of(config: TrainConfig) -> Plans:
+    clipped = config.clip is not None
+    return Plans.of(config.model, config.layout, config.options, clipped=clipped)
+
+
+def closed_form(config: TrainConfig, place: int) -> dict[on_ranks.Key, tuple[int, int]]:
+    """Calls and payload bytes of one plan."""
+    sent = messages(plans_of(config), place)
+    return {key: (int(of.calls[0]), int(of.payload_bytes[0])) for key, of in sent.items()}
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_payloads_are_the_closed_form_to_the_byte(world_size: int) -> None:
-    """Every plan of docs/parity.md, on every rank."""
+def test_messages_are_the_closed_form_to_the_byte(world_size: int) -> None:
+    """Every plan of docs/parity.md, on every rank: how many messages, and their payloads."""
     configs = []
     plans = [p for p in PLANS if p.layout.world_size == world_size and "impl" not in p.changes]
     for i, plan in enumerate(plans[:2] if world_size == 8 else plans):  # eight ranks are slow
@@ -55,25 +62,27 @@ def test_payloads_are_the_closed_form_to_the_byte(world_size: int) -> None:
         for change in CHANGES if plan in DATA else others:
             with suppress(ValueError):  # what the rules refuse
                 configs.append(plan.config(change))
-    configs = [config for config in configs if has_closed_form(config)]
+    configs = [config for config in configs if exact(plans_of(config)).all()]
     assert len(configs) >= 2
-    for rank, measured in enumerate(run_ranks(world_size, payloads, configs, timeout_s=900)):
+    for rank, measured in enumerate(
+        run_ranks(world_size, on_ranks.messages, configs, timeout_s=900)
+    ):
         for config, sent in zip(configs, measured, strict=True):
             place = rank // (world_size // config.layout.pp)
-            clipped = config.clip is not None
-            step = Step(config.model, config.layout, config.options, clipped, place)
-            assert sent == payload_bytes(step), (rank, config)
+            assert sent == closed_form(config, place), (rank, config)
 
 
 def test_ddp_sends_four_bytes_a_parameter() -> None:
     model = ModelConfig()
-    sent = payload_bytes(Step(model, Layout(dp_replicate=2), Options()))
+    sent = payload_bytes(model, Layout(dp_replicate=2), Options())
     assert sent["all_reduce", "dp_replicate", "float32"] == 4 * model.parameters
 
 
 def test_padding_is_to_a_multiple_of_the_ranks() -> None:
-    assert padded_size([(5, 3), (4,)], 2) == 6 * 3 + 4
-    assert padded_size([(5, 3), (4,)], 1) == 15 + 4
+    plan = Plans.of(ModelConfig(), Layout(), Options())
+    weights = weights_of({"a.weight": (5, 3), "a.bias": (4,)})
+    for n, numbers in ((2, 6 * 3 + 4), (1, 15 + 4)):
+        assert padded(weights, plan, np.array([n])).tolist() == [numbers]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from experiments.ranks import run_ranks
-from simulator.formula import expert_payload_bytes
+from parallel.layout import Layout, Options
+from simulator.communication import payload_bytes
 from tests.experts_on_ranks import (
     CAPACITIES,
     Outcome,
@@ -41,7 +44,11 @@ def test_experts_on_other_ranks_give_the_single_process_results(world_size: int)
 def check_bytes(capacity: float | None, ranks: list[Outcome], batch: int) -> None:
     """To the byte: of each rank under a capacity, else of all ranks together."""
     config = make_moe(capacity_factor=capacity).config
-    wanted = expert_payload_bytes(config, batch, seq_len=16)
+    layout = Layout(dp_replicate=len(ranks), ep=len(ranks))
+    options = Options(micro_batch_size=batch, seq_len=16)
+    of_step = payload_bytes(replace(config, n_layer=1), layout, options)
+    wanted = {dtype: size for (_, axis, dtype), size in of_step.items() if axis == "ep"}
+    wanted["float32"] -= 4  # for the norm
     sent = [part.payload_bytes for part in ranks]
     if capacity is not None:
         assert sent == [wanted] * len(ranks)
