@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from parallel.layout import PipelineConfig
-from simulator.schedules import Order, order_of
+from simulator.schedules import order_of
 
 Step = tuple[str, int, int]
 Steps = list[Step]
