@@ -25,7 +25,7 @@ class EventTimes:
         launches take (Williams et al. 2009, Roofline)."""
         if work.seconds is not None:
             return work.seconds
-        key = (work.flops, work.bytes, work.dtype, work.shape, work.operators)
+        key = (work.flops, work.bytes, work.dtype, work.shape, work.operators, work.name)
         if key not in self.works:
             self.works[key] = self._work(work)
         return self.works[key]
@@ -38,6 +38,9 @@ class EventTimes:
             # the time that a kernel needs to fill, for each dimension (simulator/estimate.py)
             slow = 1 + share.half_size * sum(1 / size for size in work.shape[1:] if size)
             products = work.flops / peak * slow
+        if work.name == "attention" or "scaled_dot_product" in work.name:
+            # counted in full, and a causal kernel leaves half out (simulator/estimate.py)
+            products = work.flops / 2 / (device.flops("bf16") * share.attention)
         moved = work.bytes / (device.memory_bandwidth * share.memory)
         return max(products, moved, work.operators * self.cluster.operator_overhead)
 
