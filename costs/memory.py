@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +88,19 @@ class MemoryMeter(TorchDispatchMode):
             for tensor in tensors_in(list(state.values())):
                 self._add(tensor, "optimizer")
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around a part of the step: what forward and backward make are activations."""
+        self.default = "activations" if name == "forward_backward" else "other"
+        yield
+        self.default = "other"
+        self.look()
+
+    def sent(self, tensors: Iterable[Tensor]) -> None:
+        """What a message reads or writes."""
+        for tensor in tensors:
+            self._add(tensor, "communication")
+
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
@@ -96,8 +110,7 @@ class MemoryMeter(TorchDispatchMode):
         name = func.name()
         message = func.namespace in ("c10d", "_c10d_functional") or name.startswith(FSDP_COPIES)
         if message:
-            for tensor in tensors_in([*args, *(kwargs or {}).values()]):
-                self._add(tensor, "communication")
+            self.sent(tensors_in([*args, *(kwargs or {}).values()]))
         for tensor in tensors_in(out):
             self._add(tensor, "communication" if message else self.default)
         return out

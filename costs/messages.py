@@ -26,8 +26,8 @@ class Call:
     payload_bytes: int
     start: float
     end: float | None = None  # None: not yet over
-    phase: str = "other"  # of costs.program.PHASES
     peer: int | None = None  # global rank of the other end of a send or recv
+    phase: str = "other"  # of costs.program.PHASES
 
     @property
     def is_control(self) -> bool:
@@ -86,6 +86,12 @@ def gloo_bytes(collective: str, payload_bytes: int, group_size: int) -> int:
     return wire_bytes(ring, payload_bytes, group_size)
 
 
+def axis_of(call: Call, axis_of_ranks: dict[frozenset[int], str]) -> str:
+    """The axis that a call's group was made for, or else that its ranks stand for."""
+    unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
+    return call.axis or axis_of_ranks.get(call.ranks, unnamed)
+
+
 def rows_of(calls: list[Call], axis_of_ranks: dict[frozenset[int], str]) -> list[Row]:
     """Sum calls up by (collective, axis, group size, dtype, phase), in the order of their first.
 
@@ -94,8 +100,7 @@ def rows_of(calls: list[Call], axis_of_ranks: dict[frozenset[int], str]) -> list
     grouped: dict[tuple, list[Call]] = defaultdict(list)
     for call in calls:
         if len(call.ranks) > 1 and not call.is_control:
-            unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
-            axis = call.axis or axis_of_ranks.get(call.ranks, unnamed)
+            axis = axis_of(call, axis_of_ranks)
             grouped[call.collective, axis, len(call.ranks), call.dtype, call.phase].append(call)
     return [_row(key, same) for key, same in grouped.items()]
 

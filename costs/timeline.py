@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from costs.ledger import wire_bytes
-from costs.messages import Call
+from costs.messages import Call, axis_of
 from costs.program import Event, Message, Program, Wait, Work
 from costs.timing import MESSAGE_KINDS, Action, Interval, StepRecord, intersection
 from costs.trace import COMMUNICATION, COMPUTE, STEP, WAIT, Slice
@@ -37,8 +37,7 @@ class Transfer:
 def name_axes(record: StepRecord, axis_of_ranks: dict[frozenset[int], str]) -> None:
     """Write into each call the mesh axis that its group stands for, which its own rank knows."""
     for call in record.calls:
-        unnamed = "ranks " + ",".join(map(str, sorted(call.ranks)))
-        call.axis = call.axis or axis_of_ranks.get(call.ranks, unnamed)
+        call.axis = axis_of(call, axis_of_ranks)
 
 
 def transfers(records: Sequence[StepRecord]) -> list[list[Transfer]]:

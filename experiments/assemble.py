@@ -17,15 +17,12 @@ from experiments.environment import Rank, rendezvous
 from experiments.run_folder import Launched, make_folder, write_config
 from minigpt.corpus import Corpus
 from minigpt.data import Batches
-from minigpt.optimizer import build_optimizer, learning_rate, set_learning_rate
-from parallel.layout import Precision
+from minigpt.optimizer import learning_rate, set_learning_rate
 from parallel.mesh import Mesh, join
 from parallel.parallelize import parallelize
 from parallel.passes import MicroBatch
-from parallel.precision import LossScaler
-from parallel.replica import Replica
 from parallel.step import Trainer
-from parallel.strategies import strategies
+from parallel.training import trainer_of
 
 
 def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
@@ -70,24 +67,7 @@ def make_trainer(config: TrainConfig, mesh: Mesh) -> Trainer:
     """The model under its layout, with its optimiser: the same initial weights for every layout."""
     torch.manual_seed(dropout_seed(config, mesh))
     replica = parallelize(config.model, mesh, config.options, config.seed)
-    return Trainer(
-        replica,
-        make_optimizer(replica, config),
-        micro_batch_tokens=config.micro_batch_size * config.seq_len,
-        accumulation=config.gradient_accumulation_steps,
-        clip=config.clip,
-        scaler=LossScaler() if config.precision == Precision.fp16 else None,
-    )
-
-
-def make_optimizer(replica: Replica, config: TrainConfig) -> torch.optim.Optimizer:
-    """The update rule over this rank's weights; ZeRO's first stage shares the work out."""
-    shards = replica.mesh.data("shard")
-    if config.zero_stage == 1 and shards is not None:
-        group = shards.get_group()
-        shard = strategies(config.impl).sharded_optimizer
-        return shard(replica.named_parameters(), config.optimizer, group)
-    return build_optimizer(replica.named_parameters(), config.optimizer)
+    return trainer_of(replica, config.optimizer, config.options, config.clip)
 
 
 def dropout_seed(config: TrainConfig, mesh: Mesh) -> int:

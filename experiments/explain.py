@@ -12,7 +12,8 @@ from experiments.metering import flops_per_token, hardware_flops_per_token
 from parallel.layout import ActivationCheckpointing, Impl
 from simulator.explain import LETTERS, Case, Key, formulas
 
-FLOPS_LETTERS = {"N": "weights that a token is multiplied with", "T": "tokens of a sequence"}
+OF_ALL = "weights that a token is multiplied with, L and T of the whole model and a whole sequence"
+FLOPS_LETTERS = {"N": OF_ALL}
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,8 @@ class Meters:
     @contextmanager
     def _phase_looked_at(self, name: str) -> Iterator[None]:
         assert self.memory_meter
-        self.memory_meter.default = "activations" if name == "forward_backward" else "other"
-        with self.timer.phase(name):
+        with self.memory_meter.phase(name), self.timer.phase(name):
             yield
-        self.memory_meter.default = "other"
-        self.memory_meter.look()
 
     def _looking(self, index: int) -> AbstractContextManager | None:
         """What looks at every operator of step `index`; None for nearly all steps.

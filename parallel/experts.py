@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from minigpt.experts import Experts, MoE, place
+from minigpt.experts import Experts, MoE, on_host, place
 from parallel.gradients import local
 from parallel.layout import Options
 from parallel.mesh import Mesh
@@ -137,11 +137,13 @@ class Exchange:
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
         arriving = arriving.view(self.ranks, -1)  # (n, E/n): from each rank, for each of my experts
-        sent, received = counts.view(self.ranks, -1).sum(1).tolist(), arriving.sum(1).tolist()
+        sent = on_host(counts.view(self.ranks, -1).sum(1), len(rows))
+        received = on_host(arriving.sum(1), len(rows))
         arrived = all_to_all(rows, sent, received, self.group)
         # they come sorted by rank, then by expert; the experts want all ranks' of one together
         mine = torch.arange(arriving.shape[1], device=rows.device).repeat(self.ranks)
-        slot = place(mine.repeat_interleave(arriving.flatten())[None])[0]
+        expert = mine.repeat_interleave(arriving.flatten(), output_size=sum(received))
+        slot = place(expert[None])[0]
         sorted_rows = torch.empty_like(arrived).index_copy(0, slot, arrived)
         done = experts(sorted_rows, arriving.sum(0)).index_select(0, slot)
         return all_to_all(done, received, sent, self.group)

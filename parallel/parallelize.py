@@ -30,10 +30,18 @@ from parallel.precision import DTYPES, autocast
 from parallel.replica import Replica, as_it_is
 from parallel.strategies import strategies
 
+Fill = Callable[[GPT], None]  # gives a model on the meta device its memory and its first weights
 
-def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) -> Replica:
-    """Build the model for this rank, with the same initial weights for every layout."""
+
+def parallelize(
+    config: ModelConfig, mesh: Mesh, options: Options, seed: int, fill: Fill | None = None
+) -> Replica:
+    """Build the model for this rank, with the same initial weights for every layout.
+
+    `fill` defaults to `fill_weights`; a trace, which has no memory, brings its own.
+    """
     layout = mesh.layout
+    fill = fill or partial(fill_weights, mesh=mesh, seed=seed)
     stages = split_model(config, mesh, options) if layout.pp > 1 else {0: whole_model(config)}
     for stage in stages.values():
         apply_inside(stage, mesh, options)
@@ -41,10 +49,8 @@ def parallelize(config: ModelConfig, mesh: Mesh, options: Options, seed: int) ->
         from parallel.through_accelerate import apply_accelerate  # a package that may not be there
 
         whole = stages[0]
-        return Replica(
-            [whole], mesh, apply_accelerate(whole, mesh, options, lambda: fill(whole, mesh, seed))
-        )
-    outside = [apply_data_axes(stage, mesh, options, seed) for stage in stages.values()]
+        return Replica([whole], mesh, apply_accelerate(whole, mesh, options, partial(fill, whole)))
+    outside = [apply_data_axes(stage, mesh, options, fill) for stage in stages.values()]
     passes = make_passes(stages, outside, mesh, options)
 
     def take(micro_batch: MicroBatch) -> MicroBatch:
@@ -118,7 +124,7 @@ class Outside(NamedTuple):
     has_policy: bool  # weights have a precision policy of their own; else it is for autocast
 
 
-def apply_data_axes(stage: GPT, mesh: Mesh, options: Options, seed: int) -> Outside:
+def apply_data_axes(stage: GPT, mesh: Mesh, options: Options, fill: Fill) -> Outside:
     """Shard or replicate a stage and fill it."""
     layout, by = mesh.layout, strategies(options.impl)
     ranks = mesh.data("replicate", "shard")
@@ -130,16 +136,16 @@ def apply_data_axes(stage: GPT, mesh: Mesh, options: Options, seed: int) -> Outs
         if layout.ep > 1:
             apply = partial(apply, leave=apply_data_axes_to_experts(stage, mesh, options))
         switch = apply(stage, stage.blocks, ranks, options.precision)
-        fill(stage, mesh, seed)
+        fill(stage)
         return Outside(stage, switch, True)
-    fill(stage, mesh, seed)
+    fill(stage)
     if ranks is not None:
         call, switch = by.apply_ddp(stage, ranks, mesh.device)
         return Outside(call, switch, has_policy=False)
     return Outside(stage, lambda on: None, has_policy=False)
 
 
-def fill(model: GPT, mesh: Mesh, seed: int) -> None:
+def fill_weights(model: GPT, mesh: Mesh, seed: int) -> None:
     """Give a model on the meta device its memory and its initial weights.
 
     A sharded parameter is made whole on the host, one at a time, and cut: no rank ever holds the

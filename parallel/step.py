@@ -78,7 +78,7 @@ class Trainer:
 
     def _update(self, totals: Tensor) -> Result:
         """Correct, clip and apply the gradients, given the totals over all ranks."""
-        loss_sum, count = totals.tolist()
+        loss_sum, count = self._read(totals)
         if count == 0:
             raise ValueError("the global batch has no valid target: every token is ignored")
         loss = loss_sum / count
@@ -101,6 +101,11 @@ class Trainer:
         if self.scaler:
             self.scaler.update(finite=True)
         return Result(loss, int(count), norm, skipped=False)
+
+    def _read(self, totals: Tensor) -> tuple[float, float]:
+        """The totals as numbers: the host waits for the device. A trace overrides it."""
+        loss_sum, count = totals.tolist()
+        return loss_sum, count
 
     @property
     def _scale(self) -> float:

@@ -2,13 +2,15 @@
 
 The values are those of the closed forms. The symbols, which are in LETTERS, say where they come
 from: the terms of one kind of message (collective, axis, dtype) are separated by " + ", and each
-has its name in front. Sources of the formulas: simulator/formula.py.
+has its name in front. Sources of the formulas: simulator/communication.py,
+simulator/data_messages.py.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from minigpt.config import ModelConfig
 from parallel.layout import (
@@ -19,8 +21,10 @@ from parallel.layout import (
     expert_axes,
     weights_axes,
 )
-from simulator.formula import payload_bytes
-from simulator.step import Step
+from simulator.communication import payload_bytes
+from simulator.plans import Plans
+from simulator.sending import DTYPE_NAMES, ITEM_BYTES
+from simulator.shapes import Rank
 
 Key = tuple[str, str, str]  # collective, axis, dtype
 LETTERS = {
@@ -49,9 +53,16 @@ class Case:
     clipped: bool = True
     pp_rank: int = 0
 
+    @cached_property
+    def rank(self) -> Rank:
+        plan = Plans.of(self.model, self.layout, self.options, clipped=self.clipped)
+        return Rank(plan, self.pp_rank)
+
     def payload_bytes(self) -> dict[Key, int]:
-        """The closed form, by collective, axis and dtype. Raises ValueError where there is none."""
-        return payload_bytes(self._step)
+        """The closed form, by collective, axis and dtype."""
+        return payload_bytes(
+            self.model, self.layout, self.options, clipped=self.clipped, place=self.pp_rank
+        )
 
     @property
     def unknown(self) -> str | None:
@@ -63,16 +74,17 @@ class Case:
     @property
     def low(self) -> tuple[str, int]:
         """Name and bytes of the dtype that matmuls run in."""
-        return self._step.low
+        precision = self.options.precision
+        return DTYPE_NAMES[precision], ITEM_BYTES[precision]
 
     @property
     def between(self) -> tuple[str, int]:
         """The same of what goes from block to block."""
-        return self._step.between
+        return self.low if self.rank.has_policy[0] else ("float32", 4)
 
     @property
     def sharded(self) -> bool:
-        return self._step.sharded
+        return bool(self.rank.sharded[0])
 
     @property
     def again(self) -> int:
@@ -81,15 +93,17 @@ class Case:
 
     @property
     def stages(self) -> list[int]:
-        return self._step.stages
+        return [int(self.rank.stage(lap)[0]) for lap in range(int(self.rank.local_stages[0]))]
 
     @property
     def last_stage(self) -> int:
-        return self._step.stage_count - 1
+        return int(self.rank.stage_count[0]) - 1
 
     @property
-    def _step(self) -> Step:
-        return Step(self.model, self.layout, self.options, self.clipped, self.pp_rank)
+    def by_order(self) -> bool:
+        """Gathered weights come and go in the order of a schedule with several stages a rank."""
+        several = self.layout.pp > 1 and len(self.stages) > 1
+        return several and self.options.zero_stage == 3
 
 
 @dataclass
@@ -132,7 +146,9 @@ def _data(terms: Terms) -> None:
             terms.add("broadcast", shards, "float32", "weights", "4 P")
         return
     (low, item), keep = case.low, case.options.zero_stage == 2
-    if case.layout.pp > 1:  # a pipeline keeps gathered weights from a backward to the last one
+    if case.by_order:
+        gathered = "(R + times of the schedule W)"
+    elif case.layout.pp > 1:  # a pipeline keeps gathered weights from a backward to the last one
         gathered = "P" if keep else "(R + (m + 1) W)"
     else:
         gathered = "m P" if keep else "m (R + 2 W)"
@@ -153,7 +169,8 @@ def _experts_data(terms: Terms) -> None:
     if n > 1:
         low, item = case.low
         keep, staged = case.options.zero_stage == 2, case.layout.pp > 1
-        times = ("" if keep else "(m + 1) ") if staged else ("m " if keep else "2 m ")
+        again = "times of the schedule " if case.by_order else "(m + 1) "
+        times = ("" if keep else again) if staged else ("m " if keep else "2 m ")
         terms.add("all_gather", shards, low, "experts", f"{item} {times}E")
         terms.add("reduce_scatter", shards, "float32", "gradients of experts", "4 E")
     for replicas, r in outer:
@@ -228,7 +245,7 @@ def _context(terms: Terms) -> None:
     if n == 1:
         return
     dtype, item = case.low
-    rounds = f"{n - 1} L m B T K H"
+    rounds = "(n - 1) L m B T K H"
     for collective in ("send", "recv"):
         blocks = f"{2 * (2 + case.again) * item} {rounds}"
         terms.add(collective, "cp", dtype, "keys and values", blocks)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from costs.communication import Call
+from costs.messages import Call
 from costs.program import Message, Wait, Work
 from costs.timeline import bubbles, name_axes, program_of, slices_of, transfers, warped
 from costs.timing import Action, StepRecord

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from costs.ledger import MEMORY_PARTS, TIME_PARTS
@@ -15,7 +17,8 @@ from experiments.config import TrainConfig
 from experiments.parity import make_config
 from experiments.ranks import run_ranks
 from parallel.layout import Impl, Layout, PipelineConfig, PipelineSchedule
-from simulator.step import Step
+from simulator.plans import Plans
+from simulator.shapes import Rank, weights_of
 from tests.on_ranks import step_costs
 from tests.test_timeline import nesting_fault
 from tests.trace_on_ranks import offset_of_a_clock_that_is_ahead, traced
@@ -211,23 +214,16 @@ def test_what_a_pipeline_and_tp_hold_is_what_textbooks_say() -> None:
         assert longer == pytest.approx(in_turn, rel=0.02)
         assert gpipe - in_turn == pytest.approx((4 - (2 - rank)) * one, abs=0.3 * one)
         memory = steps[4]["memory_bytes"]
-        step, whole = Step(tp.model, tp.layout, tp.options), tp.model.block_shapes
-        assert numbers(step.block) * tp.model.n_layer + numbers(step.outer(0)) == (
-            memory["parameters"] / 4
+        plan, whole = Plans.of(tp.model, tp.layout, tp.options), tp.model.block_shapes
+        local = Rank(plan)
+        one = np.ones(1, dtype=np.int64)
+        assert (
+            4 * (local.layers * local.of_block(one) + local.of_outer(one)) == memory["parameters"]
         )
         steps_of_adamw = memory["optimizer"] - 2 * memory["parameters"]
         assert 0 < steps_of_adamw < 400
-        cut = [name for name in whole if name.endswith(("out.weight", "up.weight", "q.weight"))]
-        assert len(cut) == 3
-        for name in cut:
-            assert numbers({name: whole[name]}) == 2 * numbers({name: step.block[name]})
-
-
-def numbers(shapes: dict[str, tuple[int, ...]]) -> int:
-    total = 0
-    for shape in shapes.values():
-        size = 1
-        for side in shape:
-            size *= side
-        total += size
-    return total
+        cut = [w for w in weights_of(whole) if w.name.endswith(("out.weight", "up.weight"))]
+        assert len(cut) == 2
+        for weight in cut:
+            rows, width = weight.local(plan)
+            assert 2 * rows * width == math.prod(weight.shape)

@@ -1,0 +1,119 @@
+"""One rank's step of any layout, traced: the model and the strategies that train, and no memory.
+
+The very code of parallel/ runs as one rank of N on fake tensors in a world where nobody else is
+(simulator/silent_world.py). What comes out is what a run measures, but for times: every operator,
+every message, memory by category, flops. The step is one that has others before it: the optimizer
+has its state, and DDP, which makes its final buckets in the second step, has those.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from costs.memory import MemoryMeter
+from costs.messages import Row, rows_of
+from costs.program import Program, Work
+from minigpt.config import ModelConfig, OptimizerConfig
+from parallel.layout import Impl, Layout, Options
+from parallel.parallelize import parallelize
+from parallel.passes import MicroBatch
+from parallel.step import Trainer
+from parallel.training import trainer_of
+from parallel.zero1 import state_of
+from simulator.silent_world import filling, heard, replaced, silent_world
+from simulator.trace_recorder import Recorder
+
+LR = 1e-3  # any: nothing is learned
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One rank's step."""
+
+    program: Program  # times are not known: the replay fills them
+    rows: list[Row]  # as a ledger's `communication`
+    memory_bytes: dict[str, int]  # as a ledger's
+    flops: int  # that ran: `hardware` of a ledger
+
+
+class TracedTrainer(Trainer):
+    """Assumes that every target counts, since there are none to look at."""
+
+    def _read(self, totals: Tensor) -> tuple[float, float]:
+        ranks = self.replica.mesh.layout.data_parallel
+        return 1.0, float(self.micro_batch_tokens * self.accumulation * ranks)
+
+
+def trace(
+    model: ModelConfig,
+    layout: Layout,
+    options: Options,
+    rank: int = 0,
+    optimizer: OptimizerConfig | None = None,
+    clip: float | None = 1.0,
+) -> Traced:
+    """The optimiser step of `rank`, in a plan that parallel.rules lets pass.
+
+    Dropless experts are assumed to get even shares, gradients to be clipped where `clip` is set.
+    Raises ValueError for what cannot be traced, RuntimeError in a process that is in a process
+    group: the caller starts one of its own.
+    """
+    if options.impl == Impl.accelerate or options.compile:
+        what = "compile=true" if options.compile else "impl=accelerate"
+        raise ValueError(f"{what}: cannot be traced; the default can")
+    optimizer = optimizer or OptimizerConfig(lr=LR)
+    with silent_world(layout, rank) as (mesh, mode):
+        replica = parallelize(model, mesh, options, seed=0, fill=filling(mode))
+        with mode:
+            trainer = trainer_of(replica, optimizer, options, clip, TracedTrainer)
+            call = getattr(replica.passes, "call", None)
+            for _ in range(2 if isinstance(call, DistributedDataParallel) else 1):
+                trainer.step(batch(options))
+            return record(trainer, options)
+
+
+def batch(options: Options) -> list[MicroBatch]:
+    """Micro-batches of the right shapes."""
+    shape = (options.micro_batch_size, options.seq_len)
+    return [
+        (torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64))
+        for _ in range(options.micro_batches)
+    ]
+
+
+def record(trainer: Trainer, options: Options) -> Traced:
+    """One step of a trainer in a silent world."""
+    mesh = trainer.replica.mesh
+    meter = MemoryMeter(trainer.replica, state_of(trainer.optimizer))
+    recorder = Recorder(mesh.axis_of_ranks(), meter)
+    trainer.marks = recorder
+    with ExitStack() as stack:
+        stack.enter_context(no_collector())
+        for method in recorder.of_stages():
+            stack.enter_context(replaced(*method))
+        for listening in (meter, recorder, heard(recorder)):
+            stack.enter_context(listening)
+        with recorder.phase("data"):
+            micro_batches = batch(options)
+        trainer.step(micro_batches)
+    flops = sum(event.flops for event in recorder.program if isinstance(event, Work))
+    rows = rows_of(recorder.calls, recorder.axis_of_ranks)
+    return Traced(recorder.program, rows, meter.result(), flops)
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Without Python's garbage collector, which would free memory at a moment of its own."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
