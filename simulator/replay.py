@@ -98,6 +98,7 @@ class _Replay:
         self.flights: dict[int, dict[int, tuple[Flight, float]]] = {rank: {} for rank in programs}
         self.times: dict[int, list] = {rank: [] for rank in programs}
         self.time_s = {rank: dict.fromkeys(("total", *TIME_PARTS), 0.0) for rank in programs}
+        self.idle: dict[int, dict[int, float]] = {rank: {} for rank in programs}
         self.ready = deque(sorted(programs))
 
     def run(self) -> Timeline:
@@ -110,7 +111,7 @@ class _Replay:
         }
         for rank, end in self.clock.items():
             self.time_s[rank]["total"] = end
-        return Timeline(self.programs, times, self.time_s)
+        return Timeline(self.programs, times, self.time_s, self.idle)
 
     def _advance(self, rank: int) -> None:
         """Go on with one rank until it waits for a message that some member has not handed over."""
@@ -140,19 +141,21 @@ class _Replay:
                     break
                 end = max(now, flight.start + seconds) + event.seconds
                 if end > now:
-                    self._count_wait(parts, flight, now, end)
+                    self.idle[rank][place] = self._count_wait(parts, flight, now, end)
                 times.append((now, end))
                 now = end
             place += 1
         self.clock[rank], self.place[rank] = now, place
 
-    def _count_wait(self, parts: dict[str, float], flight: Flight, now: float, end: float) -> None:
-        """A wait is bubble as long as another stage has not come, and else exposed."""
+    def _count_wait(self, parts: dict[str, float], flight: Flight, now: float, end: float) -> float:
+        """A wait is bubble as long as another stage has not come, and else exposed. Returns the
+        bubble."""
         late = 0.0
         if "pp" in flight.message.axis.split("*"):
             late = min(max(flight.handed - now, 0.0), end - now)
         parts["bubble"] += late
         parts["exposed_communication"] += end - now - late
+        return late
 
     def _hand_over(
         self, rank: int, place: int, message: Message, now: float

@@ -18,12 +18,14 @@ class Timeline:
     """What a replay found. Seconds from the start of the step.
 
     `times`: start and end of every event of a rank's program; of a Wait, how long it held the rank.
-    `time_s`: each rank's parts as in a ledger; they add up to when the rank was done.
+    `time_s`: each rank's parts as in a ledger; they add up to when the rank was done. `idle`: by
+    place in the program, the part of a Wait that is bubble.
     """
 
     programs: dict[int, Program]
     times: dict[int, list[Interval]]
     time_s: dict[int, dict[str, float]]
+    idle: dict[int, dict[int, float]]
 
     @property
     def total(self) -> float:
@@ -33,7 +35,8 @@ class Timeline:
     def slices(self, rank: int) -> Iterator[Slice]:
         """What to draw of one rank: its work, its waits, its messages; nothing of no length."""
         messages: dict[int, Message] = {}
-        for event, (start, end) in zip(self.programs[rank], self.times[rank], strict=True):
+        both = zip(self.programs[rank], self.times[rank], strict=True)
+        for place, (event, (start, end)) in enumerate(both):
             if isinstance(event, Message):
                 messages[event.number] = event
             if end <= start:
@@ -43,12 +46,23 @@ class Timeline:
                 kind = event.name or event.phase
                 yield Slice(rank, COMPUTE, kind, *span, event.stage, event.micro_batch)
             elif isinstance(event, Message):
-                place = (event.stage, event.micro_batch)
-                yield Slice(rank, COMMUNICATION, event.collective, *span, *place, _args(event))
+                made = Slice(rank, COMMUNICATION, event.collective, *span, args=_args(event))
+                made.stage, made.micro_batch = event.stage, event.micro_batch
+                yield made
             else:
                 waited = messages[event.number]
-                args = {"collective": waited.collective, "axis": waited.axis}
+                args: dict[str, Any] = {"collective": waited.collective, "axis": waited.axis}
+                args |= {"number": waited.number, "bubble_s": self.idle[rank][place]}
                 yield Slice(rank, COMPUTE, WAIT, *span, args=args)
+
+    def in_flight(self, rank: int) -> Iterator[tuple[Message, float]]:
+        """Each message of a rank, and how long after it was handed over it was over."""
+        now = 0.0
+        for event, (_, end) in zip(self.programs[rank], self.times[rank], strict=True):
+            if isinstance(event, Message):
+                yield event, end - now
+            else:
+                now = end
 
 
 def _args(message: Message) -> dict[str, Any]:

@@ -41,6 +41,15 @@ def order_of(pipeline: PipelineConfig, ranks: int, micro_batches: int) -> Order 
 
     Needs `nobody(ranks)`.
     """
+    schedule = schedule_of(pipeline, ranks, micro_batches)
+    if schedule is None:
+        return None
+    one = pipeline.one_stage_a_rank
+    return schedule._get_pipeline_order() if one else schedule.pipeline_order
+
+
+def schedule_of(pipeline: PipelineConfig, ranks: int, micro_batches: int) -> Any | None:
+    """torch's schedule object, rank 0's; None where torch refuses the number."""
     count = ranks * pipeline.local_stages
     tokens = torch.empty(1, 4, device="meta", requires_grad=True)
     stages = [
@@ -58,10 +67,9 @@ def order_of(pipeline: PipelineConfig, ranks: int, micro_batches: int) -> Order 
     kind: Any = of_torch.get_schedule_class(SCHEDULES[pipeline.schedule.value])
     one = pipeline.one_stage_a_rank
     try:
-        schedule = kind(stages[0] if one else stages, micro_batches, loss_fn=lambda *_: None)
+        return kind(stages[0] if one else stages, micro_batches, loss_fn=lambda *_: None)
     except ValueError:
         return None
-    return schedule._get_pipeline_order() if one else schedule.pipeline_order
 
 
 def flat(order: Order) -> Order:

@@ -1,0 +1,109 @@
+"""What one block of a plan computes for one micro-batch, product by product, and the head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from costs.program import Program, Work
+from minigpt.config import FFN, Attention, ModelConfig
+from parallel.layout import ActivationCheckpointing, Layout, Options
+from simulator.communication import expert_choices
+from simulator.programs import PHASE_OF_KIND
+from simulator.sending import DTYPE_NAMES, ITEM_BYTES
+
+# Bytes that a backward moves for each of the forward's: it reads what was kept and a gradient, and
+# writes a gradient
+BACKWARD_BYTES = 1.5
+
+
+@dataclass
+class BlockWork:
+    """`activation`: numbers of a micro-batch's activations on one rank, B T D.
+
+    Kinds are those of simulator/schedules.py: a backward has two products for each of the
+    forward's, one of them in each of its halves; what full checkpointing repeats comes before.
+    """
+
+    model: ModelConfig
+    layout: Layout
+    options: Options
+    activation: int
+
+    @property
+    def item(self) -> int:
+        return ITEM_BYTES[self.options.precision]
+
+    @cached_property
+    def products(self) -> list[tuple[str, int, int, int, int]]:
+        """Of a block's forward: name, batch, rows, inner, columns."""
+        m, o, tp = self.model, self.options, self.layout.tp
+        tokens, d, f = self.activation // m.d_model, m.d_model, m.ff_dim
+        kv = m.kv_heads * m.head_dim
+        batch, rows = 1, tokens
+        if m.ffn == FFN.moe:
+            batch = m.n_expert // self.layout.ep
+            rows = o.micro_batch_size * expert_choices(m, o.seq_len) // m.n_expert * self.layout.ep
+        up = f if m.ffn == FFN.gelu else 2 * f
+        sequence, part = o.seq_len, o.seq_len // self.layout.cp
+        attention = "attention" if m.attention == Attention.sdpa else "scores and values"
+        heads = o.micro_batch_size * m.n_head // tp
+        return [
+            ("q, k, v", 1, tokens, d, (d + 2 * kv) // tp),
+            (attention, 2 * heads, part, m.head_dim, sequence),
+            ("out", 1, tokens, d // tp, d),
+            ("up", batch, rows, d, up // tp),
+            ("down", batch, rows, f // tp, d),
+        ]
+
+    @cached_property
+    def elementwise_bytes(self) -> int:
+        """Of a block's forward: two norms and two residuals read and write B T D ten times in all,
+        the activation of the MLP reads what `up` gave and writes F."""
+        m, sp = self.model, self.options.sequence_parallel
+        whole = 10 * self.activation // (self.layout.tp if sp else 1)
+        _, batch, rows, inner, _ = self.products[4]
+        gated = m.ffn != FFN.gelu
+        return self.item * (whole + (3 if gated else 2) * batch * rows * inner)
+
+    def block(self, kind: str, stage: int, i: int) -> Program:
+        """The products and the element-wise operators of one block."""
+        full = self.options.activation_checkpointing in (
+            ActivationCheckpointing.full,
+            ActivationCheckpointing.offload,
+        )
+        again = full and kind in "BI"
+        times = {"F": 1, "B": 2, "I": 1, "W": 1}[kind] + again
+        moved = {"F": 1.0, "B": BACKWARD_BYTES, "I": BACKWARD_BYTES, "W": 0.0}[kind] + again
+        made: Program = [
+            self._product(name, kind, (times * batch, *shape), stage, i)
+            for name, batch, *shape in self.products
+        ]
+        phase = PHASE_OF_KIND[kind]
+        size = round(moved * self.elementwise_bytes)
+        made.append(Work(phase, "elementwise", bytes=size, stage=stage, micro_batch=i))
+        return made
+
+    def head(self, kind: str, stage: int, i: int) -> Work:
+        """Of the last stage: logits. The loss is left out."""
+        m = self.model
+        tokens = self.activation // m.d_model
+        times = 2 if kind == "B" else 1
+        shape = (times, tokens, m.d_model, m.vocab_size // self.layout.tp)
+        return self._product("head", kind, shape, stage, i)
+
+    def _product(self, name: str, kind: str, shape: tuple[int, ...], stage: int, i: int) -> Work:
+        batch, rows, inner, columns = shape
+        # a flash kernel keeps its T x T scores on the chip
+        given = 0 if name == "attention" else rows * columns
+        return Work(
+            PHASE_OF_KIND[kind],
+            name,
+            flops=2 * math.prod(shape),
+            bytes=self.item * batch * (rows * inner + inner * columns + given),
+            dtype=DTYPE_NAMES[self.options.precision],
+            shape=shape,
+            stage=stage,
+            micro_batch=i,
+        )

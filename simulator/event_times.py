@@ -1,0 +1,71 @@
+"""What an event of a program costs on a cluster: a roofline for work, alpha-beta for messages."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from costs.program import Message, Work
+from simulator import collectives
+from simulator.hardware import Cluster
+
+# Names of costs/program.py -> of a device's peaks; fp16 is as fast as bf16
+PEAKS = {"float32": "fp32", "float64": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+
+
+class EventTimes:
+    """Seconds of each event. Alike events are priced once."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.works: dict[tuple, float] = {}
+        self.messages: dict[tuple, float] = {}
+
+    def work(self, work: Work) -> float:
+        """As measured; where it was not, the longest of what its products, its bytes and the host's
+        launches take (Williams et al. 2009, Roofline)."""
+        if work.seconds is not None:
+            return work.seconds
+        key = (work.flops, work.bytes, work.dtype, work.shape, work.operators, work.name)
+        if key not in self.works:
+            self.works[key] = self._work(work)
+        return self.works[key]
+
+    def _work(self, work: Work) -> float:
+        device, share = self.cluster.device, self.cluster.device.efficiency
+        products = 0.0
+        if work.flops:
+            peak = device.flops(PEAKS.get(work.dtype, "fp32")) * share.matmul
+            # the time that a kernel needs to fill, for each dimension (simulator/estimate.py)
+            slow = 1 + share.half_size * sum(1 / size for size in work.shape[1:] if size)
+            products = work.flops / peak * slow
+        if work.name == "attention" or "scaled_dot_product" in work.name:
+            # counted in full, and a causal kernel leaves half out (simulator/estimate.py)
+            products = work.flops / 2 / (device.flops("bf16") * share.attention)
+        moved = work.bytes / (device.memory_bandwidth * share.memory)
+        return max(products, moved, work.operators * self.cluster.operator_overhead)
+
+    def message(self, message: Message) -> float:
+        """Of the model (simulator/collectives.py), whatever was measured on another network."""
+        key = (message.collective, message.payload_bytes, message.ranks)
+        if key not in self.messages:
+            nodes = Counter(rank // self.cluster.node_size for rank in message.ranks)
+            group = collectives.Group(len(message.ranks), max(nodes.values()))
+            priced = collectives.seconds(
+                message.collective, message.payload_bytes, group, self.cluster
+            )
+            self.messages[key] = float(priced)
+        return self.messages[key]
+
+
+def measured_work(work: Work) -> float:
+    """Raises ValueError where the program has no measured seconds."""
+    if work.seconds is None:
+        raise ValueError(f"{work.name or work.phase}: its seconds were not measured")
+    return work.seconds
+
+
+def measured_message(message: Message) -> float:
+    """Raises ValueError where the program has no measured seconds."""
+    if message.seconds is None:
+        raise ValueError(f"message {message.number} ({message.collective}): was not timed")
+    return message.seconds

@@ -1,0 +1,76 @@
+"""Programs of pipelines: the steps of a schedule as events that the replay takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from costs.program import Message, Program, Wait, Work
+from parallel.layout import PipelineConfig
+from simulator.pipeline_messages import Step, steps_of
+
+PHASE_OF_KIND = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
+
+
+def pipeline_programs(
+    pipeline: PipelineConfig,
+    ranks: Sequence[int],
+    micro_batches: int,
+    work: Callable[[str, int, int], Program],
+    payload_bytes: int,
+    dtype: str = "float32",
+) -> dict[int, Program]:
+    """What each rank of one pipeline does, from its first forward to its last backward.
+
+    `ranks`: global, by place in the pipeline. `work`: the events of (kind, stage, micro-batch),
+    kinds as in simulator/schedules.py; their messages must have negative numbers, for those of the
+    pipeline count from 0. `payload_bytes` of a micro-batch between two stages, either way.
+    """
+    every = steps_of(pipeline, len(ranks), micro_batches)
+    programs: dict[int, Program] = {}
+    for place, steps in enumerate(every):
+        program: Program = []
+        numbers: dict[Step, int] = {}
+        for step in steps:
+            kind, stage, i = step
+            if kind in PHASE_OF_KIND:
+                program += work(kind, stage, i)
+                continue
+            phase = PHASE_OF_KIND[kind[-1]]
+            if kind.startswith("WAIT_"):
+                moved = (kind.removeprefix("WAIT_"), stage, i)
+                program.append(Wait(numbers[moved], phase))
+                continue
+            numbers[step] = len(numbers)
+            ends = _ends(pipeline, step, len(ranks))
+            both = (ranks[ends[0]], ranks[ends[1]])
+            side = "send" if kind.startswith("SEND") else "recv"
+            program.append(
+                Message(
+                    numbers[step], side, "pp", both, dtype, payload_bytes, phase, None, stage, i
+                )
+            )
+        programs[ranks[place]] = program
+    return programs
+
+
+def _ends(pipeline: PipelineConfig, step: Step, ranks: int) -> tuple[int, int]:
+    """Places of the source and the destination of a message."""
+    kind, stage, _ = step
+    ahead = 1 if kind.endswith("F") else -1  # activations go on, gradients back
+    own = pipeline.rank_of(stage, ranks)
+    if kind.startswith("SEND"):
+        return own, pipeline.rank_of(stage + ahead, ranks)
+    return pipeline.rank_of(stage - ahead, ranks), own
+
+
+def uniform_work(seconds: dict[str, float]) -> Callable[[str, int, int], Program]:
+    """Every stage alike: seconds of each kind of work."""
+
+    def work(kind: str, stage: int, micro_batch: int) -> Program:
+        phase = PHASE_OF_KIND[kind]
+        halves = {"I": "backward_input", "W": "backward_weight"}
+        name = halves.get(kind, phase)
+        done = Work(phase, name, seconds[kind], stage=stage, micro_batch=micro_batch)
+        return [done]
+
+    return work
