@@ -23,12 +23,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from costs.communication import tensors_in
 from costs.ledger import MEMORY_PARTS
 
+# Tensors around tensors, whose own storage is none
+WRAPPERS = (DTensor, AsyncCollectiveTensor)
 # Gathering a block's gradients for reduce_scatter is part of the message
 FSDP_COPIES = ("fsdp::chunk_cat", "fsdp::split_with_sizes_copy", "fsdp::all_gather_copy_in")
 STRONGEST_FIRST = (
@@ -102,8 +105,8 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its local operators come here one by one
+        if any(issubclass(kind, WRAPPERS) for kind in types):
+            return NotImplemented  # their local operators come here one by one
         out = func(*args, **(kwargs or {}))
         name = func.name()
         message = func.namespace in ("c10d", "_c10d_functional") or name.startswith(FSDP_COPIES)
@@ -128,6 +131,8 @@ class MemoryMeter(TorchDispatchMode):
     def _add(self, tensor: Tensor, category: str) -> None:
         if isinstance(tensor, DTensor):
             tensor = tensor.to_local() if not tensor.requires_grad else tensor._local_tensor
+        if isinstance(tensor, AsyncCollectiveTensor):
+            tensor = tensor.elem
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             return
         self._see(tensor.untyped_storage(), category)
