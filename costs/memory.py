@@ -25,12 +25,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from costs.ledger import MEMORY_PARTS
 from costs.messages import tensors_in
 
+# Tensors around tensors, whose own storage is none
+WRAPPERS = (DTensor, AsyncCollectiveTensor)
 # Gathering a block's gradients for reduce_scatter is part of the message
 FSDP_COPIES = ("fsdp::chunk_cat", "fsdp::split_with_sizes_copy", "fsdp::all_gather_copy_in")
 STRONGEST_FIRST = (
@@ -114,8 +117,8 @@ class MemoryMeter(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         for kind in types:
-            if issubclass(kind, DTensor):
-                return NotImplemented  # its local operators come here one by one
+            if issubclass(kind, WRAPPERS):
+                return NotImplemented  # their local operators come here one by one
         out = func(*args, **kwargs) if kwargs else func(*args)
         message = self._is_message.get(func)
         if message is None:
@@ -167,6 +170,8 @@ class MemoryMeter(TorchDispatchMode):
     def _add(self, tensor: Tensor, category: str) -> None:
         if isinstance(tensor, DTensor):
             tensor = tensor.to_local() if not tensor.requires_grad else tensor._local_tensor
+        if isinstance(tensor, AsyncCollectiveTensor):
+            tensor = tensor.elem
         if tensor.layout != torch.strided or tensor.is_meta:
             return
         self._see(tensor.untyped_storage(), category)

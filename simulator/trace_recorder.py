@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from costs.communication import describe
-from costs.memory import MemoryMeter
+from costs.memory import WRAPPERS, MemoryMeter
 from costs.messages import Call, axis_of
 from costs.program import Message, Program, Wait, Work
 from costs.timing import MESSAGE_KINDS
@@ -56,7 +54,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types):
+        if any(issubclass(kind, WRAPPERS) for kind in types):
             return NotImplemented  # their local operators come here one by one
         kwargs = kwargs or {}
         if func is functional.wait_tensor.default:
