@@ -15,6 +15,8 @@ VERBS = {
     "train": ("experiments.commands", "train"),
     "generate": ("experiments.generate", "command"),
     "replay": ("experiments.replay", "command"),
+    "simulate": ("experiments.simulate", "command"),
+    "search": ("experiments.search", "command"),
     "score": ("experiments.score", "command"),
     "calibrate": ("experiments.calibrate", "command"),
 }

@@ -23,12 +23,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from experiments.config import GenerateConfig, TrainConfig
+from experiments.plan_config import SearchConfig, SimulateConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
 PROMPTS = ("prompt", "sample.prompt")
 PATHS = ("run", "run.dir", "data.path", "data.cache")
-Config = TypeVar("Config", TrainConfig, GenerateConfig)
+# what each command takes: configs/NAME.yaml and its schema
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "simulate": SimulateConfig,
+    "search": SearchConfig,
+}
+Config = TypeVar("Config")
 
 
 class Refused(Exception):
@@ -43,11 +51,11 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     print a line of its own.
     """
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="generate_schema", node=GenerateConfig)
+    for command, node in SCHEMAS.items():
+        store.store(name=f"{command}_schema", node=node)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
     entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
-    schema = GenerateConfig if name == "generate" else TrainConfig
+    schema = SCHEMAS[name]
     argv = [quoted(argument) for argument in argv]
     check_options(argv)
     saved, sys.argv = sys.argv, ["launch.sh", *argv]
@@ -128,7 +136,8 @@ def _keys_in(config: DictConfig, prefix: str = "") -> list[str]:
     for key in map(str, config):
         keys.append(prefix + key)
         node = config._get_node(key)
-        if isinstance(node, DictConfig):
+        # what has no schema of its own is a table whose keys are free: a cluster's sources
+        if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
             keys += _keys_in(node, f"{prefix}{key}.")
     return keys
 

@@ -246,3 +246,14 @@ class Rank:
         """Numbers of a micro-batch's activations on one rank, B T D."""
         plans = self.plans
         return plans.micro_batch_size * plans.seq_len // plans.cp * plans.model.d_model
+
+
+def most_blocks(plans: Plans) -> Array:
+    """Blocks of the pp rank that has most."""
+    shape = np.stack([plans.pp, plans.local_stages, V_SHAPED[plans.schedule]])
+    _, first, inverse = np.unique(shape, axis=1, return_index=True, return_inverse=True)
+    most = [
+        max(int(Rank(plans[[i]], place).layers[0]) for place in range(int(plans.pp[i])))
+        for i in first.tolist()
+    ]
+    return np.array(most, dtype=np.int64)[inverse.ravel()]

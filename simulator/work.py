@@ -16,7 +16,7 @@ from minigpt.config import FFN
 from parallel.layout import ActivationCheckpointing, PipelineConfig, Precision
 from simulator.hardware import DTYPES
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Array, Plans
-from simulator.shapes import Rank
+from simulator.shapes import Rank, most_blocks
 
 NONE = CHECKPOINTING.index(ActivationCheckpointing.none)
 SELECTIVE = CHECKPOINTING.index(ActivationCheckpointing.selective)
@@ -75,7 +75,7 @@ class Work:
     item: Array  # bytes of an activation's number
     # stages
     messages_a_block: Array  # of weights or gradients over the data axes
-    layers: Array  # blocks of the rank that has most, without the last
+    layers: Array  # blocks of the rank that has most
     last_layers: Array
     mean_layers: Array
     # weights of that rank before data axes cut them, and bytes of each
@@ -214,17 +214,17 @@ def _attention(plans: Plans) -> Values:
 
 
 def _stages(plans: Plans) -> Values:
-    """Blocks of the first and the last pp rank, weights of the first: it has most blocks, or as
-    many as any, and the embedding."""
-    first, last = Rank(plans), Rank(plans, plans.pp - 1)
+    """Blocks of the fullest and of the last pp rank; weights as if the fullest had the embedding
+    too."""
+    first, last, layers = Rank(plans), Rank(plans, plans.pp - 1), most_blocks(plans)
     whole = np.ones_like(plans.pp)
     block = first.of_block(whole) + first.of_experts(whole)
     kept = plans.numerics
     return {
-        "layers": first.layers,
+        "layers": layers,
         "last_layers": last.layers,
         "mean_layers": plans.model.n_layer / plans.pp,
-        "parameters": first.layers * block + first.of_outer(whole),
+        "parameters": layers * block + first.of_outer(whole),
         "gradient_bytes": kept.gradients,
         "weight_bytes": ITEM[plans.precision],
         "state_bytes": 2 * kept.optimizer + 2 * kept.weights + kept.gradients,

@@ -1,0 +1,167 @@
+"""What `simulate` and `search` take, checked on construction. No torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from experiments.config import TrainConfig
+from minigpt.config import ModelConfig, above, at_least, fraction, require
+from parallel.layout import MESH_AXES, ActivationCheckpointing, PipelineSchedule, Precision
+from simulator.at_scale import Failures
+from simulator.hardware import Cluster
+
+SUFFIXES = {"": 0, "k": 1, "M": 2, "G": 3, "B": 3, "T": 4}  # thousands
+
+
+def count_of(key: str, text: str, thousand: int = 1000) -> float:
+    """A number with a suffix: 4M, 1.5T. Raises ValueError with the key."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kMGBT]?)\s*", str(text))
+    if not match or not float(match[1]):
+        raise ValueError(f"{key}={text}: must be a number above 0, as 4194304, 4M or 1.5T")
+    return float(match[1]) * thousand ** SUFFIXES[match[2]]
+
+
+class Method(str, Enum):
+    formula = "formula"  # closed forms
+    trace = "trace"  # the program itself, one rank of it, on fake tensors
+
+
+@dataclass
+class ScaleConfig:
+    """A training run to its end. Without `tokens` it is left out."""
+
+    tokens: str | None = None  # to train on, as 15T; chinchilla: 20 a parameter
+    price: float | None = None  # of a device-hour
+    failures: Failures = field(default_factory=Failures)
+
+    def __post_init__(self) -> None:
+        above("scale.price", self.price, 0)
+        if self.tokens not in (None, "chinchilla"):
+            count_of("scale.tokens", str(self.tokens))
+
+
+@dataclass
+class SimulateConfig(TrainConfig):
+    """Everything `./launch.sh simulate` takes: a run's keys, a cluster, and how."""
+
+    cluster: Cluster = MISSING
+    method: Method = Method.formula
+    rank: int | None = None  # the one to trace; null: the first
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layout.open_axis:
+            raise ValueError(
+                f"layout.{self.layout.open_axis}=-1: a simulated world has the size that its "
+                "layout gives it, so every axis is a number"
+            )
+        at_least("rank", self.rank, 0)
+        size = self.layout.world_size
+        require(
+            self.rank is None or self.rank < size,
+            f"rank={self.rank}: the layout has {size} ranks, 0 to {size - 1}",
+        )
+        require(
+            self.rank is None or self.method == Method.trace,
+            f"rank={self.rank}: method=formula gives all ranks; method=trace gives one",
+        )
+
+
+@dataclass
+class FixedAxes:
+    """Axes of which the size is given; null: searched."""
+
+    pp: int | None = None
+    dp_replicate: int | None = None
+    dp_shard: int | None = None
+    cp: int | None = None
+    tp: int | None = None
+    ep: int | None = None
+
+    def __post_init__(self) -> None:
+        for axis in (*MESH_AXES, "ep"):
+            at_least(f"layout.{axis}", getattr(self, axis), 1)
+
+    @property
+    def given(self) -> dict[str, int]:
+        sizes = {axis: getattr(self, axis) for axis in (*MESH_AXES, "ep")}
+        return {axis: size for axis, size in sizes.items() if size is not None}
+
+
+@dataclass
+class SearchConfig:
+    """Everything `./launch.sh search` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: Cluster = MISSING
+    gpus: int = 8
+    seq_len: int = 1024
+    global_batch_tokens: str = "4M"  # of one optimiser step; k and M are powers of 1024 here
+    layout: FixedAxes = field(default_factory=FixedAxes)
+    precision: list[Precision] = field(default_factory=lambda: [Precision.bf16])
+    activation_checkpointing: list[ActivationCheckpointing] = field(
+        default_factory=lambda: [
+            ActivationCheckpointing.none,
+            ActivationCheckpointing.selective,
+            ActivationCheckpointing.full,
+        ]
+    )
+    schedule: list[PipelineSchedule] = field(default_factory=lambda: list(PipelineSchedule))
+    zero_stage: list[int] = field(default_factory=lambda: [1, 2, 3])
+    micro_batch_size: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    headroom: float = 0.1  # share of the device's memory that must stay free
+    tensor_parallel_in_node: bool = True  # only plans whose tp ranks share a node
+    top: int = 10  # plans that are shown
+    explain: str | None = None  # a layout, as tp8-pp4-dp_shard16: why it is not the best
+    plot: str | None = None  # where the picture of memory against time goes
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+
+    def __post_init__(self) -> None:
+        at_least("gpus", self.gpus, 1)
+        at_least("seq_len", self.seq_len, 1)
+        at_least("top", self.top, 1)
+        fraction("headroom", self.headroom)
+        lists: dict[str, list[Any]] = {
+            "precision": self.precision,
+            "activation_checkpointing": self.activation_checkpointing,
+            "schedule": self.schedule,
+            "zero_stage": self.zero_stage,
+            "micro_batch_size": self.micro_batch_size,
+        }
+        for key, values in lists.items():
+            require(bool(values), f"{key}=[]: at least one value is needed")
+        for size in self.micro_batch_size:
+            at_least("micro_batch_size", size, 1)
+        for stage in self.zero_stage:
+            require(stage in (1, 2, 3), f"zero_stage={stage}: must be 1, 2 or 3")
+        require(
+            self.seq_len <= self.model.context,
+            f"seq_len={self.seq_len}: longer than model.context={self.model.context}",
+        )
+        if self.explain is not None:
+            axes_of(self.explain)
+        require(self.batch_size >= 1, f"global_batch_tokens={self.global_batch_tokens}: too few")
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one optimiser step: as many as fit into the tokens."""
+        tokens = count_of("global_batch_tokens", self.global_batch_tokens, thousand=1024)
+        return int(tokens / self.seq_len)
+
+
+def axes_of(label: str) -> dict[str, int]:
+    """Axes of a layout's label (parallel.layout.Layout.label); what is left out is 1."""
+    sizes = dict.fromkeys((*MESH_AXES, "ep"), 1)
+    for part in label.split("-") if label != "single" else []:
+        match = re.fullmatch(r"([a-z_]+)(\d+)", part)
+        if not match or match[1] not in sizes or not int(match[2]):
+            known = ", ".join(sizes)
+            raise ValueError(f"explain={label}: {part} is no axis with its size; axes are {known}")
+        sizes[match[1]] = int(match[2])
+    return sizes

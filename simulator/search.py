@@ -1,0 +1,152 @@
+"""The best of all plans: every one predicted, ranked by time, and why the others lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from parallel.layout import MESH_AXES
+from simulator.estimate import step_seconds
+from simulator.flops import model_flops_per_token
+from simulator.hardware import DTYPES, Cluster
+from simulator.memory import memory
+from simulator.plans import Array, Plans
+from simulator.space import Space, plans_of
+from simulator.work import NONE, OWN_DTYPE, Work
+
+OUT_OF_MEMORY = "out of memory"
+# what a plan loses by, where it takes longer than the winner
+LOSSES = ("exposed_communication", "bubble", "optimizer", "other")
+RECOMPUTES, SMALL_TILES = "recomputation", "tiles too small"
+PARTS = ("parameters", "gradients", "optimizer", "activations", "communication")
+CHUNK = 20_000  # plans at a time: arrays that stay in the caches
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Plans and what each takes: seconds of a step by part, bytes of the fullest rank by part."""
+
+    plans: Plans
+    time_s: dict[str, Array]  # total, and costs.ledger.TIME_PARTS
+    memory_bytes: dict[str, Array]  # peak, and costs.ledger.MEMORY_PARTS
+    model_flops: Array  # of one rank
+    peak_flops: Array  # of its device, in the dtype of the products
+
+    @property
+    def mfu(self) -> Array:
+        return self.model_flops / self.peak_flops / self.time_s["total"]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+
+def predict(plans: Plans, cluster: Cluster) -> Predicted:
+    """Time and memory of each plan on a cluster."""
+    work = Work.of(plans)
+    # in this order: the flops of all ranks together are more than 2^63
+    flops = plans.tokens / plans.world_size * model_flops_per_token(plans.model, plans.seq_len)
+    rates = np.array([cluster.device.flops(name) for name in DTYPES])
+    peak = rates[OWN_DTYPE[plans.precision]]
+    return Predicted(plans, step_seconds(work, cluster), fullest(plans), flops, peak)
+
+
+def fullest(plans: Plans) -> dict[str, Array]:
+    """Memory of the first or of the last pp rank, whichever is fuller: the first has most
+    micro-batches under way, the last the logits."""
+    first, last = memory(plans, 0), memory(plans, plans.pp - 1)
+    fuller = last.peak > first.peak
+    return {
+        part: np.where(fuller, getattr(last, part), getattr(first, part))
+        for part in ("peak", *PARTS)
+    }
+
+
+@dataclass(frozen=True)
+class Found:
+    """All plans of a space, and which of them are how good."""
+
+    predicted: Predicted
+    limit: float  # bytes that a plan may need
+    refused: Counter[str]  # plans that the rules refuse, by key
+
+    @property
+    def fits(self) -> Array:
+        return self.predicted.memory_bytes["peak"] <= self.limit
+
+    @property
+    def order(self) -> Array:
+        """Places of the plans that fit, the fastest first; of those that are as fast but for a
+        thousandth the one with fewest axes, and of these with least memory."""
+        fitting = np.flatnonzero(self.fits)
+        plans = self.predicted.plans[fitting]
+        time = np.round(1e3 * np.log(self.predicted.time_s["total"][fitting]))
+        peak = self.predicted.memory_bytes["peak"][fitting]
+        axes = sum((getattr(plans, axis) > 1).astype(int) for axis in (*MESH_AXES, "ep"))
+        return fitting[np.lexsort((peak, axes, time))]
+
+    def front(self) -> Array:
+        """Places of the plans that no other beats in both time and memory, the fastest first."""
+        fitting = np.flatnonzero(self.fits)
+        time, peak = self.predicted.time_s["total"], self.predicted.memory_bytes["peak"]
+        order = fitting[np.lexsort((peak[fitting], time[fitting]))]
+        peak = peak[order]
+        lowest = np.minimum.accumulate(peak)
+        better = np.concatenate([[True], peak[1:] < lowest[:-1]]) if len(order) else order == 0
+        return order[better]
+
+    def reasons(self) -> Counter[str]:
+        """Why plans are not the best: how many by each reason, refused ones by their key."""
+        lost = Counter({f"refused: {key}": count for key, count in self.refused.items()})
+        lost[OUT_OF_MEMORY] = int((~self.fits).sum())
+        order = self.order
+        if len(order) > 1:
+            lost.update(Counter(self.lost(order[1:], int(order[0])).tolist()))
+        return Counter({reason: count for reason, count in lost.items() if count})
+
+    def lost(self, which: Array, winner: int) -> Array:
+        """What each of `which` loses most time by against the winner."""
+        time, plans = self.predicted.time_s, self.predicted.plans
+        parts = ("compute", *LOSSES)
+        excess = np.stack([time[part][which] - time[part][winner] for part in parts])
+        again = (plans.checkpointing[which] != NONE) & (
+            plans.checkpointing[which] != plans.checkpointing[winner]
+        )
+        computing = np.where(again, RECOMPUTES, SMALL_TILES)
+        names = np.array([part.replace("_", " ") for part in parts], dtype=object)
+        worst = np.argmax(excess, axis=0)
+        return np.where(worst == 0, computing, names[worst])
+
+
+def search(space: Space, cluster: Cluster, headroom: float, tp_in_node: bool = True) -> Found:
+    """Predict every plan. `headroom`: the share of the memory that must stay free.
+
+    Raises ValueError where no plan has the devices or divides the batch.
+    """
+    plans, refused = plans_of(space)
+    if tp_in_node:
+        inside = plans.tp <= cluster.node_size
+        refused["layout.tp: not within a node"] = int((~inside).sum())
+        plans = plans[inside]
+    parts = [
+        predict(plans[slice(i, i + CHUNK)], cluster) for i in range(0, max(1, len(plans)), CHUNK)
+    ]
+    limit = cluster.device.memory_bytes * (1 - headroom)
+    return Found(joined(plans, parts), limit, +refused)
+
+
+def joined(plans: Plans, parts: list[Predicted]) -> Predicted:
+    """Chunks of one array of plans as one."""
+
+    def together(name: str) -> dict[str, Array]:
+        keys = getattr(parts[0], name)
+        return {key: np.concatenate([getattr(p, name)[key] for p in parts]) for key in keys}
+
+    return Predicted(
+        plans,
+        together("time_s"),
+        together("memory_bytes"),
+        np.concatenate([p.model_flops for p in parts]),
+        np.concatenate([p.peak_flops for p in parts]),
+    )
