@@ -122,17 +122,13 @@ class Labels:
                 return phase
         return "other"
 
-    def of(self, call: Call) -> tuple[str, Action | None]:
-        """Phase of a message, as it was told or else by its moment, and what was done with the
-        micro-batch that it carries."""
-        mark = self.messages.get(id(call))
-        phase, action = (mark.kind.partition("_")[2], mark) if mark else self.at(call.start)
-        return (phase if call.phase == "other" else call.phase), action
+    def of(self, call: Call) -> Action | None:
+        """What was done with the micro-batch that a message carries."""
+        return self.messages.get(id(call)) or self.at(call.start)[1]
 
     def of_wait(self, start: float, call: Call) -> str:
         """Phase of a wait: its own, but a pipeline waits in the phase of what it waits for."""
-        mark = self.messages.get(id(call))
-        return self.of(call)[0] if mark else self.at(start)[0]
+        return call.phase if id(call) in self.messages else self.at(start)[0]
 
 
 def phase_of(action: Action) -> str:
@@ -160,7 +156,7 @@ def slices_of(rank: int, record: StepRecord, own: Sequence[Transfer], zero: floa
         }
         made.append(Slice(rank, COMPUTE, WAIT, start, end, args=args))
     for call, transfer in zip(record.calls, own, strict=True):
-        phase, action = labels.of(call)
+        action = labels.of(call)
         more: dict[str, Any] = {
             "number": number[id(call)],
             "axis": call.axis,
@@ -168,7 +164,7 @@ def slices_of(rank: int, record: StepRecord, own: Sequence[Transfer], zero: floa
             "dtype": call.dtype,
             "payload_bytes": call.payload_bytes,
             "wire_bytes": wire_bytes(call.collective, call.payload_bytes, len(call.ranks)),
-            "phase": phase,
+            "phase": call.phase,
             "ready": transfer.ready - zero,
             "seconds": transfer.seconds,
         }
@@ -223,7 +219,7 @@ def program_of(rank: int, record: StepRecord, own: Sequence[Transfer]) -> Progra
 def _message(
     rank: int, call: Call, transfer: Transfer, labels: Labels, number: dict[int, int]
 ) -> Message:
-    phase, action = labels.of(call)
+    action = labels.of(call)
     return Message(
         number[id(call)],
         call.collective,
@@ -231,7 +227,7 @@ def _message(
         tuple(_ranks(rank, call)),
         call.dtype,
         call.payload_bytes,
-        phase,
+        call.phase,
         transfer.seconds,
         action.stage if action else None,
         action.micro_batch if action else None,

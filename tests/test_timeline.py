@@ -27,14 +27,14 @@ def nesting_fault(slices: list[Slice]) -> tuple[Slice, Slice] | None:
     return None
 
 
-def message(side: str, peer: int, start: float, end: float) -> Call:
-    return Call(side, PAIR, "pp", "float32", 400, start, end, peer)
+def message(side: str, peer: int, start: float, end: float, phase: str = "forward") -> Call:
+    return Call(side, PAIR, "pp", "float32", 400, start, end, peer, phase)
 
 
 def a_pipeline() -> list[StepRecord]:
     """Rank 0 forwards for 2 s and sends; rank 1, ready since 0.5 s, waits until 2.5 s and then
     computes for 1 s; rank 0 waits for its gradient from 2.25 s on."""
-    ahead, back = message("send", 1, 2.0, 2.5), message("recv", 1, 2.25, 4.0)
+    ahead, back = message("send", 1, 2.0, 2.5), message("recv", 1, 2.25, 4.0, "backward")
     first = StepRecord(0.0, 4.0, calls=[ahead, back], waits=[(2.25, 4.0, back)])
     first.phases["forward_backward"] = [(0.0, 4.0)]
     first.actions = [
@@ -42,7 +42,7 @@ def a_pipeline() -> list[StepRecord]:
         Action("send_forward", 0, 0, 2.0, 2.0),
         Action("recv_backward", 0, 0, 2.25, 2.25),
     ]
-    taken, given = message("recv", 0, 0.5, 2.5), message("send", 0, 3.5, 4.0)
+    taken, given = message("recv", 0, 0.5, 2.5), message("send", 0, 3.5, 4.0, "backward")
     second = StepRecord(0.0, 4.0, calls=[taken, given], waits=[(0.5, 2.5, taken)])
     second.phases["forward_backward"] = [(0.5, 4.0)]
     second.actions = [
