@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from costs import messages
 from costs.communication import recorded
-from costs.messages import Row, control_of, rows_of
+from costs.messages import Key, Row, control_of, rows_of
 from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.config import TrainConfig
 from experiments.metering import Meters
@@ -18,8 +18,6 @@ from experiments.train import train_step
 from minigpt.corpus import prepare
 from parallel.step import Trainer, evaluate
 from parallel.weights import full_weights
-
-Key = tuple[str, str, str]
 
 
 def make(config: TrainConfig) -> tuple[Trainer, list]:
@@ -40,10 +38,7 @@ def payloads(configs: list[TrainConfig]) -> list[dict[Key, int]]:
         with recorded() as meter:
             trainer.step(micro_batches)
         rows = rows_of(meter.calls, trainer.replica.mesh.axis_of_ranks())
-        sent: Counter[Key] = Counter()
-        for row in rows:  # an axis may have groups of several sizes
-            sent[row["collective"], row["axis"], row["dtype"]] += row["payload_bytes"]
-        measured.append(dict(sent))
+        measured.append(dict(messages.payloads(rows)))
     return measured
 
 
