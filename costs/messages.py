@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from costs.ledger import wire_bytes
 from costs.phases import Phases
 
 Row = dict[str, Any]
+Key = tuple[str, str, str]  # collective, axis, dtype
 
 
 @dataclass(slots=True)
@@ -120,6 +121,14 @@ def _row(key: tuple[str, str, int, str, str], calls: list[Call]) -> Row:
         "backend_bytes": sum(gloo_bytes(collective, c.payload_bytes, n) for c in calls),
         "time_s": sum(seconds) if len(seconds) == len(calls) else None,
     }
+
+
+def payloads(rows: Iterable[Row]) -> Counter[Key]:
+    """Payload bytes by (collective, axis, dtype): of all phases and group sizes together."""
+    sent: Counter[Key] = Counter()
+    for row in rows:
+        sent[row["collective"], row["axis"], row["dtype"]] += row["payload_bytes"]
+    return sent
 
 
 def control_of(calls: list[Call]) -> Control:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from costs import ledger as ledgers
+from costs.messages import payloads
 from experiments import contest, environment, parity
 from experiments.metering import flops_per_token
 from experiments.ranks import ROOT
@@ -199,7 +200,7 @@ def bytes_sent() -> list[str]:
             launch(*axes, *quick, f"run.dir={name}/run")
             rows = ledgers.read(Path(name) / "run" / "ledger.json")["step"]["communication"]
         wanted = payload_bytes(ModelConfig(), layout, Options())
-        measured = {(r["collective"], r["axis"], r["dtype"]): r["payload_bytes"] for r in rows}
+        measured = payloads(rows or [])
         for key in sorted(wanted.keys() | measured.keys()):
             found, expected = measured.get(key, 0), wanted.get(key, 0)
             numbers = (f"{found:,}", f"{expected:,}", f"{found - expected:,}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from experiments import environment
 from experiments.benchmark import rule, table
+from experiments.console import DASH
 from experiments.explain import Explained, Explanation, case_of, messages
 from experiments.kernel_bytes import STEPS, WIDE, Counted, measure
 
@@ -52,13 +53,14 @@ def bytes_row(strategy: Counted) -> str:
     """Of all ranks together; a message between two is counted where it is sent."""
     rows = [row for rank in explained(strategy) for row in rank]
     closed = sum(r.closed_form or 0 for r in rows if not r.cost.startswith("recv"))
-    off = sum(abs(row.off or 0) for row in rows)
+    offs = [row.off for row in rows]
+    off = DASH if None in offs else f"{sum(abs(of or 0) for of in offs):.0f}"
     numbers = [strategy.total("payload_bytes"), closed]
     counts = [strategy.total("wire_bytes"), strategy.total("backend_bytes"), strategy.kernel_bytes]
     return table(
         strategy.name,
         *[f"{number / 1e6:.3f}" for number in numbers],
-        f"{off:.0f}",
+        off,
         *[f"{number / 1e6:.3f}" for number in counts],
         f"{100 * strategy.framing:.2f} %",
     )
@@ -84,7 +86,7 @@ def formula_tables(strategies: list[Counted]) -> Iterator[str]:
         everything += rows
         for row in rows:
             values = [f"{value or 0:,.0f}" for value in (row.closed_form, row.measured)]
-            yield table(strategy.name, row.cost, row.formula or "-", *values)
+            yield table(strategy.name, row.cost, row.formula or DASH, *values)
     yield ""
     yield textwrap.fill(f"{Explanation(everything).letters}.", WIDTH)
 

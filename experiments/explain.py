@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from costs.messages import payloads
 from experiments.config import TrainConfig
 from experiments.metering import flops_per_token
 from parallel.layout import ActivationCheckpointing, Impl
@@ -67,9 +67,7 @@ def case_of(config: TrainConfig, rank: int) -> Case:
 
 def messages(case: Case, rows: list[dict[str, Any]] | None, impl: Impl) -> list[Explained]:
     """One for each (collective, axis, dtype) that a closed form has or a ledger's rows have."""
-    measured: Counter[Key] = Counter()
-    for row in rows or []:
-        measured[row["collective"], row["axis"], row["dtype"]] += row["payload_bytes"]
+    measured = payloads(rows or [])
     closed, texts, why = dict[Key, int](), dict[Key, str](), case.unknown
     try:
         closed, texts = case.payload_bytes(), formulas(case)

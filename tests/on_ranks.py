@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from costs.communication import recorded
-from costs.messages import Row, control_of, rows_of
+from costs.messages import Key, Row, control_of, rows_of
 from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.config import TrainConfig
 from experiments.metering import Meters
@@ -18,8 +18,6 @@ from experiments.train import train_step
 from minigpt.corpus import prepare
 from parallel.step import Trainer, evaluate
 from parallel.weights import full_weights
-
-Key = tuple[str, str, str]
 
 
 def make(config: TrainConfig) -> tuple[Trainer, list]:

@@ -21,9 +21,11 @@ def a_step() -> dict[str, Any]:
         "axis": "dp_replicate",
         "group_size": 2,
         "dtype": "float32",
+        "phase": "backward",
         "calls": 3,
         "payload_bytes": 4001,
         "wire_bytes": 4000,
+        "backend_bytes": 4000,
         "time_s": 0.01,
     }
     return {
@@ -32,6 +34,11 @@ def a_step() -> dict[str, Any]:
         "memory_bytes": {"peak": 60, **dict.fromkeys(MEMORY_PARTS, 10)},
         "process_bytes": {"resident_peak": 90, "allocator_peak": None},
         "communication": [row],
+        "control": {
+            "calls": 0,
+            "payload_bytes": 0,
+            "outside_steps": {"calls": 2, "payload_bytes": 300},
+        },
         "flops": {"model": 1e9, "hardware": None},
         "tokens_per_s": 4096.0,
         "mfu": 0.5,
@@ -104,6 +111,14 @@ BREAKS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         "ranks[1].communication[0].wire_bytes: 9999, but a ring sends 4001",
     ),
     (
+        lambda x: x["step"]["communication"][0].update(phase="sideways"),
+        "step.communication[0].phase: 'sideways' is not one of data, forward",
+    ),
+    (
+        lambda x: x["step"]["control"]["outside_steps"].update(calls=None),
+        "step.control.outside_steps.calls: None is not a whole number",
+    ),
+    (
         lambda x: x["step"]["communication"][0].update(collective="shout"),
         "shout: no such collective",
     ),
@@ -133,7 +148,15 @@ def test_what_was_not_measured_may_be_null() -> None:
     ledger = a_ledger()
     ledger["step"]["time_s"] = dict.fromkeys(("total", *TIME_PARTS))
     ledger["step"]["memory_bytes"] = dict.fromkeys(("peak", *MEMORY_PARTS))
-    ledger["step"]["communication"] = None
+    ledger["step"]["communication"] = ledger["step"]["control"] = None
+    check(ledger)
+
+
+def test_ledgers_from_before_phases_and_control_are_read() -> None:
+    ledger = a_ledger()
+    for step in (ledger["step"], *ledger["ranks"]):
+        del step["control"], step["communication"][0]["phase"]
+        del step["communication"][0]["backend_bytes"]
     check(ledger)
 
 
