@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -37,11 +38,13 @@ class Candidate:
     others: dict[str, Any]
     program: Program
 
+    @cached_property
     def work(self) -> Work:
         return Work.of(self.plan, **self.others)
 
+    @property
     def memory_bytes(self) -> float:
-        return float(peak_bytes(self.plan, self.work(), self.program)[0])
+        return float(peak_bytes(self.plan, self.work, self.program)[0])
 
 
 def program_of(cells: Cells) -> str:

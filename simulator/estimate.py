@@ -88,7 +88,25 @@ def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array)
 
 
 def block_seconds(work: Work, cluster: Cluster) -> Array:
-    """Compute of one block and micro-batch, forward and backward with what is recomputed."""
+    """Compute of one block and micro-batch, forward and backward with what is recomputed: the
+    device's, or the host's where it launches operators more slowly than they run."""
+    return np.maximum(busy_seconds(work, cluster), launch_seconds(work, cluster))
+
+
+def launch_seconds(work: Work, cluster: Cluster) -> Array:
+    """The host's: a backward has twice the operators of a forward."""
+    return work.operators * (3 + work.recomputed) * cluster.operator_overhead
+
+
+def flash_seconds(work: Work, cluster: Cluster) -> Array:
+    """Attention of one block's forward in a flash kernel, whose share is of the whole peak."""
+    share = cluster.device.efficiency
+    peak = peak_flops(work.wide_dtype, cluster) / share.matmul
+    return work.flash_flops / (peak * share.attention)
+
+
+def busy_seconds(work: Work, cluster: Cluster) -> Array:
+    """The device's."""
     share, narrow = cluster.device.efficiency, work.dtype >= DTYPES.index("fp8")
     bandwidth = cluster.device.memory_bandwidth * share.memory
     half = share.half_size * np.where(narrow, NARROW_FILL, 1.0)
@@ -100,8 +118,7 @@ def block_seconds(work: Work, cluster: Cluster) -> Array:
     whole = work.whole_bytes / np.where(work.sequence_parallel > 0, work.tp, 1)
     fused = np.where(work.compiled > 0, FUSED, 1.0)
     pointwise = (fused * (whole + work.cut_bytes) + narrow * CAST_BYTES * cast) / bandwidth
-    flash = work.flash_flops / (peak_flops(work.wide_dtype, cluster) / share.matmul)
-    flash = flash / share.attention
+    flash = flash_seconds(work, cluster)
     kept, passes = score_seconds(work, cluster)
     forward = products + pointwise + flash + kept + SCORE_PASSES * passes
     backward = BACKWARD_PRODUCTS * (products + kept) + BACKWARD_BYTES * pointwise
@@ -110,8 +127,7 @@ def block_seconds(work: Work, cluster: Cluster) -> Array:
     added = (work.micro_batches > 1) * 2 * work.gradient_bytes * weights / bandwidth
     light = np.where(work.score_heads > 0, kept + SCORE_PASSES * passes, pointwise)
     again = work.recomputed * forward + work.selective * light
-    host = work.operators * (3 + work.recomputed) * cluster.operator_overhead
-    return np.maximum(forward + backward + added + again, host)
+    return forward + backward + added + again
 
 
 def score_seconds(work: Work, cluster: Cluster) -> tuple[Array, Array]:
@@ -151,9 +167,8 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     cp = group(work.cp, work.tp, cluster.node_size)
     rounds = (3 + work.recomputed) * (work.cp - 1)
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
-    share = cluster.device.efficiency
-    flash = work.flash_flops * share.matmul / peak_flops(work.wide_dtype, cluster)
-    hidden = (1 + BACKWARD_FLASH) * flash / share.attention
+    idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
+    hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
     ep = group(work.ep, work.tp * work.cp, cluster.node_size)
     slots = (4 + 2 * work.recomputed) * collectives.seconds(
         "all_to_all", work.routed_bytes, ep, cluster

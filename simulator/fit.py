@@ -116,13 +116,13 @@ class Problem:
         self.capacity = np.array([cluster.device.memory_bytes for cluster in own])
         chosen, needed = [], []
         for row, capacity in zip(rows, self.capacity, strict=True):
-            memory = [candidate.memory_bytes() for candidate in row.candidates]
+            memory = [candidate.memory_bytes for candidate in row.candidates]
             fitting = [i for i, size in enumerate(memory) if size <= FITS * capacity]
             kept = fitting or range(len(memory))
             chosen.append([row.candidates[i] for i in kept])
             needed += [memory[i] for i in kept]
         counts = [len(some) for some in chosen]
-        self.work = Work.joined([candidate.work() for some in chosen for candidate in some])
+        self.work = Work.joined([candidate.work for some in chosen for candidate in some])
         self.needed = np.array(needed)
         self.start = np.cumsum([0, *counts[:-1]])
         self.files = np.repeat([row.cluster for row in rows], counts)

@@ -19,7 +19,7 @@ from tests.configs import compose
 GROUPS = sorted(
     (path.parent.name, path.stem)
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name not in ("experiment",)
+    if path.parent.name not in ("experiment", "cluster")  # tests/test_clusters.py has those
 )
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 NEEDED = {

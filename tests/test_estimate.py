@@ -1,0 +1,149 @@
+"""The time equation: its parts, its limits, and what must never make a step slower."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from costs.ledger import TIME_PARTS
+from experiments import clusters
+from minigpt.config import FFN, ModelConfig
+from simulator.estimate import block_seconds, step_seconds
+from simulator.hardware import Cluster
+from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Plans
+from simulator.work import Work
+
+H100 = clusters.load("h100")
+FREE = {
+    f"{level}.{key}": value
+    for level in ("in_node", "between_nodes")
+    for key, value in (("bandwidth", 1e30), ("latency", 0.0))
+}
+LLAMA = ModelConfig(n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, vocab_size=128256)
+
+
+def plans(model: ModelConfig = LLAMA, seq_len: int = 4096, **changes: list[Any]) -> Plans:
+    choices: dict[str, Any] = {
+        **{axis: [1] for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")},
+        "micro_batch_size": [1],
+        "micro_batches": [8],
+        "zero_stage": [1],
+        "sequence_parallel": [False],
+        "precision": [[p.value for p in PRECISIONS].index("bf16")],
+        "checkpointing": [[c.value for c in CHECKPOINTING].index("none")],
+        "schedule": [[s.value for s in SCHEDULES].index("1f1b")],
+        "local_stages": [1],
+    }
+    return Plans.product(model, seq_len, {**choices, **changes})
+
+
+def total(some: Plans, cluster: Cluster = H100) -> np.ndarray:
+    return step_seconds(Work.of(some), cluster)["total"]
+
+
+MANY = {
+    "pp": [1, 2, 8],
+    "dp_replicate": [1, 4],
+    "dp_shard": [1, 8],
+    "tp": [1, 2, 8],
+    "cp": [1, 2],
+    "zero_stage": [1, 2, 3],
+    "sequence_parallel": [False, True],
+}
+
+
+def test_parts_are_the_ledgers_and_add_up() -> None:
+    parts = step_seconds(Work.of(plans(**MANY)), H100)
+    assert set(parts) == {"total", *TIME_PARTS}
+    assert parts["total"] == pytest.approx(sum(parts[name] for name in TIME_PARTS))
+    for name in TIME_PARTS:
+        assert np.all(np.isfinite(parts[name])) and np.all(parts[name] >= 0), name
+
+
+def test_many_plans_cost_what_each_costs_alone() -> None:
+    some = plans(**MANY)
+    together = total(some)
+    for i in range(0, len(some), 37):
+        assert together[i] == pytest.approx(total(some[[i]])[0])
+
+
+@pytest.mark.parametrize("micro_batches", [4, 16])
+@pytest.mark.parametrize("pp", [2, 4])
+def test_1f1b_idles_its_share(pp: int, micro_batches: int) -> None:
+    """(p-1)/(m+p-1) with equal stages and free messages (Narayanan et al. 2021, section 2.2)."""
+    model = ModelConfig(n_layer=32, n_head=32, d_model=4096, vocab_size=1)
+    some = plans(model, pp=[pp], micro_batches=[micro_batches])
+    parts = step_seconds(Work.of(some), H100.changed(FREE))
+    share = parts["bubble"] / (parts["bubble"] + parts["compute"])
+    assert share[0] == pytest.approx((pp - 1) / (micro_batches + pp - 1), rel=0.01)
+
+
+def test_interleaving_divides_the_bubble() -> None:
+    model = ModelConfig(n_layer=32, n_head=32, d_model=4096, vocab_size=1)
+    place = [s.value for s in SCHEDULES].index("interleaved_1f1b")
+    one = step_seconds(Work.of(plans(model, pp=[4])), H100.changed(FREE))["bubble"]
+    looped = plans(model, pp=[4], local_stages=[4], schedule=[place])
+    four = step_seconds(Work.of(looped), H100.changed(FREE))["bubble"]
+    assert four[0] == pytest.approx(one[0] / 4, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("key", "factor"),
+    [
+        ("in_node.bandwidth", 2),
+        ("between_nodes.bandwidth", 2),
+        ("between_nodes.latency", 0.5),
+        ("device.memory_bandwidth", 2),
+        ("device.peak_flops.bf16", 2),
+        ("operator_overhead", 0),
+    ],
+)
+def test_better_hardware_never_makes_a_step_slower(key: str, factor: float) -> None:
+    node: Any = H100
+    for name in key.split("."):
+        node = getattr(node, name)
+    some = plans(**MANY)
+    assert np.all(total(some, H100.changed({key: node * factor})) <= total(some) * (1 + 1e-12))
+
+
+def test_twice_the_layers_take_twice_the_blocks() -> None:
+    twice = ModelConfig(**{**vars(LLAMA), "n_layer": 64})
+    head = ModelConfig(**{**vars(LLAMA), "n_layer": 1})
+    times = [step_seconds(Work.of(plans(m)), H100)["compute"][0] for m in (head, LLAMA, twice)]
+    assert times[2] - times[0] == pytest.approx((times[1] - times[0]) * 63 / 31)
+
+
+def test_checkpointing_runs_the_forward_again() -> None:
+    full = [c.value for c in CHECKPOINTING].index("full")
+    before, after = (
+        block_seconds(Work.of(p), H100)[0] for p in (plans(), plans(checkpointing=[full]))
+    )
+    assert 1.25 < after / before < 1.40
+
+
+def test_small_products_are_slower_and_the_host_bounds_the_smallest() -> None:
+    tiny = ModelConfig(n_layer=4, n_head=4, d_model=128, vocab_size=256)
+    work = Work.of(plans(tiny, seq_len=128))
+    launched = work.operators * 3 * H100.operator_overhead
+    assert block_seconds(work, H100)[0] == pytest.approx(launched[0])
+    cut = [block_seconds(Work.of(plans(tp=[n])), H100)[0] for n in (1, 8)]
+    assert cut[1] > cut[0] / 8
+
+
+def test_fp8_products_are_faster_and_experts_cost_what_is_active() -> None:
+    wide, narrow = (block_seconds(Work.of(plans(), name), H100)[0] for name in ("bf16", "fp8"))
+    assert narrow < wide
+    experts = ModelConfig(
+        **{**vars(LLAMA), "ffn": FFN.moe, "n_expert": 8, "experts_per_token": 2, "d_ff": 7168}
+    )
+    once, large = {"micro_batches": [1]}, H100.changed({"device.efficiency.half_size": 0.0})
+    moe = block_seconds(Work.of(plans(experts, **once)), large)
+    assert moe[0] == pytest.approx(block_seconds(Work.of(plans(**once)), large)[0], rel=0.05)
+
+
+def test_without_a_flash_kernel_the_scores_cost_their_bytes() -> None:
+    flash, plain = Work.of(plans()), Work.of(replace(plans(), flash=False))
+    assert block_seconds(plain, H100)[0] > 1.2 * block_seconds(flash, H100)[0]
