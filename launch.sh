@@ -3,6 +3,7 @@
 #   ./launch.sh [OVERRIDES]       train: two ranks, DDP, real text      (--help shows every key)
 #   ./launch.sh test [ARGS]       the whole test suite; ARGS go to pytest
 #   ./launch.sh generate run=DIR  text from a trained run
+#   ./launch.sh replay RUN cluster=NAME   a recorded run (trace=true), on another network
 #   ./launch.sh python ARGS       the Python that has the packages
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
