@@ -5,6 +5,9 @@
 #   ./launch.sh generate run=DIR  text from a trained run
 #   ./launch.sh score             predictions against published measurements
 #   ./launch.sh calibrate to=FILE this machine as a cluster profile
+#   ./launch.sh replay RUN cluster=NAME   a recorded run (trace=true), on another network
+#   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
+#   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs
 #   ./launch.sh python ARGS       the Python that has the packages
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
