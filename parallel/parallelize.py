@@ -30,7 +30,6 @@ from parallel.precision import DTYPES, autocast
 from parallel.replica import Replica, as_it_is
 from parallel.strategies import strategies
 
-
 Fill = Callable[[GPT], None]  # gives a model on the meta device its memory and its first weights
 
 

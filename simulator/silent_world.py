@@ -226,7 +226,6 @@ def _real(function: Callable) -> Callable:
     return called
 
 
-
 class _RealIndices(TorchDispatchMode):
     """Integers that were never fake stay real: DDP's reducer reads them in C++."""
 

@@ -181,4 +181,3 @@ class Recorder(TorchDispatchMode):
             return operations
 
         return call
-
