@@ -181,9 +181,7 @@ def _clear_caches() -> None:
 class Numberless(FakeTensorMode):
     """Answers what reads a number with one that is made up."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return NORM if args[0].dtype.is_floating_point else 1
         return super().__torch_dispatch__(func, types, args, kwargs)
