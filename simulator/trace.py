@@ -2,8 +2,8 @@
 
 The very code of parallel/ runs as one rank of N on fake tensors in a world where nobody else is
 (simulator/silent_world.py). What comes out is what a run measures, but for times: every operator,
-every message, memory by category, flops. The step is one that has others before it: the optimizer
-has its state, and DDP, which makes its final buckets in the second step, has those.
+every message, memory by category, flops. The step has others before it: the optimizer has its
+state, and DDP the buckets that it makes in its second step.
 """
 
 from __future__ import annotations

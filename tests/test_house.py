@@ -29,12 +29,12 @@ MAY_IMPORT = {
     },
     "experiments": None,  # everything
 }
-TRACING = {"torch", "parallel", "minigpt", "costs"}  # the program that trains, on fake tensors
 FILES_THAT_MAY_MORE = {
-    "simulator/trace.py": TRACING,
-    "simulator/trace_operators.py": TRACING,
-    "simulator/trace_recorder.py": TRACING,
-    "simulator/silent_world.py": TRACING,
+    "simulator/trace.py": {"torch", "parallel", "minigpt", "costs"},
+    # what it is made of: the world, what is written down, what one operator costs
+    "simulator/silent_world.py": {"torch", "parallel", "minigpt", "costs"},
+    "simulator/trace_recorder.py": {"torch", "costs"},
+    "simulator/trace_operators.py": {"torch", "costs"},
     "parallel/through_accelerate.py": {"accelerate"},
 }
 PURE = ("minigpt/config.py", "parallel/layout.py", "costs/ledger.py", "costs/program.py")
