@@ -65,8 +65,8 @@ def trace(
     Raises ValueError for what cannot be traced, RuntimeError in a process that is in a process
     group: the caller starts one of its own.
     """
-    if options.impl == Impl.accelerate or options.compile:
-        what = "compile=true" if options.compile else "impl=accelerate"
+    if options.impl != Impl.torch or options.compile:
+        what = "compile=true" if options.compile else f"impl={options.impl.value}"
         raise ValueError(f"{what}: cannot be traced; the default can")
     optimizer = optimizer or OptimizerConfig(lr=LR)
     with silent_world(layout, rank) as (mesh, mode):
