@@ -40,6 +40,30 @@ def trace_all(jobs: list[tuple[TrainConfig, int]]) -> list[Traced]:
     return [trace(c.model, c.layout, c.options, rank, c.optimizer, c.clip) for c, rank in jobs]
 
 
+HALVES = {"gradient_accumulation_steps": 2, "model.n_layer": 2}
+EXPERTS = {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64, "model.n_layer": 2}
+LLAMA_70B = {"n_head": 64, "n_kv_head": 8, "d_model": 8192, "d_ff": 28672, "vocab_size": 128256}
+SMALL = {
+    "ddp": make_config(Layout(dp_replicate=2), HALVES),
+    "pipeline": make_config(Layout(pp=2), HALVES),
+    "fsdp": make_config(Layout(dp_shard=2), HALVES),
+    "single": make_config(Layout(), {"model.n_layer": 1}),
+    "experts": make_config(Layout(dp_replicate=2, ep=2), EXPERTS),
+    "large": TrainConfig(
+        model=ModelConfig(n_layer=1, context=8192, **LLAMA_70B),
+        layout=Layout(dp_shard=128, tp=8),
+        micro_batch_size=1,
+        seq_len=8192,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Traced]:
+    """The first rank of each, from one process: to start it is what takes time."""
+    return dict(zip(SMALL, traced([(config, 0) for config in SMALL.values()]), strict=True))
+
+
 def messages(rows: list[dict[str, Any]]) -> dict[Row, tuple[int, int]]:
     """Calls and payload bytes by collective, axis, group size and dtype."""
     return {
@@ -70,7 +94,7 @@ def test_a_trace_is_what_ranks_measure(world_size: int) -> None:
         and not has_free_choice(plan.config({}))
     ]
     assert len(configs) >= 10
-    ranks = [r for r in run_ranks(world_size, step_costs, configs, timeout_s=900)]
+    ranks = run_ranks(world_size, step_costs, configs, timeout_s=900)
     jobs = [
         (config, rank)
         for config in configs
@@ -96,15 +120,10 @@ def has_free_choice(config: TrainConfig) -> bool:
     return config.layout.ep > 1 and config.model.capacity_factor is None
 
 
-def test_a_program_says_where_each_event_belongs_and_waits_for_every_message() -> None:
-    changes = {"gradient_accumulation_steps": 2, "model.n_layer": 2}
-    ddp, pipeline, fsdp = traced(
-        [
-            (make_config(Layout(dp_replicate=2), changes), 1),
-            (make_config(Layout(pp=2), changes), 0),
-            (make_config(Layout(dp_shard=2), changes), 0),
-        ]
-    )
+def test_a_program_says_where_each_event_belongs_and_waits_for_every_message(
+    small: dict[str, Traced],
+) -> None:
+    ddp, pipeline, fsdp = (small[name] for name in ("ddp", "pipeline", "fsdp"))
     for one in (ddp, pipeline, fsdp):
         sent = [event.number for event in one.program if isinstance(event, Message)]
         waited = [event.number for event in one.program if isinstance(event, Wait)]
@@ -128,9 +147,10 @@ def test_a_program_says_where_each_event_belongs_and_waits_for_every_message() -
     assert kinds.index((Message, "backward")) < kinds.index((Wait, "backward"))
 
 
-def test_operators_have_the_flops_bytes_and_shapes_of_their_tensors() -> None:
-    config = make_config(Layout(), {"model.n_layer": 1})
-    (one,) = traced([(config, 0)])
+def test_operators_have_the_flops_bytes_and_shapes_of_their_tensors(
+    small: dict[str, Traced],
+) -> None:
+    config, one = SMALL["single"], small["single"]
     model, B, T = config.model, config.micro_batch_size, config.seq_len
     D, V, N = model.d_model, model.vocab_size, model.n_head
     forward = [e for e in one.program if isinstance(e, Work) and e.phase == "forward"]
@@ -151,24 +171,18 @@ def test_what_cannot_be_traced_is_refused() -> None:
         trace(ModelConfig(), Layout(dp_replicate=2), Options(impl=Impl.accelerate))
 
 
-def test_free_experts_get_even_shares() -> None:
+def test_free_experts_get_even_shares(small: dict[str, Traced]) -> None:
     """Of B T k rows each rank sends all in dispatch and gets as many: the closed form's average."""
-    changes = {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64, "model.n_layer": 2}
-    config = make_config(Layout(dp_replicate=2, ep=2), changes)
-    (one,) = traced([(config, 0)])
-    sent = {(r["collective"], r["axis"], r["dtype"]): r["payload_bytes"] for r in one.rows}
-    assert sent == formula_bytes(config, 0)
+    rows = small["experts"].rows
+    sent = {(r["collective"], r["axis"], r["dtype"]): r["payload_bytes"] for r in rows}
+    assert sent == formula_bytes(SMALL["experts"], 0)
 
 
-def test_seventy_billion_parameters_on_a_thousand_ranks() -> None:
-    """Two blocks of them: weights, gradients and moments are this rank's share of each."""
-    model = ModelConfig(
-        n_layer=2, n_head=64, n_kv_head=8, d_model=8192, d_ff=28672, vocab_size=128256, context=8192
-    )
-    config = TrainConfig(model=model, layout=Layout(dp_shard=128, tp=8), seq_len=8192)
-    config.micro_batch_size = 1
-    (one,) = traced([(config, 1023)])
+def test_seventy_billion_parameters_on_a_thousand_ranks(small: dict[str, Traced]) -> None:
+    """One block of them: weights and moments are the first rank's share. (The last has less: rows
+    of the vocabulary do not divide by 1024, and moments, unlike weights, are not padded.)"""
+    model, memory = SMALL["large"].model, small["large"].memory_bytes
     norms = 4 * model.d_model * 2  # about what is not cut by tp
     share = 4 * model.parameters / 1024
-    assert one.memory_bytes["parameters"] == pytest.approx(share, rel=0.01, abs=norms)
-    assert one.memory_bytes["optimizer"] == pytest.approx(2 * share, rel=0.01, abs=2 * norms)
+    assert memory["parameters"] == pytest.approx(share, rel=0.01, abs=norms)
+    assert memory["optimizer"] == pytest.approx(2 * share, rel=0.01, abs=2 * norms)
