@@ -263,7 +263,8 @@ its forward by `gradcheck` in double.
 
 The slope of log(peak) over log(T), T = {LENGTHS[0]} ... {LENGTHS[-1]}: 1 is linear, 2 quadratic.
 Attention that holds the scores should be quadratic, flash attention linear at most: the temporaries
-of a tile are as large at any T, so over short T its slope is below 1. Softmax is given T x T numbers.
+of a tile are as large at any T, so over short T its slope is below 1. Softmax is given T x T
+numbers.
 """
 ABOUT = (
     "Forward and backward of one call, against torch's own. Time is ours over torch's, the median "

@@ -5,7 +5,8 @@
 
 Shapes: x, y (..., D); up, gate (F, D); down (D, F); a bias has its weight's first dimension.
 Kept for backward are x and what goes into the non-linearity. What comes out of it costs few flops,
-and is computed again: F numbers a token less than autograd keeps.
+and is computed again: F numbers a token (SwiGLU: 2 F) less than autograd keeps. The peak, inside
+backward, is higher than torch's all the same: its temporaries have no fused kernel.
 """
 
 from __future__ import annotations
