@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from minigpt.checks import share_of_all
 from minigpt.config import (
     LR_TIMES_WIDTH,
     DataConfig,
@@ -75,12 +76,16 @@ class SampleConfig:
     tokens: int = 200  # 0: none
     prompt: str = "def "
     temperature: float = 0.7
-    top_k: int | None = 40
+    top_k: int | None = 40  # of the likeliest so many; null: of all
+    top_p: float | None = (
+        None  # of the fewest that hold this share of the probability; null: of all
+    )
 
     def __post_init__(self) -> None:
         at_least("sample.tokens", self.tokens, 0)
         at_least("sample.temperature", self.temperature, 0)
         at_least("sample.top_k", self.top_k, 1)
+        share_of_all("sample.top_p", self.top_p)
         require(bool(self.prompt), "sample.prompt is empty: at least one character is needed")
 
 
@@ -212,6 +217,7 @@ class GenerateConfig:
     tokens: int = 400
     temperature: float = 0.7
     top_k: int | None = 40
+    top_p: float | None = None
     seed: int = 0
     device: Device = Device.auto
 
@@ -219,5 +225,6 @@ class GenerateConfig:
         at_least("tokens", self.tokens, 1)
         at_least("temperature", self.temperature, 0)
         at_least("top_k", self.top_k, 1)
+        share_of_all("top_p", self.top_p)
         at_least("seed", self.seed, 0)
         require(bool(self.prompt), "prompt is empty: at least one character is needed")

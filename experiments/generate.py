@@ -1,7 +1,7 @@
 """Text from a trained run.
 
 ./launch.sh generate run=runs/20261123-120000-dp_replicate2
-./launch.sh generate run=... prompt="class " tokens=300 temperature=0.8 top_k=40 seed=1
+./launch.sh generate run=... prompt="class " tokens=300 temperature=0.8 top_k=40 top_p=0.9 seed=1
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from experiments.config import Device, GenerateConfig, TrainConfig
 from experiments.environment import gpu_count
 from experiments.run_folder import read_config
 from minigpt.corpus import kind_of_tokens
-from minigpt.tokenizer import BPE_FILE, make_tokenizer
+from minigpt.tokenizer import BPE_FILE, TRAINED, make_tokenizer
 
 
 def command(argv: list[str]) -> int:
@@ -42,7 +42,7 @@ def run(config: GenerateConfig) -> str:
     on_gpu = config.device != Device.cpu and gpu_count() > 0
     model = read_model(folder, trained.model, "cuda" if on_gpu else "cpu")
     tokenizer = make_tokenizer(kind_of_tokens(trained.data), trained.data.vocab_size, folder)
-    sampling = (config.temperature, config.top_k, config.seed)
+    sampling = (config.temperature, config.top_k, config.top_p, config.seed)
     return continue_text(model, tokenizer, config.prompt, config.tokens, *sampling)
 
 
@@ -54,6 +54,6 @@ def check_run(config: GenerateConfig, folder: Path) -> TrainConfig:
         if not (folder / name).is_file():
             raise Refused(f"run={folder}: no {name} there; train one with ./launch.sh")
     trained = read_config(folder)
-    if kind_of_tokens(trained.data) == "bpe" and not (folder / BPE_FILE).is_file():
+    if kind_of_tokens(trained.data) in TRAINED and not (folder / BPE_FILE).is_file():
         raise Refused(f"run={folder}: no {BPE_FILE} there")
     return trained

@@ -38,7 +38,7 @@ def sample_text(config: TrainConfig, weights: dict[str, Tensor], tokenizer: Text
     """What a run shows of its model when it ends."""
     model = load_model(config.model, weights, torch.device("cpu"))
     how = config.sample
-    sampling = (how.temperature, how.top_k, config.seed)
+    sampling = (how.temperature, how.top_k, how.top_p, config.seed)
     text = continue_text(model, tokenizer, how.prompt, how.tokens, *sampling)
     return f"--- sample ---\n{text}\n--------------"
 
@@ -50,9 +50,10 @@ def continue_text(
     tokens: int,
     temperature: float,
     top_k: int | None,
+    top_p: float | None,
     seed: int,
 ) -> str:
     """The prompt and `tokens` more tokens, as text."""
     ids = tokenizer.encode(prompt)
-    made = generate(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    made = generate(model, ids, tokens, temperature, top_k, top_p, seed)
     return tokenizer.decode([*ids, *made])

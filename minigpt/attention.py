@@ -1,4 +1,4 @@
-"""Causal attention: torch's fused kernel, and the same written out for reading and checking.
+"""Causal attention: torch's fused kernel, and who else can do it (see minigpt/by_hand/).
 
 Shapes: B batch, N query heads, K key-value heads, T queries, S keys, H head width.
 Queries are the last T of the S positions: S > T only where earlier keys come from a cache.
@@ -6,30 +6,19 @@ Queries are the last T of the S positions: S > T only where earlier keys come fr
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt.by_hand.attention import attention
+from minigpt.by_hand.flash import flash_attention
+from minigpt.config import Attention as Kind
+
 SCORES_THAT_FIT = (
     512  # keys up to which bf16 on a CPU holds the scores: measured, docs/benchmarks.md
 )
-
-
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (T, H), of the angle of each pair at each position (Su et al. 2021)."""
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[:, None] * theta ** (-pairs / head_dim)  # (T, H/2)
-    angles = torch.cat((angles, angles), dim=-1)  # the halves of a head are the pairs, as in Llama
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of x (B, N, T, H) by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -61,20 +50,25 @@ def low_precision_on_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Ten
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal attention written out: softmax(q k^T / sqrt(H)) v (Vaswani et al. 2017, eq. 1)."""
-    queries, keys = q.shape[2], k.shape[2]
-    if q.shape[1] > k.shape[1]:
-        group = q.shape[1] // k.shape[1]  # query heads that share a key-value head
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    hidden = torch.full((queries, keys), -math.inf, dtype=q.dtype, device=q.device)
-    hidden = hidden.triu(1 + keys - queries)  # what comes after a query
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + hidden  # (B, N, T, S)
+    """Causal attention written out, with torch's own softmax and dropout."""
+    return attention(q, k, v, dropout, softmax=softmax_as_it_is, dropout=F.dropout)
+
+
+def softmax_as_it_is(scores: Tensor) -> Tensor:
     # the dtype is named, for autocast would make it fp32; the kernel sums in fp32 anyway
-    weights = F.dropout(scores.softmax(dim=-1, dtype=q.dtype), dropout)
-    return weights @ v
+    return scores.softmax(dim=-1, dtype=scores.dtype)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """(T, S), true where a query may look: at itself and at what came before."""
     every = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return every.tril(diagonal=keys - queries)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v, dropout
+ATTEND: dict[Kind, Attend] = {
+    Kind.sdpa: sdpa,
+    Kind.plain: plain,
+    Kind.by_hand_plain: attention,
+    Kind.by_hand_flash: flash_attention,
+}

@@ -1,7 +1,6 @@
 """What a user may set about the model, its data and its optimiser, checked on construction.
 
 Standard library only: the launcher and the simulator read these without importing torch.
-A ValueError names the key as it is written on the command line, its value and what is allowed.
 Shape letters: T sequence, D width, H head width, F MLP width, E experts, L layers, V vocabulary.
 """
 
@@ -10,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+
+from minigpt.checks import above, at_least, fraction, require
 
 
 class Norm(str, Enum):
@@ -32,6 +33,13 @@ class FFN(str, Enum):
 class Attention(str, Enum):
     sdpa = "sdpa"
     plain = "plain"
+    by_hand_plain = "by_hand_plain"  # minigpt/by_hand/attention.py
+    by_hand_flash = "by_hand_flash"  # minigpt/by_hand/flash.py
+
+
+class Pieces(str, Enum):
+    torch = "torch"
+    by_hand = "by_hand"  # minigpt/by_hand/: norm, MLP, dropout and loss, each with its backward
 
 
 class Source(str, Enum):
@@ -46,39 +54,18 @@ class Source(str, Enum):
 class Tokenizer(str, Enum):
     bytes = "bytes"
     bpe = "bpe"
+    by_hand_bpe = "by_hand_bpe"  # the same, trained by minigpt/by_hand/bpe.py
 
 
 class OptimizerName(str, Enum):
     adamw = "adamw"
     sgd = "sgd"
+    by_hand_adamw = "by_hand_adamw"
 
 
 class Schedule(str, Enum):
     cosine = "cosine"
     constant = "constant"
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise a ValueError with `message` unless `holds`."""
-    if not holds:
-        raise ValueError(message)
-
-
-def at_least(key: str, value: float | None, low: float) -> None:
-    """A number that is set must be finite and not below `low`."""
-    if value is not None:
-        require(math.isfinite(value) and value >= low, f"{key}={value}: must be at least {low}")
-
-
-def above(key: str, value: float | None, low: float) -> None:
-    """A number that is set must be finite and above `low`."""
-    if value is not None:
-        require(math.isfinite(value) and value > low, f"{key}={value}: must be greater than {low}")
-
-
-def fraction(key: str, value: float) -> None:
-    """A number in [0, 1)."""
-    require(0.0 <= value < 1.0, f"{key}={value}: must be at least 0 and below 1")
 
 
 @dataclass
@@ -105,6 +92,7 @@ class ModelConfig:
     tied: bool = False  # the head shares the embedding's weight
     dropout: float = 0.0
     attention: Attention = Attention.sdpa
+    impl: Pieces = Pieces.torch
 
     def __post_init__(self) -> None:
         for key in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "context"):
@@ -139,6 +127,17 @@ class ModelConfig:
         require(
             self.positions != Positions.sinusoidal or self.d_model % 2 == 0,
             f"model.positions=sinusoidal: model.d_model={self.d_model} must be even",
+        )
+        require(
+            self.attention != Attention.by_hand_flash or self.dropout == 0,
+            f"model.attention=by_hand_flash: it has no dropout, and model.dropout={self.dropout}; "
+            "use 0",
+        )
+        require(
+            self.impl != Pieces.by_hand
+            or (self.norm == Norm.layernorm and self.ffn in (FFN.gelu, FFN.swiglu)),
+            f"model.impl=by_hand: has model.norm=layernorm and model.ffn=gelu or swiglu, not "
+            f"{Norm(self.norm).value} with {FFN(self.ffn).value}",
         )
 
     @property
@@ -253,10 +252,11 @@ class DataConfig:
             f"data.vocab_size={self.vocab_size}: data.tokenizer=bytes always has 256",
         )
         require(
-            self.tokenizer != Tokenizer.bpe or not makes_tokens,
-            f"data.tokenizer=bpe: data={self.source.value} makes tokens, not text; use bytes",
+            self.tokenizer == Tokenizer.bytes or not makes_tokens,
+            f"data.tokenizer={self.tokenizer.value}: data={self.source.value} makes tokens, not "
+            "text; use bytes",
         )
-        low = 257 if self.tokenizer == Tokenizer.bpe else 2
+        low = 2 if self.tokenizer == Tokenizer.bytes else 257
         at_least("data.vocab_size", self.vocab_size, low)
         most = 2**16  # tokens are stored in 16 bits
         require(self.vocab_size <= most, f"data.vocab_size={self.vocab_size}: at most {most}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from minigpt.config import DataConfig, Source, Tokenizer
 from minigpt.sources import generated_tokens, random_tokens, read_text, sha256_of
-from minigpt.tokenizer import BPE_FILE, BPETokenizer, train_bpe
+from minigpt.tokenizer import BPE_FILE, BPETokenizer, train_bpe, train_bpe_by_hand
 
 FORMAT = 1  # raise it when the content of the files changes
 SPLITS = ("train", "validation")
@@ -32,7 +32,7 @@ class Corpus:
 
     folder: Path
     sha256: str  # of the raw text, or of the made-up tokens
-    tokenizer: str  # bytes | bpe | numbers
+    tokenizer: str  # bytes | bpe | by_hand_bpe | numbers
     vocab_size: int
     dtype: str  # uint8 | uint16
     sizes: dict[str, int]  # tokens of each split
@@ -55,7 +55,7 @@ class Corpus:
 
 
 def kind_of_tokens(config: DataConfig) -> str:
-    """bytes | bpe | numbers: what a tokenizer is made by (minigpt.tokenizer.make_tokenizer)."""
+    """bytes | bpe | by_hand_bpe | numbers: what minigpt.tokenizer.make_tokenizer takes."""
     return "numbers" if config.source in MADE_UP else config.tokenizer.value
 
 
@@ -109,7 +109,8 @@ def _encode(config: DataConfig, raw: bytes) -> tuple[dict[str, np.ndarray], str 
     parts = {"train": raw[:cut], "validation": raw[cut:]}
     if config.tokenizer == Tokenizer.bytes:
         return {split: np.frombuffer(part, "u1") for split, part in parts.items()}, None
-    trained = train_bpe(parts["train"].decode(errors="replace"), config.vocab_size)
+    train = train_bpe if config.tokenizer == Tokenizer.bpe else train_bpe_by_hand
+    trained = train(parts["train"].decode(errors="replace"), config.vocab_size)
     return {split: _bpe_ids(trained, part) for split, part in parts.items()}, trained
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minigpt.by_hand.sampling import draw, keep_nucleus, keep_top_k
 from minigpt.model import GPT
 
 
@@ -39,6 +40,7 @@ def generate(
     length: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
 ) -> list[int]:
     """The `length` ids that follow `tokens`. Temperature 0 takes the likeliest each time."""
@@ -56,17 +58,24 @@ def generate(
             cache, fresh = KVCache(context), ids[-max(1, context // 2) :]
         logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]
         cache.length += len(fresh)
-        fresh = [choose(logits, temperature, top_k, stream)]
+        fresh = [choose(logits, temperature, stream, top_k, top_p)]
         ids += fresh
     return ids[len(tokens) :]
 
 
-def choose(logits: Tensor, temperature: float, top_k: int | None, stream: torch.Generator) -> int:
-    """Draw one id from logits (V,), of the `top_k` likeliest only where that is set."""
+def choose(
+    logits: Tensor,
+    temperature: float,
+    stream: torch.Generator,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> int:
+    """Draw one id from logits (V,): of the `top_k` likeliest, and of those that hold `top_p`."""
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.numel():
-        best, at = logits.topk(top_k)
-        return int(at[torch.multinomial(best.softmax(-1), 1, generator=stream)])
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=stream))
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_nucleus(logits, top_p)
+    return draw(logits, stream)

@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.attention import plain, rotary_angles, rotate, sdpa
+from minigpt.attention import ATTEND, Attend
 from minigpt.autocast import cast_once
-from minigpt.config import FFN, ModelConfig, Norm, Positions
-from minigpt.config import Attention as AttentionKind
+from minigpt.by_hand import dropout, layer_norm, mlp
+from minigpt.by_hand.cross_entropy import IGNORE
+from minigpt.by_hand.multi_head import merge_heads, split_heads
+from minigpt.by_hand.positions import rotary_angles, rotate, sinusoids
+from minigpt.config import FFN, ModelConfig, Norm, Pieces, Positions
 from minigpt.experts import MoE
-
-IGNORE = -1  # a target that does not count
 
 
 class Cache(Protocol):
@@ -40,7 +41,18 @@ class Cache(Protocol):
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == Norm.rmsnorm:
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+    kind: type[nn.LayerNorm] = LayerNormByHand if config.impl == Pieces.by_hand else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+class LayerNormByHand(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def dropout_of(config: ModelConfig) -> Callable[[Tensor, float, bool], Tensor]:
+    """What drops a share of a tensor while training."""
+    return dropout.dropout if config.impl == Pieces.by_hand else F.dropout
 
 
 class Attention(nn.Module):
@@ -54,25 +66,21 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.d_model, kv_dim, bias=config.bias)
         self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
-        self.attend = plain if config.attention == AttentionKind.plain else sdpa
+        self.attend: Attend = ATTEND[config.attention]
+        self.drop = dropout_of(config)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None
     ) -> Tensor:
-        B, T, _ = x.shape
         x = cast_once(x)
-        # -1, not N: under tensor parallelism a rank holds only some of the heads
-        q, k, v = (
-            project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, N or K, T, H)
-            for project in (self.q, self.k, self.v)
-        )
+        # (B, N or K, T, H)
+        q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
         if rotary:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache:
             k, v = cache.extend(self.layer, k, v)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0)
-        y = self.out(y.transpose(1, 2).reshape(B, T, -1))
-        return F.dropout(y, self.dropout, self.training)
+        return self.drop(self.out(merge_heads(y)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -84,12 +92,27 @@ class MLP(nn.Module):
         self.gate = nn.Linear(config.d_model, config.ff_dim, bias=config.bias) if gated else None
         self.up = nn.Linear(config.d_model, config.ff_dim, bias=config.bias)
         self.down = nn.Linear(config.ff_dim, config.d_model, bias=config.bias)
-        self.dropout = config.dropout
+        self.dropout, self.drop = config.dropout, dropout_of(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = cast_once(x)
+        return self.drop(self.compute(cast_once(x)), self.dropout, self.training)
+
+    def compute(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return F.dropout(self.down(hidden), self.dropout, self.training)
+        return self.down(hidden)
+
+
+class MLPByHand(MLP):
+    def compute(self, x: Tensor) -> Tensor:
+        gate = None if self.gate is None else (self.gate.weight, self.gate.bias)
+        up, down = ((linear.weight, linear.bias) for linear in (self.up, self.down))
+        return mlp.mlp(x, gate, up, down)
+
+
+def make_mlp(config: ModelConfig) -> nn.Module:
+    if config.ffn == FFN.moe:
+        return MoE(config)
+    return MLPByHand(config) if config.impl == Pieces.by_hand else MLP(config)
 
 
 class Block(nn.Module):
@@ -100,7 +123,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config)
-        self.mlp = MoE(config) if config.ffn == FFN.moe else MLP(config)
+        self.mlp = make_mlp(config)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None
@@ -192,13 +215,6 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
     stream = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.empty(*shape).normal_(0.0, std, generator=stream)
-
-
-def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """(T, D): sines in even columns, cosines in odd ones (Vaswani et al. 2017, section 3.5)."""
-    pairs = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[:, None] * 10000.0 ** (-pairs / width)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

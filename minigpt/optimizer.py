@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minigpt.by_hand.adamw import AdamW
+from minigpt.by_hand.schedule import cosine, warm_up
 from minigpt.config import OptimizerConfig, OptimizerName, Schedule
 
 
@@ -38,9 +39,11 @@ def recipe(
     split = list(groups.values())
     if config.name == OptimizerName.sgd:
         return torch.optim.SGD, split, {"lr": config.lr, "momentum": config.momentum}
+    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == OptimizerName.by_hand_adamw:
+        return AdamW, split, settings
     # fused: one pass over memory, and no temporaries as large as the model
-    settings = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
-    return torch.optim.AdamW, split, {"lr": config.lr, **settings}
+    return torch.optim.AdamW, split, {**settings, "fused": True}
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -51,12 +54,11 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """
     assert config.lr is not None
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
+        return warm_up(step, config.warmup_steps, config.lr)
     if config.schedule == Schedule.constant:
         return config.lr
     progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
-    lowest = config.min_lr_ratio * config.lr
-    return lowest + (config.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return cosine(progress, config.lr, config.min_lr_ratio * config.lr)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from minigpt.by_hand import bpe
+
 BPE_FILE = "tokenizer.json"
+TRAINED = ("bpe", "by_hand_bpe")  # kinds that leave this file
 
 
 class TextTokenizer(Protocol):
@@ -70,8 +73,19 @@ def train_bpe(text: str, vocab_size: int) -> str:
     return tokenizer.to_str()
 
 
+def train_bpe_by_hand(text: str, vocab_size: int) -> str:
+    """The same by minigpt/by_hand/bpe.py: its tokens and merges as the JSON that is read above."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, merges = bpe.train_bpe(text, vocab_size)
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer.to_str()
+
+
 def make_tokenizer(kind: str, vocab_size: int, folder: Path) -> TextTokenizer:
     """The tokenizer of that kind; a BPE is read from `folder`, a corpus's or a run's."""
-    if kind == "bpe":
+    if kind in TRAINED:
         return BPETokenizer(folder / BPE_FILE)
     return ByteTokenizer() if kind == "bytes" else NumberTokenizer(vocab_size)

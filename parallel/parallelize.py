@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minigpt.config import ModelConfig
+from minigpt.by_hand.cross_entropy import token_loss as token_loss_by_hand
+from minigpt.config import ModelConfig, Pieces
 from minigpt.model import GPT, initial_value
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.context_parallel import apply_context_parallel, local_part
@@ -24,7 +25,7 @@ from parallel.ddp import apply_replicate
 from parallel.experts import apply_data_axes_to_experts, apply_expert_parallel, experts_dtype
 from parallel.layout import Impl, Options
 from parallel.mesh import Mesh
-from parallel.passes import MicroBatch, OneByOne, Passes, loss_and_count
+from parallel.passes import Context, Loss, MicroBatch, OneByOne, Passes, loss_and_count
 from parallel.pipeline import split_model
 from parallel.precision import DTYPES, autocast
 from parallel.replica import Replica, as_it_is
@@ -90,14 +91,19 @@ def make_passes(
     def cast() -> AbstractContextManager:
         return nullcontext() if has_policy else autocast(options.precision, mesh.device)
 
-    loss, spread = by.tensor_parallel_loss(mesh) if layout.tp > 1 else (loss_and_count, nullcontext)
+    config = next(iter(stages.values())).config
+    loss: Loss = loss_and_count
+    spread: Context = nullcontext
+    if layout.tp > 1:
+        loss, spread = by.tensor_parallel_loss(mesh)
+    elif config.impl == Pieces.by_hand:
+        loss = token_loss_by_hand
     if layout.pp == 1:
         call, sync_gradients, _ = outside[0]
         return OneByOne(call, mesh.device, sync_gradients, cast, spread, loss)
     dtype = DTYPES[options.precision] if has_policy else torch.float32
     sequence = options.seq_len // layout.cp // (layout.tp if options.sequence_parallel else 1)
-    width = next(iter(stages.values())).config.d_model
-    activation = dtype, (options.micro_batch_size, sequence, width)
+    activation = dtype, (options.micro_batch_size, sequence, config.d_model)
     return by.Pipeline(stages, mesh, options, activation, cast, spread)
 
 

@@ -58,6 +58,9 @@ class Passes(Protocol):
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor: ...
 
 
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 def loss_and_count(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """token_loss, as plain tensors: logits that tp cut along the vocabulary give a DTensor."""
     loss, count = token_loss(logits, targets)
@@ -78,7 +81,7 @@ class OneByOne(Passes):
     sync_gradients: Callable[[bool], None]  # thrown before the forward of each micro-batch
     autocast: Context  # around each forward
     loss_context: Context  # around loss and backward: how the loss is spread over ranks
-    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_count
+    loss: Loss = loss_and_count
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float, marks: Marks) -> Tensor:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)

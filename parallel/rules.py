@@ -10,19 +10,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from minigpt.config import FFN, ModelConfig, require
+from parallel.impl_rules import check_impl
 from parallel.layout import (
     MESH_AXES,
-    ONE_F_ONE_B,
     ActivationCheckpointing,
-    Impl,
     Layout,
     Options,
     PipelineConfig,
-    Precision,
 )
 
 SHOWN = 3  # alternatives that a refusal names
-BY_HAND = ("dp_replicate", "dp_shard", "tp", "pp")  # axes that parallel/by_hand/ has
 
 
 def check(model: ModelConfig, layout: Layout, options: Options) -> None:
@@ -44,7 +41,7 @@ def check_plainly(model: ModelConfig, layout: Layout, options: Options) -> None:
     _check_pipeline(model, layout, options)
     _check_sharding(layout, options)
     _check_compile(layout, options)
-    _check_impl(layout, options)
+    check_impl(model, layout, options)
 
 
 def nearest(model: ModelConfig, layout: Layout, options: Options) -> list[str]:
@@ -257,35 +254,3 @@ def _check_compile(layout: Layout, options: Options) -> None:
         f"compile=true: {name} runs backward in two parts, of which a compiled block's second "
         "gives wrong gradients without a word (torch 2.13); compile=false, or 1f1b, works",
     )
-
-
-def _check_impl(layout: Layout, options: Options) -> None:
-    if options.impl == Impl.torch:
-        return
-    axes = [axis for axis in (*MESH_AXES, "ep") if getattr(layout, axis) > 1]
-    if options.impl == Impl.by_hand:
-        require(
-            len(axes) <= 1 and set(axes) <= set(BY_HAND),
-            f"impl=by_hand: {layout.label} has {', '.join(axes)}; it shows one of "
-            f"{', '.join(BY_HAND)} at a time",
-        )
-        plain = options.precision == Precision.fp32 and not options.compile
-        require(plain, "impl=by_hand: it is written for precision=fp32 and compile=false")
-        require(
-            layout.pp == 1 or options.pipeline.schedule == ONE_F_ONE_B,
-            f"pipeline.schedule={options.pipeline.schedule.value}: impl=by_hand shows 1f1b",
-        )
-    if options.impl == Impl.accelerate:
-        require(
-            set(axes) <= {"dp_replicate", "dp_shard"},
-            f"impl=accelerate: {layout.label}; it takes dp_replicate, and dp_shard on GPUs",
-        )
-        require(
-            options.precision != Precision.fp16,
-            "impl=accelerate: precision=fp16 would scale the loss twice on a GPU (Accelerate has a "
-            "scaler of its own) and run in fp32 on a CPU; bf16 and fp32 work",
-        )
-        require(
-            options.zero_stage != 1 or layout.dp_shard == 1,
-            "impl=accelerate: zero_stage=1 is none of its ways to shard; 2 and 3 are",
-        )

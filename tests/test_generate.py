@@ -57,13 +57,13 @@ def test_it_goes_on_beyond_the_context() -> None:
 def test_top_k_never_draws_another() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9, -1.0])
     stream = torch.Generator().manual_seed(0)
-    drawn = {choose(logits, 1.0, 2, stream) for _ in range(200)}
+    drawn = {choose(logits, 1.0, stream, top_k=2) for _ in range(200)}
     assert drawn == {1, 2}
 
 
 def test_draws_follow_the_softmax_of_logits_over_temperature() -> None:
     logits, stream = torch.tensor([0.0, 1.0, 2.0]), torch.Generator().manual_seed(0)
-    drawn = torch.tensor([choose(logits, 0.5, None, stream) for _ in range(4000)])
+    drawn = torch.tensor([choose(logits, 0.5, stream) for _ in range(4000)])
     share = torch.bincount(drawn, minlength=3) / 4000
     torch.testing.assert_close(share, (logits / 0.5).softmax(-1), atol=0.03, rtol=0)
 

@@ -37,9 +37,21 @@ FILES_THAT_MAY_MORE = {
     "simulator/trace_operators.py": {"torch", "costs"},
     "parallel/through_accelerate.py": {"accelerate"},
 }
-PURE = ("minigpt/config.py", "parallel/layout.py", "costs/ledger.py", "costs/program.py")
+PURE = (
+    "minigpt/config.py",
+    "minigpt/checks.py",
+    "parallel/layout.py",
+    "costs/ledger.py",
+    "costs/program.py",
+)
 # the launcher runs them, and must be fast
-TORCH_FREE = ("minigpt/corpus.py", "minigpt/sources.py", "parallel/rules.py", "parallel/stages.py")
+TORCH_FREE = (
+    "minigpt/corpus.py",
+    "minigpt/sources.py",
+    "parallel/rules.py",
+    "parallel/stages.py",
+    "parallel/impl_rules.py",
+)
 
 
 def imports_of(path: Path) -> set[str]:

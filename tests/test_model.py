@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt.attention import plain, rotary_angles, rotate, sdpa
+from minigpt.attention import plain, sdpa
+from minigpt.by_hand.positions import rotary_angles, rotate, sinusoids
 from minigpt.config import FFN, Attention, ModelConfig, Norm, Positions
-from minigpt.model import GPT, IGNORE, initial_value, sinusoids, token_loss
+from minigpt.model import GPT, IGNORE, initial_value, token_loss
 from tests.configs import model_of
 
 SMALL = {"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": 50, "context": 16}

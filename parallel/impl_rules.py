@@ -1,0 +1,63 @@
+"""What the written-out and the borrowed implementations can do. No torch; see parallel/rules.py."""
+
+from __future__ import annotations
+
+from minigpt.config import Attention, ModelConfig, Pieces, require
+from parallel.layout import MESH_AXES, ONE_F_ONE_B, Impl, Layout, Options, Precision
+
+BY_HAND = ("dp_replicate", "dp_shard", "tp", "pp")  # axes that parallel/by_hand/ has
+
+
+def check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:
+    """Raise ValueError, one line, where an implementation cannot do what is asked."""
+    _check_pieces(model, layout, options)
+    if options.impl == Impl.torch:
+        return
+    axes = [axis for axis in (*MESH_AXES, "ep") if getattr(layout, axis) > 1]
+    if options.impl == Impl.by_hand:
+        require(
+            len(axes) <= 1 and set(axes) <= set(BY_HAND),
+            f"impl=by_hand: {layout.label} has {', '.join(axes)}; it shows one of "
+            f"{', '.join(BY_HAND)} at a time",
+        )
+        plain = options.precision == Precision.fp32 and not options.compile
+        require(plain, "impl=by_hand: it is written for precision=fp32 and compile=false")
+        require(
+            layout.pp == 1 or options.pipeline.schedule == ONE_F_ONE_B,
+            f"pipeline.schedule={options.pipeline.schedule.value}: impl=by_hand shows 1f1b",
+        )
+    if options.impl == Impl.accelerate:
+        require(
+            set(axes) <= {"dp_replicate", "dp_shard"},
+            f"impl=accelerate: {layout.label}; it takes dp_replicate, and dp_shard on GPUs",
+        )
+        require(
+            options.precision != Precision.fp16,
+            "impl=accelerate: precision=fp16 would scale the loss twice on a GPU (Accelerate has a "
+            "scaler of its own) and run in fp32 on a CPU; bf16 and fp32 work",
+        )
+        require(
+            options.zero_stage != 1 or layout.dp_shard == 1,
+            "impl=accelerate: zero_stage=1 is none of its ways to shard; 2 and 3 are",
+        )
+
+
+def _check_pieces(model: ModelConfig, layout: Layout, options: Options) -> None:
+    """What minigpt/by_hand/ is written for."""
+    if model.attention in (Attention.by_hand_plain, Attention.by_hand_flash):
+        said = f"model.attention={Attention(model.attention).value}"
+        require(layout.cp == 1, f"{said}: layout.cp={layout.cp} has ring attention in its place")
+        require(not options.compile, f"{said}: it is written for compile=false")
+    if model.impl != Pieces.by_hand:
+        return
+    cut = [f"layout.{axis}={size}" for axis in ("pp", "tp") if (size := getattr(layout, axis)) > 1]
+    require(
+        not cut,
+        f"model.impl=by_hand: {', '.join(cut)} cuts what it takes whole; the data axes work",
+    )
+    plain = options.precision == Precision.fp32 and not options.compile
+    require(plain, "model.impl=by_hand: it is written for precision=fp32 and compile=false")
+    require(
+        options.impl != Impl.accelerate,
+        "model.impl=by_hand: impl=accelerate has torch's loss; impl=torch and by_hand work",
+    )
