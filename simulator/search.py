@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.layout import MESH_AXES
+from parallel.layout import MESH_AXES, Precision
 from simulator.estimate import step_seconds
 from simulator.flops import model_flops_per_token
 from simulator.hardware import DTYPES, Cluster
 from simulator.memory import memory
-from simulator.plans import Array, Plans
+from simulator.plans import PRECISIONS, Array, Plans
 from simulator.space import Space, plans_of
 from simulator.work import NONE, OWN_DTYPE, Work
 
@@ -50,6 +50,11 @@ def predict(plans: Plans, cluster: Cluster) -> Predicted:
     rates = np.array([cluster.device.flops(name) for name in DTYPES])
     peak = rates[OWN_DTYPE[plans.precision]]
     return Predicted(plans, step_seconds(work, cluster), fullest(plans), flops, peak)
+
+
+def peak_flops(precision: Precision, cluster: Cluster) -> float:
+    """FLOP/s of a device's datasheet in the dtype of the products."""
+    return cluster.device.flops(DTYPES[int(OWN_DTYPE[PRECISIONS.index(precision)])])
 
 
 def fullest(plans: Plans) -> dict[str, Array]:

@@ -94,6 +94,8 @@ def record(trainer: Trainer, options: Options) -> Traced:
     meter = MemoryMeter(trainer.replica, state_of(trainer.optimizer))
     recorder = Recorder(mesh.axis_of_ranks(), meter)
     trainer.marks = recorder
+    if mesh.layout.pp == 1:
+        recorder.follow(trainer.replica.stages)
     with ExitStack() as stack:
         stack.enter_context(no_collector())
         for method in recorder.of_stages():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.pipelining import PipelineStage
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,7 +141,17 @@ class Recorder(TorchDispatchMode):
         self.label = ("backward", stage, micro_batch)
         yield
         self._wait_for_all()
-        self.label = ("forward", stage, (micro_batch or 0) + 1)
+
+    def follow(self, stages: Iterable[nn.Module]) -> None:
+        """Notice where the next micro-batch begins: until then all goes with the last backward, as
+        in costs/phases.py. Pipelines say it themselves (`action`)."""
+        for stage in stages:
+            stage.register_forward_pre_hook(self._called, prepend=True)
+
+    def _called(self, *_: object) -> None:
+        phase, stage, micro_batch = self.label
+        if phase == "backward":
+            self.label = ("forward", stage, (micro_batch or 0) + 1)
 
     def _wait_for_all(self) -> None:
         for number in list(self.in_flight):

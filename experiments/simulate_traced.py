@@ -1,0 +1,89 @@
+"""The slow half of simulate: the program itself on fake tensors, and pictures. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from costs import trace as traces
+from costs.ledger import TIME_PARTS
+from costs.program import Program
+from costs.trace import Trace
+from experiments.metering import flops_per_token
+from experiments.plan_config import SimulateConfig
+from simulator.event_times import EventTimes
+from simulator.replay import replay
+from simulator.search import peak_flops
+from simulator.timeline import Timeline
+from simulator.trace import Traced, trace
+
+Step = dict[str, Any]
+
+
+def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]:
+    """The source and the steps of a ledger: of `rank`, without times; or of the first rank of each
+    pp place, with the times that a replay of them gives."""
+    layout = config.layout
+    stride = layout.world_size // layout.pp
+    ranks = [place * stride for place in range(layout.pp)] if config.rank is None else [config.rank]
+    # a process of its own: the world of a trace is global
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        found = dict(zip(ranks, process.map(trace_rank, [config] * len(ranks), ranks), strict=True))
+    if config.rank is not None:
+        return "traced", [step(config, found[config.rank], dict.fromkeys(("total", *TIME_PARTS)))]
+    programs = {rank: one.program for rank, one in found.items()}
+    timeline = timeline_of(config, programs, lambda rank: rank // stride * stride)
+    if config.trace:
+        draw(config, folder, timeline)
+    times: dict[int, dict[str, Any]] = {**timeline.time_s}
+    return "traced", [step(config, found[rank], times[rank]) for rank in ranks]
+
+
+def trace_rank(config: SimulateConfig, rank: int) -> Traced:
+    """In the process that traces."""
+    return trace(config.model, config.layout, config.options, rank, config.optimizer, config.clip)
+
+
+def step(config: SimulateConfig, one: Traced, time_s: dict[str, Any]) -> Step:
+    """A ledger's step of one traced rank."""
+    tokens = config.batch_size * config.seq_len
+    model = flops_per_token(config) * tokens / config.layout.world_size
+    peak, total = peak_flops(config.precision, config.cluster), time_s["total"]
+    return {
+        "tokens": tokens,
+        "time_s": {key: time_s.get(key) for key in ("total", *TIME_PARTS)},
+        "memory_bytes": one.memory_bytes,
+        "communication": one.rows,
+        "flops": {"model": model, "hardware": one.flops},
+        "tokens_per_s": tokens / total if total else None,
+        "mfu": model / total / peak if total else None,
+        "hfu": one.flops / total / peak if total else None,
+    }
+
+
+def timeline_of(
+    config: SimulateConfig, programs: dict[int, Program], like: Callable[[int], int]
+) -> Timeline:
+    """The programs, event by event, on the cluster."""
+    times = EventTimes(config.cluster)
+    return replay(programs, times.work, times.message, like)
+
+
+def write_timeline(
+    config: SimulateConfig, folder: Path, programs: dict[int, Program], like: Callable[[int], int]
+) -> None:
+    """trace.json.gz and timeline.png/.svg of a plan."""
+    draw(config, folder, timeline_of(config, programs, like))
+
+
+def draw(config: SimulateConfig, folder: Path, timeline: Timeline) -> None:
+    from experiments.pictures import draw_timeline  # matplotlib takes a second
+
+    slices = [piece for rank in sorted(timeline.programs) for piece in timeline.slices(rank)]
+    about = {"layout": config.layout.label, "cluster": config.cluster.name}
+    traces.write(folder / "trace.json.gz", Trace(slices, timeline.programs, about=about))
+    title = f"one step of {config.layout.label}, simulated on {config.cluster.name}"
+    draw_timeline(slices, folder / "timeline", title)
