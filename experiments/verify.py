@@ -167,7 +167,7 @@ def train_twin(twin: Twin) -> dict[str, Any]:
         pipeline=Options().pipeline,
         zero_stage=3,
     )
-    (run,) = run_ranks(twin.layout.world_size, trajectories, [config])[0]
+    run = run_ranks(twin.layout.world_size, trajectories, [config])[0][0]
     difference = compare(run, trajectory(alone))
     return {
         "ranks": twin.layout.world_size,
