@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
-from rich.table import Table
 
 from experiments.compose import Refused, run_hydra, to_config
-from experiments.console import DASH, human_bytes, human_seconds, make_console, share
+from experiments.console import human_bytes
 from experiments.plan_config import SearchConfig, axes_of
-from experiments.scale import run_to_the_end, say_scale
+from experiments.scale import run_to_the_end
+from experiments.search_tables import show
 from parallel.layout import MESH_AXES
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES
 from simulator.search import Found, search
@@ -27,7 +27,8 @@ from simulator.space import Space, layout_at
 
 
 def command(argv: list[str]) -> int:
-    """Search, and print what was found."""
+    """Search, and print what was found. Exit status 1 where --verify finds a difference."""
+    status = 0
     as_json, verify = "--json" in argv, "--verify" in argv
     composed: list[DictConfig] = []
     rest = [a for a in argv if a not in ("--json", "--verify")]
@@ -43,12 +44,13 @@ def command(argv: list[str]) -> int:
         if verify:
             from experiments.verify import verify_winner
 
-            said["verified"] = verify_winner(config, found)
+            said["verified"] = verify_winner(found)
+            status = 0 if said["verified"]["holds"] else 1
         if as_json:
             print(json.dumps(said, indent=1))
         else:
             show(config, found, said)
-    return 0
+    return status
 
 
 def find(config: SearchConfig) -> Found:
@@ -88,17 +90,19 @@ def said_of(config: SearchConfig, found: Found) -> dict[str, Any]:
             config.scale,
             config.model.parameters,
             float(found.predicted.plans.tokens[order[0]]),
-            said["plans"][0]["time_s"]["total"],
+            said["plans"][0]["time_s"],
             config.gpus,
         )
     return said
 
 
 def plan_of(found: Found, i: int) -> dict[str, Any]:
-    """One plan, with what it takes."""
+    """One plan, with what it takes: seconds of a step and bytes of the fullest rank, by part."""
     predicted, plans = found.predicted, found.predicted.plans
     layout = layout_at(plans, i)
     staged = layout.pp > 1
+    time = {key: float(value[i]) for key, value in predicted.time_s.items()}
+    memory = {key: int(value[i]) for key, value in predicted.memory_bytes.items()}
     return {
         "layout": {axis: getattr(layout, axis) for axis in (*MESH_AXES, "ep")},
         "label": layout.label,
@@ -111,9 +115,11 @@ def plan_of(found: Found, i: int) -> dict[str, Any]:
         "sequence_parallel": bool(plans.sequence_parallel[i]),
         "precision": PRECISIONS[plans.precision[i]].value,
         "fits": bool(found.fits[i]),
-        "time_s": {key: float(value[i]) for key, value in predicted.time_s.items()},
+        "time_s": time.pop("total"),
+        "time_parts": time,
         "mfu": float(predicted.mfu[i]),
-        "memory_bytes": {key: int(value[i]) for key, value in predicted.memory_bytes.items()},
+        "memory_bytes": memory.pop("peak"),
+        "memory_parts": memory,
     }
 
 
@@ -144,79 +150,3 @@ def explain(config: SearchConfig, found: Found) -> dict[str, Any]:
     elif len(order) and best != order[0]:
         reason = str(found.lost(np.array([best]), int(order[0]))[0])
     return {"plan": plan_of(found, best), "loses_by": reason}
-
-
-def show(config: SearchConfig, found: Found, said: dict[str, Any]) -> None:
-    """Tables: the best plans, the front, why the others lost."""
-    console = make_console()
-    device = config.cluster.device
-    console.print(
-        f"{said['predicted']:,} plans of {config.gpus:,} x {device.name or config.cluster.name}, "
-        f"{config.batch_size:,} sequences of {config.seq_len:,} tokens a step; "
-        f"{human_bytes(found.limit)} may be filled",
-        highlight=False,
-    )
-    if not said["plans"]:
-        console.print("no plan fits: more devices, or a smaller micro-batch, would be needed")
-    else:
-        console.print(plans_table("the fastest plans that fit", said["plans"]))
-        console.print(plans_table("less memory, more time", said["front"][1:]))
-    reasons = Table(title="why the others lost", title_justify="left")
-    reasons.add_column("reason")
-    reasons.add_column("plans", justify="right")
-    for reason, count in said["rejected"].items():
-        reasons.add_row(reason, f"{count:,}")
-    console.print(reasons)
-    if "explained" in said:
-        say_explained(console, said)
-    if said.get("to_the_end"):
-        say_scale(console, said["to_the_end"])
-    if "verified" in said:
-        console.print(said["verified"]["says"], markup=False)
-
-
-def plans_table(title: str, plans: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("layout", overflow="fold")
-    for name in ("schedule", "batch", "recompute", "zero"):
-        table.add_column(name)
-    for name in ("step", "MFU", "memory", "exposed", "bubble"):
-        table.add_column(name, justify="right")
-    for plan in plans:
-        time = plan["time_s"]
-        looped = (plan["stages_per_rank"] or 1) > 1
-        table.add_row(
-            plan["label"],
-            (plan["schedule"] or DASH) + (f" x{plan['stages_per_rank']}" if looped else ""),
-            f"{plan['micro_batch_size']} x {plan['gradient_accumulation_steps']}",
-            plan["activation_checkpointing"],
-            DASH if plan["zero_stage"] is None else str(plan["zero_stage"]),
-            human_seconds(time["total"]),
-            share(plan["mfu"], 1.0),
-            human_bytes(plan["memory_bytes"]["peak"]),
-            share(time["exposed_communication"], time["total"]),
-            share(time["bubble"], time["total"]),
-        )
-    return table
-
-
-def say_explained(console: Any, said: dict[str, Any]) -> None:
-    """The named layout's parts beside the winner's."""
-    own, reason = said["explained"]["plan"], said["explained"]["loses_by"]
-    console.print(plans_table(f"explained: loses by {reason or 'nothing, it is the best'}", [own]))
-    if not said["plans"]:
-        return
-    best = said["plans"][0]
-    table = Table(title=f"{own['label']} beside {best['label']}", title_justify="left")
-    for name in ("part", own["label"], best["label"], "more"):
-        table.add_column(name, justify="left" if name == "part" else "right")
-    for key in own["time_s"]:
-        a, b = own["time_s"][key], best["time_s"][key]
-        table.add_row(key.replace("_", " "), human_seconds(a), human_seconds(b), _more(a, b))
-    a, b = own["memory_bytes"]["peak"], best["memory_bytes"]["peak"]
-    table.add_row("memory", human_bytes(a), human_bytes(b), _more(a, b))
-    console.print(table)
-
-
-def _more(a: float, b: float) -> str:
-    return f"{100 * (a / b - 1):+.1f} %" if b else DASH

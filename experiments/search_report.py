@@ -1,0 +1,114 @@
+"""docs/search.md and docs/search.png: what the search finds for runs that were published.
+
+./launch.sh python -m experiments.search_report > docs/search.md        about two minutes
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from experiments.compose import run_hydra, to_config
+from experiments.console import human_bytes, human_seconds, share
+from experiments.plan_config import SearchConfig
+from experiments.search import find, said_of
+from experiments.search_picture import draw
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+COMMAND = "./launch.sh python -m experiments.search_report > docs/search.md"
+REPEATS = 3
+PICTURE = "model=llama3_70b cluster=h100 gpus=512 global_batch_tokens=4M"
+LLAMA = "model=llama3_405b cluster=h100 gpus=16384 global_batch_tokens=16M"
+# 1,536 sequences of 2,048; the vocabulary is padded so that tp cuts it, as Megatron-LM does
+GPT3 = "model=gpt3_175b model.vocab_size=51200 cluster=a100_80g gpus=1024 global_batch_tokens=3M"
+CASES = [
+    ("Llama 3 405B on 16,384 H100 (Llama team 2024, table 4)", LLAMA, "pp16-dp_shard128-tp8"),
+    (
+        "GPT-3 175B on 1,024 A100 (Narayanan et al. 2021, section 5)",
+        GPT3,
+        "pp8-dp_replicate16-tp8",
+    ),
+]
+
+
+def main() -> int:
+    lines = [
+        "# What the search finds",
+        "",
+        f"Written by `{COMMAND}`. All times and bytes are predictions (docs/score.md says how far",
+        "they are from measurements); theirs is the best plan of the layout that was published.",
+    ]
+    for title, given, layout in CASES:
+        lines += case(title, given, layout)
+    lines += ["", "## How long it takes", "", *timings()]
+    config = configured(PICTURE)
+    draw(find(config), config, DOCS / "search.png")
+    lines += ["", "## Memory against time", "", f"`./launch.sh search {PICTURE}`", ""]
+    lines += ["![memory against time of all plans](search.png)"]
+    print("\n".join(lines))
+    return 0
+
+
+def configured(given: str) -> SearchConfig:
+    """What the command line would make of it."""
+    composed: list[DictConfig] = []
+    run_hydra("search", given.split(), composed.append)
+    return to_config(composed[0], SearchConfig)
+
+
+def case(title: str, given: str, layout: str) -> list[str]:
+    """The search's own plan beside the published layout, part by part."""
+    config = configured(f"{given} explain={layout}")
+    said = said_of(config, find(config))
+    best, theirs = said["plans"][0], said["explained"]["plan"]
+    lines = [
+        "",
+        f"## {title}",
+        "",
+        f"`./launch.sh search {given} explain={layout}`: {said['predicted']:,} plans. "
+        f"Theirs loses most by: {said['explained']['loses_by'] or 'nothing'}.",
+        "",
+        "| | the search's | theirs | theirs takes more |",
+        "|---|--:|--:|--:|",
+    ]
+    rows = [("layout", "label"), ("schedule", "schedule"), ("stages a rank", "stages_per_rank")]
+    rows += [("micro-batch", "micro_batch_size"), ("micro-batches", "gradient_accumulation_steps")]
+    rows += [("checkpointing", "activation_checkpointing"), ("zero stage", "zero_stage")]
+    lines += [
+        f"| {name} | {_or_dash(best[key])} | {_or_dash(theirs[key])} | |" for name, key in rows
+    ]
+    for part in ("step", *best["time_parts"]):
+        a, b = (p["time_s"] if part == "step" else p["time_parts"][part] for p in (best, theirs))
+        of_step = f"{100 * (b - a) / best['time_s']:+.1f} % of the step"
+        name = part.replace("_", " ")
+        lines.append(f"| {name} | {human_seconds(a)} | {human_seconds(b)} | {of_step} |")
+    lines.append(f"| MFU | {share(best['mfu'], 1)} | {share(theirs['mfu'], 1)} | |")
+    a, b = best["memory_bytes"], theirs["memory_bytes"]
+    lines.append(f"| memory | {human_bytes(a)} | {human_bytes(b)} | {100 * (b / a - 1):+.1f} % |")
+    return lines
+
+
+def timings() -> list[str]:
+    """CPU seconds of a search, after start-up."""
+    lines = [f"CPU time after start-up, median of {REPEATS}.", ""]
+    lines += ["| search | plans | seconds |", "|---|--:|--:|"]
+    for given in (PICTURE, LLAMA):
+        config, taken, plans = configured(given), [], 0
+        for _ in range(REPEATS):
+            start = time.process_time()
+            plans = len(find(config).predicted)
+            taken.append(time.process_time() - start)
+        lines.append(f"| `{given}` | {plans:,} | {statistics.median(taken):.2f} |")
+    return lines
+
+
+def _or_dash(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,164 @@
+"""What a search finds: against brute force, under better and worse clusters, and as it is said."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.__main__ import main
+from experiments.clusters import load
+from experiments.search_picture import draw
+from experiments.search_tables import broken, thinned
+from experiments.verify import compare_bytes, options_at_twin, twin_of
+from minigpt.config import ModelConfig
+from simulator.hardware import Cluster
+from simulator.search import LOSSES, OUT_OF_MEMORY, RECOMPUTES, SMALL_TILES, Found, search
+from simulator.space import Space, layout_at
+
+MODEL = ModelConfig(
+    n_layer=16, n_head=16, n_kv_head=8, d_model=2048, vocab_size=32000, context=2048
+)
+SPACE = Space(MODEL, 2048, 16, 64, micro_batch_sizes=(1, 2, 4))
+SMALL = ["search", "model=llama3_8b", "cluster=h100", "gpus=16", "global_batch_tokens=512k"]
+LLAMA = ["search", "model=llama3_405b", "cluster=h100", "gpus=16384", "global_batch_tokens=16M"]
+
+
+def cluster(memory: float = 24e9, faster: float = 1.0) -> Cluster:
+    """configs/cluster/h100.yaml with less memory, or another network between nodes."""
+    h100 = load("h100")
+    bandwidth = h100.between_nodes.bandwidth * faster
+    return h100.changed({"device.memory_bytes": memory, "between_nodes.bandwidth": bandwidth})
+
+
+def fastest(found: Found) -> float:
+    return float(found.predicted.time_s["total"][found.order[0]])
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return search(SPACE, cluster(), 0.1)
+
+
+def test_the_winner_is_the_fastest_that_fits(found: Found) -> None:
+    time, peak = found.predicted.time_s["total"], found.predicted.memory_bytes["peak"]
+    fitting = [i for i in range(len(time)) if peak[i] <= found.limit]
+    assert 100 < len(fitting) < len(time)
+    assert fastest(found) <= min(time[i] for i in fitting) * 1.001
+    assert sorted(found.order.tolist()) == fitting
+
+
+def test_the_front_is_what_no_plan_beats(found: Found) -> None:
+    time, peak = found.predicted.time_s["total"], found.predicted.memory_bytes["peak"]
+    fitting, front = np.flatnonzero(found.fits), found.front()
+    assert len(front) > 3 and found.fits[front].all()
+    for i in fitting:
+        no_worse = (time[fitting] <= time[i]) & (peak[fitting] <= peak[i])
+        beaten = (no_worse & ((time[fitting] < time[i]) | (peak[fitting] < peak[i]))).any()
+        twins = (time[front] == time[i]) & (peak[front] == peak[i])
+        assert twins.any() != beaten
+
+
+def test_every_plan_has_a_reason_to_lose(found: Found) -> None:
+    reasons = found.reasons()
+    kinds = {loss.replace("_", " ") for loss in LOSSES} | {RECOMPUTES, SMALL_TILES, OUT_OF_MEMORY}
+    own = {name: n for name, n in reasons.items() if not name.startswith("refused: ")}
+    assert own.keys() <= kinds and len(own) > 3
+    assert sum(own.values()) == len(found.predicted) - 1
+    winner = int(found.order[0])
+    bubbles = [i for i in found.order[1:] if found.lost(np.array([i]), winner)[0] == "bubble"]
+    assert bubbles and (found.predicted.time_s["bubble"][bubbles] > 0).all()
+
+
+def test_better_clusters_never_make_it_slower(found: Found) -> None:
+    slack = 1.001  # plans within a thousandth count as equally fast
+    by_headroom = [fastest(search(SPACE, cluster(), share)) for share in (0.0, 0.2, 0.4)]
+    by_memory = [fastest(search(SPACE, cluster(size), 0.1)) for size in (6e9, 12e9, 24e9)]
+    by_network = [fastest(search(SPACE, cluster(24e9, rate), 0.1)) for rate in (0.1, 1.0, 4.0)]
+    for slower, faster in zip(by_headroom[1:], by_headroom, strict=False):
+        assert faster <= slower * slack
+    for rising in (by_memory, by_network):
+        assert rising[-1] < rising[0]
+        assert all(b <= a * slack for a, b in itertools.pairwise(rising))
+
+
+def test_json_has_what_scripts_read(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*SMALL, "top=3", "scale.tokens=1T", "scale.price=2", "explain=pp2-dp_shard4-tp2"]
+    assert main([*argv, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    plans = said["plans"]
+    assert len(plans) == 3 and said["considered"] >= said["predicted"] > 1000
+    for plan in [*plans, *said["front"], said["explained"]["plan"]]:
+        assert plan["fits"] and plan["micro_batch_size"] >= 1 and 0 < plan["mfu"] < 1
+        assert plan["time_s"] == pytest.approx(sum(plan["time_parts"].values()))
+        assert plan["memory_bytes"] == sum(plan["memory_parts"].values())
+        assert set(plan["layout"]) == {"pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"}
+    assert sum(said["rejected"].values()) == said["considered"] - 1
+    end = said["to_the_end"]
+    steps = 1e12 / 2**19
+    assert end["steps"] == pytest.approx(steps) and 0.9 < end["goodput"] < 1
+    assert end["time_s"] == pytest.approx(steps * plans[0]["time_s"] / end["goodput"])
+    assert end["cost"] == pytest.approx(2 * 16 * end["time_s"] / 3600)
+
+
+def test_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "explain=pp2-dp_replicate2-dp_shard2-tp2", "scale.tokens=1T"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert not any("\u2026" in line for line in lines)  # nothing is cut off
+    assert any("device-hours" in line for line in lines)
+    label = "pp16-dp_replicate16-dp_shard16-cp2-tp8"
+    assert broken(label) == "pp16-dp_replicate16-\ndp_shard16-cp2-tp8"
+    front = [{"time_s": 1 + i / 20, "memory_bytes": 100 - i} for i in range(40)]
+    assert len(thinned(front)) == 13 and thinned(front)[0] is front[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("explain=pp3-tp4", "explain=pp3-tp4: the search has no such plan"),
+        ("explain=xx3", "explain=xx3: xx3 is no axis"),
+        ("gpus=0", "gpus=0"),
+        ("global_batch_tokens=many", "global_batch_tokens=many"),
+        ("global_batch_tokens=1k", "global_batch_tokens=1k"),
+        ("scale.price=-1", "scale.price=-1"),
+        ("layout.tp=3", "layout.tp=3"),
+    ],
+)
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], given: str, said: str) -> None:
+    assert main([*SMALL, given]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_known_layout_is_beside_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 3 405B on 16,384 H100: tp 8, pp 16 (Llama team 2024, table 4); a part of the space."""
+    few = ["layout.tp=8", "layout.cp=1", "layout.dp_replicate=1", "micro_batch_size=[1]"]
+    assert main([*LLAMA, *few, "explain=pp16-dp_shard128-tp8", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    theirs, best = said["explained"]["plan"], said["plans"][0]
+    assert theirs["label"] == "pp16-dp_shard128-tp8" and theirs["fits"]
+    assert best["time_s"] <= theirs["time_s"] * 1.001
+    assert (said["explained"]["loses_by"] is None) == (best["label"] == theirs["label"])
+
+
+def test_the_picture_is_drawn(found: Found, tmp_path: Path) -> None:
+    from experiments.plan_config import SearchConfig
+
+    config = SearchConfig(model=MODEL, cluster=cluster(), gpus=16, seq_len=2048)
+    draw(found, config, tmp_path / "front.png")
+    svg = (tmp_path / "front.svg").read_text()
+    assert (tmp_path / "front.png").stat().st_size > 10_000 and "memory of the device" in svg
+
+
+@pytest.mark.slow
+def test_the_twin_keeps_the_layout_and_sends_the_closed_form(found: Found) -> None:
+    i = int(found.order[0])
+    layout = layout_at(found.predicted.plans, i)
+    twin = twin_of(MODEL, layout, options_at_twin(found, i))
+    assert twin.layout == layout and twin.model.d_model < 256
+    traced = compare_bytes(twin)
+    assert traced["payload_bytes"] > 0 and traced["differ"] == []
