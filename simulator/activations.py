@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from minigpt.config import FFN
+from minigpt.config import FFN, Positions
 from parallel.layout import ActivationCheckpointing
 from simulator.communication import expert_choices
 from simulator.data_messages import GPIPE
@@ -98,7 +98,8 @@ class Activations:
         other half and their product (GELU: two of those)."""
         q, kv = self.heads
         norms = 2 * self.width + 2 * self.input_of_products + 16 * self.tokens // self.cut
-        attention = 2 * q + 2 * kv + self.attention
+        # the ring sends its K and V, so they count as a message's (parallel/context_parallel.py)
+        attention = 2 * q + 2 * kv * (self.plans.cp == 1) + self.attention
         return norms + attention + self.mlp + self.cast_weights + self.masks
 
     @cached_property
@@ -117,8 +118,31 @@ class Activations:
         if self.model.ffn == FFN.swiglu:
             return 4 * self.wide
         # the sorted rows, the results and their copies; router; where each choice goes, in int64
-        rows = 3 * self.low * self.choices * self.model.d_model
+        rows = (3 - self.arrived_waits) * self.rows
         return 4 * self.wide + rows + 4 * self.tokens * self.model.n_expert + 36 * self.choices
+
+    @cached_property
+    def rows(self) -> Array:
+        """Bytes of the choices' tokens."""
+        return self.low * self.choices * self.model.d_model
+
+    @cached_property
+    def arrived_waits(self) -> Array:
+        """Under a capacity a rank's only expert reads what all_to_all brought as it lies, which
+        stays and is a message's; several experts read a copy (parallel/experts.py, _equal)."""
+        capped = self.model.capacity_factor is not None
+        return capped * (self.plans.ep > 1) * (self.plans.ep == self.model.n_expert)
+
+    @cached_property
+    def message_kept(self) -> Array:
+        """Bytes of a block that wait for backward and that a message has read or written: K and V
+        of the ring; rows that all_to_all brought."""
+        mode, (_, kv) = self.plans.checkpointing, self.heads
+        ring = 2 * kv * (self.plans.cp > 1)
+        dropless = (self.plans.ep > 1) * (self.model.capacity_factor is None)
+        brought = self.rows * (dropless | self.arrived_waits.astype(bool))
+        of_block = ring + (brought if self.model.ffn == FFN.moe else 0)
+        return np.where(mode == MODES[ActivationCheckpointing.none], of_block, 0)
 
     @cached_property
     def kept(self) -> Array:
@@ -154,32 +178,120 @@ class Activations:
         return self.width + factors * self.wide + copy // self.plans.tp
 
     @cached_property
-    def waiting(self) -> Array:
-        """Bytes of all blocks of all micro-batches in flight, at their most."""
+    def flights(self) -> list[Array]:
+        """Of each of the rank's stages, micro-batches that wait for their backward, at their most."""
         plans, rank = self.plans, self.rank
         m = plans.micro_batches
         warm = np.where(plans.schedule == GPIPE, m, np.minimum(m, plans.pp - rank.place))
-        blocks = np.where(plans.pp > 1, warm, 1) * rank.layers
+        first = np.where(plans.pp > 1, warm, 1)
+        found = [first, *(np.zeros_like(first) for _ in rank.blocks[1:])]
         several = np.flatnonzero(rank.local_stages > 1)
         if len(several):
-            blocks = blocks.copy()
-            blocks[several] = _blocks_in_flight(rank, several)
-        return blocks * self.kept
+            _in_flight(rank, several, found)
+        return found
+
+    def entering(self, lap: int) -> Array:
+        """Whether what enters a stage is a message's: what came from the stage before, or from the
+        all_reduce of an embedding that tp has cut."""
+        plans, stage = self.plans, self.rank.stage(lap)
+        turns = self.rank.v_shaped & (stage % plans.pp == 0)  # the stage before is this rank's too
+        looked_up = (stage == 0) & (plans.tp > 1) & ~plans.sequence_parallel
+        return (plans.pp > 1) & (stage > 0) & ~turns | looked_up
+
+    @cached_property
+    def entered(self) -> Array:
+        """Bytes of what entered stages by a message, which are no activations."""
+        laps = enumerate(self.flights)
+        return sum(n * self.entering(lap) for lap, n in laps) * self.width
+
+    @cached_property
+    def blocks_in_flight(self) -> Array:
+        """Blocks times micro-batches that wait for their backward."""
+        return sum(n * blocks for n, blocks in zip(self.flights, self.rank.blocks, strict=True))
+
+    @cached_property
+    def waiting(self) -> Array:
+        """Bytes of all blocks of all micro-batches in flight, at their most."""
+        return self.blocks_in_flight * self.kept - self.entered + sum(self.flights) * self.angles
+
+    @cached_property
+    def of_one(self) -> Array:
+        """Bytes of one micro-batch of those, in a rank's first stage."""
+        entered = self.entering(0) * self.width
+        return self.rank.blocks[0] * self.kept - entered + self.angles
+
+    @cached_property
+    def angles(self) -> Array:
+        """Cosine and sine of each position, in fp32, which every forward of a stage makes."""
+        rotary = self.model.positions == Positions.rotary
+        return rotary * 8 * (self.plans.seq_len // self.plans.cp) * self.model.head_dim
+
+    # what is outside of blocks
+
+    @cached_property
+    def logits(self) -> Array:
+        """Numbers of a micro-batch's logits on this rank."""
+        return self.tokens * self.model.vocab_size // self.plans.tp
+
+    @cached_property
+    def head_waits(self) -> Array:
+        """Micro-batches that wait for their backward on the last stage."""
+        return self.rank.last * sum(self.flights[-1:], np.zeros_like(self.plans.pp))
 
     @cached_property
     def head(self) -> Array:
-        """What norm and head keep on the last stage: the norm's input and two numbers a token, and
-        the head's input."""
+        """Bytes of a micro-batch that norm, head and loss keep: the norm's input and two numbers a
+        token, the head's input, log-probabilities in fp32."""
         norm = self.width + 8 * self.tokens // self.cut
-        return self.rank.last * (norm + self.input_of_products)
+        return norm + self.input_of_products + 4 * self.logits
+
+    @cached_property
+    def outputs(self) -> Array:
+        """Logits, which a pipeline holds until their backward is over (torch's fwd_cache)."""
+        return (self.plans.pp > 1) * self.low * self.logits
+
+    @cached_property
+    def in_loss(self) -> Array:
+        """Bytes in the backward of a loss: gradients of log-probabilities and of logits. Over tp
+        three of that size, and for each token masks and places (torch's loss_parallel)."""
+        plain = 8 * self.logits
+        return np.where(self.plans.tp > 1, 12 * self.logits + 33 * self.tokens, plain)
+
+    @cached_property
+    def in_ring(self) -> Array:
+        """Bytes in the backward of the ring, above what the block kept up to its MLP: gradients of
+        the residual, of what attention gave, of q, of the K and V here; and of one round's queries,
+        half of them, its keys, those of each key-value head, and both stacked."""
+        q, kv = self.heads
+        wide = 4 // self.low
+        return self.width + q + wide * (q + 2 * kv + q // 2 + 2 * q + 2 * kv + 2 * kv)
+
+    @cached_property
+    def after_attention(self) -> Array:
+        """Bytes that a block keeps of what comes after its attention, but for the MLP's choices."""
+        return self.mlp + self.width + self.input_of_products + 8 * self.tokens // self.cut
+
+    # the batch
+
+    @cached_property
+    def batch(self) -> tuple[Array, Array]:
+        """Bytes of inputs and targets of a step, in int64, as activations and as other.
+
+        A tensor counts as an activation once forward has viewed it: targets, and inputs that tp
+        wraps or cp cuts. cp copies its part, and a pipeline copies all into one tensor.
+        """
+        plans = self.plans
+        each = 8 * plans.micro_batch_size * plans.micro_batches * plans.seq_len
+        unseen = np.where(plans.pp > 1, 2 * each, np.where(plans.tp > 1, 0, each))
+        unseen = np.where(plans.cp > 1, 0, unseen)
+        copies = (plans.cp > 1) * 1 + (plans.pp > 1)
+        return 2 * each - unseen + copies * 2 * each // plans.cp, unseen
 
 
-def _blocks_in_flight(rank: Rank, plans: Array) -> Array:
-    """Blocks times micro-batches in flight, where a rank has several stages."""
-    total = np.zeros(len(plans), dtype=np.int64)
+def _in_flight(rank: Rank, plans: Array, found: list[Array]) -> None:
+    """Fill in the micro-batches in flight of plans in which a rank has several stages."""
     kinds, inverse = np.unique(rank.pipelines[plans], axis=0, return_inverse=True)
     for number, kind in enumerate(kinds.tolist()):
-        here = inverse == number
+        here = plans[inverse == number]
         for lap, waiting in enumerate(in_flight(SCHEDULES[kind[0]], *kind[1:])):
-            total[here] += waiting * rank.blocks[lap][plans[here]]
-    return total
+            found[lap][here] = waiting

@@ -10,44 +10,57 @@ from functools import cached_property
 
 import numpy as np
 
+from costs.ledger import MEMORY_PARTS
+from parallel.layout import PipelineSchedule
 from simulator.activations import LOW_BYTES, Activations
-from simulator.plans import Array, Plans
+from simulator.plans import SCHEDULES, Array, Plans
 from simulator.shapes import Rank, padded, weights_of
+
+LOOPED_BFS = SCHEDULES.index(PipelineSchedule.looped_bfs)
 
 
 @dataclass
 class Memory:
-    """Bytes of a rank when it is fullest. The parts add up to the peak."""
+    """Bytes of a rank when it is fullest, by the ledger's MEMORY_PARTS. They add up to the peak."""
 
     parameters: Array
     gradients: Array
     optimizer: Array
     activations: Array
     communication: Array
+    other: Array
 
     @property
     def peak(self) -> Array:
-        states = self.parameters + self.gradients + self.optimizer
-        return states + self.activations + self.communication
+        return sum((getattr(self, part) for part in MEMORY_PARTS), 0 * self.parameters)
 
 
 def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Memory:
     """The fullest moment of pp rank `place` in one optimiser step, on its first data rank.
 
     The moments that are looked at: the loss begins its backward; the MLP's backward in the last two
-    and the first two blocks of a stage. The optimizer adds nothing: its kernel is fused.
+    and the first two blocks of a stage, of the first micro-batch and of the last one that has as
+    many in flight; and the ring's backward. The optimizer adds nothing: its kernel is fused.
+
+    Not closed: whole tensors that zero_stage=1 hands out (the optimizer's part is an even share);
+    rows of experts without a capacity (even shares); what several stages a rank hold of messages,
+    and what backwards that are split keep, which depend on the order of torch's schedules.
     """
     on = Held(rank or Rank(plans, place))
     first = on.rank.blocks[0] - 1  # how many blocks of its stage come after the first
     behind = (0 * first, first.clip(max=1), (first - 1).clip(0), first)
-    moments = [on.at_the_loss(), *(on.in_block(after) for after in behind)]
-    parameters, optimizer = on.parameters, on.optimizer
+    moments = [on.at_the_loss(later) for later in (False, True)]
+    moments += [on.in_block(after, later) for after in behind for later in (False, True)]
+    if np.any(plans.cp > 2):
+        moments += [on.in_ring(after, later) for after in behind for later in (False, True)]
     parts = [np.stack([moment[i] for moment in moments]) for i in range(3)]
     fullest = np.argmax(sum(parts), axis=0)[None]
     gradients, activations, communication = (
         np.take_along_axis(part, fullest, axis=0)[0] for part in parts
     )
-    return Memory(parameters, gradients, optimizer, activations, communication)
+    seen, unseen = on.of.batch
+    states = on.parameters, gradients, on.optimizer
+    return Memory(*states, activations + seen, communication, unseen)
 
 
 class Held:
@@ -95,38 +108,146 @@ class Held:
         front = sum(name.startswith(("embedding", "positions")) for name in names)
         return self.rank.first * front + self.rank.last * (len(names) - front + self.model.tied)
 
-    def gradients(self, numbers: Array) -> Array:
+    def gradients(self, numbers: Array, later: Array | bool) -> Array:
         """Of so many weights; of all of them where an earlier micro-batch has left its own, and
         where they are views of buckets, which stay (parallel/ddp.py)."""
-        rank, plans = self.rank, self.plans
+        rank = self.rank
         wrapper = ~rank.has_policy & (rank.replicas * rank.shards > 1)
-        always = (plans.micro_batches > 1) | wrapper
-        return plans.numerics.gradients * np.where(always, self.numbers, numbers)
+        earlier = later & ~self.modular
+        left = np.where(wrapper | earlier, self.numbers - earlier * self.unlike, numbers)
+        return self.plans.numerics.gradients * left
 
-    # moments: (gradients, activations, communication)
+    @cached_property
+    def unlike(self) -> Array:
+        """Weights whose gradients lie otherwise than they until the end of the step, when others
+        take their place (parallel/gradients.py, align_gradients)."""
+        embedding = (self.plans.tp > 1) * self.rank.first * self._whole(["embedding.weight"])
+        return embedding + self.norms
 
-    def at_the_loss(self) -> tuple[Array, Array, Array]:
-        """Log-probabilities, and gradients of them and of the logits, all in fp32: 3 V a token."""
-        logits = 12 * self.of.tokens * self.model.vocab_size // self.plans.tp
-        activations = self.of.waiting + self.of.head + self.rank.last * logits
-        return self.gradients(0 * self.outer), activations, self.gathered(1) + self.reduced
+    @cached_property
+    def norms(self) -> Array:
+        """Norms' weights under sequence parallelism: their gradients are sums over a part of the
+        sequence, which an all_reduce will replace."""
+        cut = self.plans.sequence_parallel & (self.plans.tp > 1)
+        block = self._whole([name for name in self.model.block_shapes if "norm" in name])
+        outer = self._whole([name for name in self.model.outer_shapes if "norm" in name])
+        return cut * (self.rank.layers * block + self.rank.last * outer)
 
-    def in_block(self, after: Array) -> tuple[Array, Array, Array]:
+    # moments: (gradients, activations, communication). `later`: earlier micro-batches have left
+    # their gradients
+
+    def landed(self, later: Array | bool) -> Array:
+        """Micro-batches fewer in flight than at most: none but where the first backward begins
+        when all have gone forward."""
+        all_first = (self.rank.local_stages == 1) | (self.plans.schedule == LOOPED_BFS)
+        gone = self.of.flights[0] == self.plans.micro_batches
+        return later * (all_first & gone & (self.plans.pp > 1))
+
+    def at_the_loss(self, later: Array | bool) -> tuple[Array, Array, Array]:
+        later = self.may_be(later)
+        fewer = self.landed(later)
+        heads = (self.of.head_waits - fewer).clip(0) * (self.of.head + self.of.outputs)
+        activations = self.of.waiting - fewer * self.of.of_one + self.untidy(later)
+        activations = activations + heads + self.rank.last * self.of.in_loss
+        messages = self.gathered(0) + self.unsent(0 * self.outer, later) + self.held(0, later)
+        return self.gradients(0 * self.outer, later), activations, messages
+
+    def in_block(self, after: Array, later: Array | bool) -> tuple[Array, Array, Array]:
         """In the backward of the MLP of the block that has `after` blocks of its stage behind it:
         what those kept has gone, and their gradients are there."""
-        gone, blocks = after * self.of.kept, after * self.block
-        activations = self.of.waiting - gone + self.of.made_again + self.of.in_mlp
+        later = self.may_be(later)
+        gradients, activations, messages = self.behind(after, later)
+        # the gradient that enters a stage from the next one is a message's
+        came = (after == 0) & (self.plans.pp > 1) & (self.rank.last == 0)
+        return gradients, activations + self.of.in_mlp - came * self.of.width, messages
+
+    def in_ring(self, after: Array, later: Array | bool) -> tuple[Array, Array, Array]:
+        """In the ring's backward of that block, when its last round but one has been computed:
+        K and V here and those that arrive, their gradients here, sent before, and arriving."""
+        later = self.may_be(later)
+        gradients, activations, messages = self.behind(after, later)
+        ring = self.plans.cp > 2
+        blocks = np.where(self.plans.cp > 3, 5, 4) * 2 * self.of.heads[1]
+        activations = activations + self.of.in_ring - self.of.after_attention
+        return gradients, ring * activations, ring * (messages + blocks)
+
+    def may_be(self, later: Array | bool) -> Array:
+        return later & (self.plans.micro_batches > 1)
+
+    def behind(self, after: Array, later: Array | bool) -> tuple[Array, Array, Array]:
+        """What is there when `after` blocks of a stage have gone backward."""
+        of = self.of
+        fewer, gone = self.landed(later), after * of.kept
+        heads = (of.head_waits - fewer).clip(0)
+        kept_heads = (heads - 1).clip(0) * of.head + heads * of.outputs
+        activations = of.waiting - fewer * of.of_one - gone + of.made_again + kept_heads
         # fully_shard and replicate hand over gradients a block at a time, and the last ones at the
         # end: until then they are a message's, as is the block's before, on its way in fp32
-        pending = self.modular * self.low * (self._back + self._down)
+        pending = self.low * (self._back + self._down)
         n, rest = self.rank.weight_shards, self.rank.expert_shards
         block = self.rank.of_block(n) + self.rank.of_experts(rest)
-        sent = self.modular * (after > 0) * self.plans.numerics.gradients * block
+        sent = (after > 0) * self.plans.numerics.gradients * block
+        sent = np.where(self.unsynchronised, 0, pending + sent)
+        unsent = self.unsent(after * block + self._back + self._down, later)
         left = self.rank.layers - after
         ahead = np.where(left > 1, 2, 1)  # the block itself, and the next one fetched ahead
         kept = np.where(self.gives_up, ahead, left)
-        gradients = self.gradients(blocks + ~self.modular * (self._back + self._down))
-        return gradients, activations, self.gathered(kept) + self.reduced + pending + sent
+        done = np.where(self.unsynchronised, 0, after * self.block)
+        gradients = self.gradients(done + ~self.modular * (self._back + self._down), later)
+        messages = self.gathered(kept) + self.modular * sent + unsent + self.held(after, later)
+        return gradients, activations + self.untidy(later), messages
+
+    def untidy(self, later: Array | bool) -> Array:
+        """The whole gradient of an embedding that tp has cut, until the end of the step."""
+        cut = (self.plans.tp > 1) & later & ~self.modular
+        whole = self.plans.numerics.gradients * self._whole(["embedding.weight"])
+        return cut * self.rank.first * whole * self.plans.tp
+
+    @cached_property
+    def unsynchronised(self) -> Array:
+        """Gradients of all micro-batches wait whole for the last one, and are a message's then."""
+        return self.modular & (self.plans.pp > 1)
+
+    def unsent(self, numbers: Array, later: Array | bool) -> Array:
+        """Gradients that wait whole, of so many weights; of all where there was a micro-batch."""
+        n, rest = self.rank.weight_shards, self.rank.expert_shards
+        block = self.rank.of_block(n) + self.rank.of_experts(rest)
+        everything = self.rank.of_outer(n) + self.rank.layers * block
+        waits = self.unsynchronised | (self.modular & later)
+        return self.plans.numerics.gradients * waits * np.where(later, everything, numbers)
+
+    def held(self, after: Array | int, later: Array | bool) -> Array:
+        """What messages of activations keep: of blocks that wait, of the stages' ends, of norms."""
+        of, plans = self.of, self.plans
+        blocks = of.blocks_in_flight - after - self.landed(later) * self.rank.blocks[0]
+        entered = (plans.pp == 1) * of.entered  # a pipeline's are among its buffers
+        looked_up = (plans.pp > 1) * (self.rank.first > 0) * of.entered
+        norms = (later & ~self.modular) * plans.numerics.gradients * self.norms
+        return blocks * of.message_kept + entered + looked_up + self.stage_ends(later) + norms
+
+    def stage_ends(self, later: Array | bool) -> Array:
+        """Bytes of a pipeline's messages (torch.distributed.pipelining, stage.py): a buffer for
+        each micro-batch's activations that come; gradients that came, which stay; outputs of those
+        in flight and, once two are done, of one more; the last gradient that was sent."""
+        plans, m = self.plans, self.plans.micro_batches
+        flying = self.of.flights[0] - self.landed(later)
+        done = later * (m - flying)
+        comes, goes = self.rank.place > 0, self.rank.place < plans.pp - 1
+        ends = comes * (m + (done > 0)) + goes * (done + 1 + flying + (done > 1))
+        ends = np.where(self.rank.local_stages > 1, self._ends_of_several(later), ends)
+        return (plans.pp > 1) * ends * self.of.width
+
+    def _ends_of_several(self, later: Array | bool) -> Array:
+        """The same where a rank has several stages: as if all gradients had come by then, and each
+        stage had sent one. Exact for looped_bfs, whose fullest moment is before any has."""
+        rank, m = self.rank, self.plans.micro_batches
+        ends = np.zeros_like(m)
+        for lap, flights in enumerate(self.of.flights):
+            stage, here = rank.stage(lap), lap < rank.local_stages
+            came = np.where(later, m, lap == rank.local_stages - 1)
+            ends = ends + (here & (stage > 0)) * (m + later)
+            ends = ends + (here & (stage < rank.stage_count - 1)) * (flights + came)
+        return ends
 
     @cached_property
     def modular(self) -> Array:
@@ -154,6 +275,7 @@ class Held:
         return self._whole([name for name in self.model.block_shapes if ".down" in name])
 
     def _whole(self, names: list[str]) -> Array:
+        """Numbers of these weights, of one block or outside, before the data axes cut them."""
         shapes = {**self.model.block_shapes, **self.model.outer_shapes}
         one = np.ones_like(self.plans.tp)
         return padded(weights_of({name: shapes[name] for name in names}), self.plans, one)
@@ -162,17 +284,13 @@ class Held:
 
     def gathered(self, blocks: Array | int) -> Array:
         """Weights that are whole for a while: those outside of blocks, and so many blocks'; all of
-        them with zero_stage=2, or in a pipeline (Zhao et al. 2023, PyTorch FSDP, section 3.2)."""
+        them with zero_stage=2, or in a pipeline (Zhao et al. 2023, PyTorch FSDP, section 3.2).
+        Experts of whom ep has left no copy are whole as they are (parallel/experts.py)."""
         rank, plans = self.rank, self.plans
         n, rest = rank.weight_shards, rank.expert_shards
-        block = rank.of_block(n) + rank.of_experts(rest)
+        copies = rank.expert_rest * np.where(plans.dp_shard > 1, plans.dp_replicate, 1) > 1
+        block = rank.of_block(n) + copies * rank.of_experts(rest)
         if isinstance(blocks, int):
             blocks = np.where(self.gives_up, blocks, rank.layers)
         blocks = np.where(plans.pp > 1, rank.layers, blocks)
         return self.modular * self.low * (rank.of_outer(n) + blocks * block)
-
-    @property
-    def reduced(self) -> Array:
-        """Activations before and after an all_reduce over tp."""
-        plain = (self.plans.tp > 1) & ~self.plans.sequence_parallel
-        return plain * 2 * self.of.width
