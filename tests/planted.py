@@ -22,7 +22,16 @@ from experiments import assemble
 from experiments.config import TrainConfig
 from experiments.parity import make_config
 from minigpt.config import OptimizerConfig
-from parallel import context_parallel, experts, passes, pipeline, step, strategies, tensor_parallel
+from parallel import (
+    context_parallel,
+    experts,
+    passes,
+    pipeline,
+    step,
+    strategies,
+    tensor_parallel,
+    training,
+)
 from parallel.gradients import align_gradients, gradient_norm, local, scale_gradients
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -168,7 +177,7 @@ def all_decay(named_parameters: Any, config: OptimizerConfig) -> torch.optim.Opt
 
 
 LEARNING_RATE = assemble.learning_rate
-BUILD_OPTIMIZER = assemble.build_optimizer
+BUILD_OPTIMIZER = training.build_optimizer
 
 
 # ---- who sees what
@@ -272,7 +281,7 @@ PLANTS = [
     Plant("clip per stage", instead(step, "gradient_norm", norm_of_a_stage), PP, ACCUMULATE | CLIP),
     Plant("norm counts copies", instead(step, "gradient_norm", norm_with_copies), TP, CLIP),
     Plant("learning rate off by one", instead(assemble, "learning_rate", one_step_ahead), DDP),
-    Plant("vectors decay", instead(assemble, "build_optimizer", all_decay), SHARDED),
+    Plant("vectors decay", instead(training, "build_optimizer", all_decay), SHARDED),
     Plant(
         "zero1 does not broadcast",
         instead(ZeroRedundancyOptimizer, "_sync_params", lambda self: None),
