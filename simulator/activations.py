@@ -179,7 +179,7 @@ class Activations:
 
     @cached_property
     def flights(self) -> list[Array]:
-        """Of each of the rank's stages, micro-batches that wait for their backward, at their most."""
+        """Of each of the rank's stages: most micro-batches that wait for their backward."""
         plans, rank = self.plans, self.rank
         m = plans.micro_batches
         warm = np.where(plans.schedule == GPIPE, m, np.minimum(m, plans.pp - rank.place))
@@ -201,13 +201,14 @@ class Activations:
     @cached_property
     def entered(self) -> Array:
         """Bytes of what entered stages by a message, which are no activations."""
-        laps = enumerate(self.flights)
-        return sum(n * self.entering(lap) for lap, n in laps) * self.width
+        held = [n * self.entering(lap) for lap, n in enumerate(self.flights)]
+        return np.sum(held, axis=0) * self.width
 
     @cached_property
     def blocks_in_flight(self) -> Array:
         """Blocks times micro-batches that wait for their backward."""
-        return sum(n * blocks for n, blocks in zip(self.flights, self.rank.blocks, strict=True))
+        stages = zip(self.flights, self.rank.blocks, strict=True)
+        return np.sum([flying * blocks for flying, blocks in stages], axis=0)
 
     @cached_property
     def waiting(self) -> Array:

@@ -36,7 +36,7 @@ def formula_steps(
     for place in range(layout.pp):
         rank = Rank(plans, place)
         held = memory(plans, place, rank)
-        parts = {part: int(getattr(held, part, [0])[0]) for part in MEMORY_PARTS}
+        parts = {part: int(getattr(held, part)[0]) for part in MEMORY_PARTS}
         hardware = int(hardware_flops(plans, place, rank)[0])
         tokens = int(plans.tokens[0])
         steps.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from costs.ledger import MEMORY_PARTS
 from parallel.layout import MESH_AXES, Precision
 from simulator.estimate import step_seconds
 from simulator.flops import model_flops_per_token
@@ -20,7 +21,6 @@ OUT_OF_MEMORY = "out of memory"
 # what a plan loses by, where it takes longer than the winner
 LOSSES = ("exposed_communication", "bubble", "optimizer", "other")
 RECOMPUTES, SMALL_TILES = "recomputation", "tiles too small"
-PARTS = ("parameters", "gradients", "optimizer", "activations", "communication")
 CHUNK = 20_000  # plans at a time: arrays that stay in the caches
 
 
@@ -64,7 +64,7 @@ def fullest(plans: Plans) -> dict[str, Array]:
     fuller = last.peak > first.peak
     return {
         part: np.where(fuller, getattr(last, part), getattr(first, part))
-        for part in ("peak", *PARTS)
+        for part in ("peak", *MEMORY_PARTS)
     }
 
 

@@ -18,20 +18,13 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
+import parallel.tensor_parallel as tensor_parallel
+import parallel.training as training
 from experiments import assemble
 from experiments.config import TrainConfig
 from experiments.parity import make_config
 from minigpt.config import OptimizerConfig
-from parallel import (
-    context_parallel,
-    experts,
-    passes,
-    pipeline,
-    step,
-    strategies,
-    tensor_parallel,
-    training,
-)
+from parallel import context_parallel, experts, passes, pipeline, step, strategies
 from parallel.gradients import align_gradients, gradient_norm, local, scale_gradients
 from parallel.layout import Layout
 from parallel.mesh import Mesh

@@ -200,4 +200,4 @@ def test_more_than_the_memory_holds_is_refused_before_it_starts() -> None:
 
 def test_configs_lie_in_their_groups() -> None:
     loose = {path.name for path in Path(CONFIGS).glob("*.yaml")}
-    assert loose == {"train.yaml", "generate.yaml"}
+    assert loose == {"train.yaml", "generate.yaml", "simulate.yaml", "search.yaml"}

@@ -1,0 +1,131 @@
+"""./launch.sh simulate: a ledger that the schema takes, a verdict, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from costs import ledger as ledgers
+from experiments.__main__ import main
+from experiments.clusters import load
+from minigpt.config import ModelConfig
+from parallel.layout import ActivationCheckpointing, Layout, Options
+from simulator.communication import payload_bytes
+from simulator.formula_ledger import formula_steps, stride
+from simulator.verdict import verdict
+
+PLAN = ["layout.tp=2", "layout.pp=2", "layout.dp_shard=2", "gradient_accumulation_steps=4"]
+
+
+def said(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = main(["simulate", *argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_ledger_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    argv = [*PLAN, "model=llama3_8b", "cluster=h100", f"run.dir={folder}", "--json"]
+    status, text, _ = said([*argv, "scale.tokens=chinchilla", "scale.price=2"], capsys)
+    ledger = json.loads(text)
+    assert status == 0 and ledger == ledgers.read(folder / "ledger.json")
+    assert ledger["source"] == "formula" and len(ledger["ranks"]) == 2
+    assert ledger["environment"]["verdict"].startswith(("fits", "does not fit"))
+    end = ledger["environment"]["to_the_end"]
+    assert end["tokens"] == 20 * ledger["model"]["parameters"]
+    assert end["cost"] == pytest.approx(2 * end["device_hours"])
+
+
+def test_its_bytes_are_the_closed_form() -> None:
+    model, layout = ModelConfig(), Layout(pp=2, dp_shard=2, tp=2)
+    options = Options(micro_batch_size=2, seq_len=64, micro_batches=4)
+    for place, step in enumerate(formula_steps(model, layout, options, load("h100"))):
+        sent: dict[tuple[str, str, str], int] = {}
+        for row in step["communication"]:
+            key = row["collective"], row["axis"], row["dtype"]
+            sent[key] = sent.get(key, 0) + row["payload_bytes"]
+        assert sent == payload_bytes(model, layout, options, place=place)
+
+
+@pytest.mark.parametrize(
+    ("axis", "apart"),
+    [("tp", 1), ("cp", 2), ("dp_shard", 6), ("dp_shard*cp", 2), ("pp", 60), ("ep", 6)],
+)
+def test_neighbours_of_an_axis_are_so_many_ranks_apart(axis: str, apart: int) -> None:
+    layout = Layout(pp=2, dp_replicate=2, dp_shard=5, cp=3, tp=2, ep=5)
+    assert stride(axis, layout) == apart
+
+
+def test_what_ep_leaves_of_an_axis_lies_outside_of_ep() -> None:
+    assert stride("dp_shard/ep", Layout(dp_shard=8, ep=4)) == 4
+
+
+def test_the_verdict_names_what_to_change_first() -> None:
+    """More recomputation where activations overflow, more micro-batches where the bubble is large."""
+    model = ModelConfig(
+        n_layer=32,
+        n_head=32,
+        n_kv_head=8,
+        d_model=4096,
+        d_ff=14336,
+        vocab_size=128256,
+        context=8192,
+    )
+    h100 = load("h100")
+
+    def of(layout: Layout, **options: Any) -> str:
+        made = Options(micro_batch_size=1, seq_len=8192, **options)
+        steps = formula_steps(model, layout, made, h100)
+        return verdict(steps, layout, made, h100.device.memory_bytes)
+
+    overflows = of(Layout(dp_shard=64), micro_batches=1)
+    assert "does not fit" in overflows and "activations" in overflows
+    assert "activation_checkpointing=selective" in overflows
+    full = ActivationCheckpointing.full
+    bubbles = of(Layout(pp=8, tp=4), micro_batches=8, activation_checkpointing=full)
+    assert "bubble takes" in bubbles and "gradient_accumulation_steps" in bubbles
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["cluster=abacus"], "cluster=abacus: no such option"),
+        (["layout.dp_shard=-1"], "layout.dp_shard=-1: a simulated world"),
+        (["rank=3"], "rank=3: the layout has 1 ranks"),
+        (["rank=0"], "rank=0: method=formula gives all ranks"),
+        (["impl=by_hand", "precision=fp32"], "impl=by_hand: only impl=torch is simulated"),
+        (["compile=true"], "compile=true: a compiled step is not simulated"),
+        (["layout.tp=3"], "layout.tp=3: model.n_head(4) % tp(3)"),
+        (["scale.tokens=many"], "scale.tokens=many: must be a number above 0"),
+        (["cluster.device.memory_bytes=0"], "device.memory_bytes=0"),
+    ],
+)
+def test_bad_input_is_one_line(
+    argv: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = said([*argv, f"run.dir={tmp_path / 'run'}"], capsys)
+    assert status == 2 and out == "" and says in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_traced_step_has_the_same_bytes_and_times(tmp_path: Path) -> None:
+    """Both methods, one plan: messages equal, and times that a replay gives."""
+    plan = ["layout.pp=2", "gradient_accumulation_steps=2", "precision=fp32", "cluster=laptop"]
+    found = {}
+    for method in ("formula", "trace"):
+        folder = tmp_path / method
+        assert main(["simulate", *plan, f"method={method}", f"run.dir={folder}", "--json"]) == 0
+        found[method] = ledgers.read(folder / "ledger.json")
+    rows = {
+        method: {
+            (r["collective"], r["axis"], r["dtype"], r["phase"]): (r["calls"], r["payload_bytes"])
+            for r in ledger["ranks"][0]["communication"]
+        }
+        for method, ledger in found.items()
+    }
+    assert rows["formula"] == rows["trace"]
+    assert found["trace"]["source"] == "traced"
+    assert found["trace"]["step"]["time_s"]["total"] > 0
