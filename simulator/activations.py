@@ -134,15 +134,14 @@ class Activations:
         return capped * (self.plans.ep > 1) * (self.plans.ep == self.model.n_expert)
 
     @cached_property
-    def message_kept(self) -> Array:
-        """Bytes of a block that wait for backward and that a message has read or written: K and V
-        of the ring; rows that all_to_all brought."""
-        mode, (_, kv) = self.plans.checkpointing, self.heads
-        ring = 2 * kv * (self.plans.cp > 1)
-        dropless = (self.plans.ep > 1) * (self.model.capacity_factor is None)
-        brought = self.rows * (dropless | self.arrived_waits.astype(bool))
-        of_block = ring + (brought if self.model.ffn == FFN.moe else 0)
-        return np.where(mode == MODES[ActivationCheckpointing.none], of_block, 0)
+    def message_of_block(self) -> Array:
+        """Bytes of a block's that wait for backward and that a message has read or written: K and V
+        of the ring; rows that all_to_all brought. A checkpointed block has them when run again."""
+        ring = 2 * self.heads[1] * (self.plans.cp > 1)
+        if self.model.ffn != FFN.moe:
+            return ring
+        dropless = (self.plans.ep > 1) & (self.model.capacity_factor is None)
+        return ring + self.rows * (dropless | (self.arrived_waits > 0))
 
     @cached_property
     def kept(self) -> Array:
@@ -150,7 +149,7 @@ class Activations:
         attention gave; or nothing but the input on the host, which for a CPU is the same place."""
         q, kv = self.heads
         up = self.wide * (1 if self.model.ffn == FFN.gelu else 2)
-        narrow = 2 * self.input_of_products // self.cut  # what `out` and `down` gave
+        narrow = 2 * self.input_of_products  # what `out` and `down` gave
         selective = self.width + narrow + 2 * q + 2 * kv + up + self.attention * self.plans.flash
         mode = self.plans.checkpointing
         full = (mode == MODES[ActivationCheckpointing.full]) | (
@@ -165,7 +164,7 @@ class Activations:
         products gave goes as it is used again."""
         mode, again = self.plans.checkpointing, self.of_block - self.kept
         # the result of `down` is not asked for again, and stays
-        selective = again + self.input_of_products // self.cut
+        selective = again + self.input_of_products
         chosen = np.where(mode == MODES[ActivationCheckpointing.selective], selective, again)
         return np.where(mode == MODES[ActivationCheckpointing.none], 0, chosen)
 
@@ -179,7 +178,7 @@ class Activations:
 
     @cached_property
     def flights(self) -> list[Array]:
-        """Of each of the rank's stages: most micro-batches that wait for their backward."""
+        """Of each stage here, micro-batches that wait for their backward when most do."""
         plans, rank = self.plans, self.rank
         m = plans.micro_batches
         warm = np.where(plans.schedule == GPIPE, m, np.minimum(m, plans.pp - rank.place))
@@ -201,14 +200,14 @@ class Activations:
     @cached_property
     def entered(self) -> Array:
         """Bytes of what entered stages by a message, which are no activations."""
-        held = [n * self.entering(lap) for lap, n in enumerate(self.flights)]
-        return np.sum(held, axis=0) * self.width
+        laps = enumerate(self.flights)
+        return self.width * sum(n * self.entering(lap) for lap, n in laps)
 
     @cached_property
     def blocks_in_flight(self) -> Array:
         """Blocks times micro-batches that wait for their backward."""
-        stages = zip(self.flights, self.rank.blocks, strict=True)
-        return np.sum([flying * blocks for flying, blocks in stages], axis=0)
+        laps = zip(self.flights, self.rank.blocks, strict=True)
+        return sum((n * blocks for n, blocks in laps), np.zeros_like(self.plans.pp))
 
     @cached_property
     def waiting(self) -> Array:

@@ -11,11 +11,13 @@ from functools import cached_property
 import numpy as np
 
 from costs.ledger import MEMORY_PARTS
-from parallel.layout import PipelineSchedule
+from parallel.layout import ActivationCheckpointing, PipelineSchedule
 from simulator.activations import LOW_BYTES, Activations
-from simulator.plans import SCHEDULES, Array, Plans
+from simulator.plans import CHECKPOINTING, SCHEDULES, Array, Plans
 from simulator.shapes import Rank, padded, weights_of
+from simulator.stage_ends import stage_ends
 
+NONE = CHECKPOINTING.index(ActivationCheckpointing.none)
 LOOPED_BFS = SCHEDULES.index(PipelineSchedule.looped_bfs)
 
 
@@ -44,7 +46,9 @@ def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Me
 
     Not closed: whole tensors that zero_stage=1 hands out (the optimizer's part is an even share);
     rows of experts without a capacity (even shares); what several stages a rank hold of messages,
-    and what backwards that are split keep, which depend on the order of torch's schedules.
+    and what backwards that are split keep, which depend on the order of torch's schedules. With
+    selective checkpointing over tp, what `out` and `down` gave counts as activations here and as
+    communication where it is measured.
     """
     on = Held(rank or Rank(plans, place))
     first = on.rank.blocks[0] - 1  # how many blocks of its stage come after the first
@@ -111,11 +115,14 @@ class Held:
     def gradients(self, numbers: Array, later: Array | bool) -> Array:
         """Of so many weights; of all of them where an earlier micro-batch has left its own, and
         where they are views of buckets, which stay (parallel/ddp.py)."""
-        rank = self.rank
-        wrapper = ~rank.has_policy & (rank.replicas * rank.shards > 1)
         earlier = later & ~self.modular
-        left = np.where(wrapper | earlier, self.numbers - earlier * self.unlike, numbers)
+        left = np.where(self.wrapped | earlier, self.numbers - earlier * self.unlike, numbers)
         return self.plans.numerics.gradients * left
+
+    @cached_property
+    def wrapped(self) -> Array:
+        """The DDP wrapper averages gradients."""
+        return ~self.rank.has_policy & (self.rank.replicas * self.rank.shards > 1)
 
     @cached_property
     def unlike(self) -> Array:
@@ -149,7 +156,9 @@ class Held:
         heads = (self.of.head_waits - fewer).clip(0) * (self.of.head + self.of.outputs)
         activations = self.of.waiting - fewer * self.of.of_one + self.untidy(later)
         activations = activations + heads + self.rank.last * self.of.in_loss
-        messages = self.gathered(0) + self.unsent(0 * self.outer, later) + self.held(0, later)
+        messages = (
+            self.gathered(0) + self.unsent(0 * self.outer, later) + self.held(0, later, again=0)
+        )
         return self.gradients(0 * self.outer, later), activations, messages
 
     def in_block(self, after: Array, later: Array | bool) -> tuple[Array, Array, Array]:
@@ -187,7 +196,7 @@ class Held:
         n, rest = self.rank.weight_shards, self.rank.expert_shards
         block = self.rank.of_block(n) + self.rank.of_experts(rest)
         sent = (after > 0) * self.plans.numerics.gradients * block
-        sent = np.where(self.unsynchronised, 0, pending + sent)
+        sent = np.where(self.unsynchronised | later, 0, pending + sent)
         unsent = self.unsent(after * block + self._back + self._down, later)
         left = self.rank.layers - after
         ahead = np.where(left > 1, 2, 1)  # the block itself, and the next one fetched ahead
@@ -198,10 +207,11 @@ class Held:
         return gradients, activations + self.untidy(later), messages
 
     def untidy(self, later: Array | bool) -> Array:
-        """The whole gradient of an embedding that tp has cut, until the end of the step."""
+        """Gradients that are none of the step's in the end: the whole one of an embedding that tp
+        has cut; those that micro-batches without an all_reduce make beside DDP's buckets."""
         cut = (self.plans.tp > 1) & later & ~self.modular
-        whole = self.plans.numerics.gradients * self._whole(["embedding.weight"])
-        return cut * self.rank.first * whole * self.plans.tp
+        whole = cut * self.rank.first * self._whole(["embedding.weight"]) * self.plans.tp
+        return self.plans.numerics.gradients * (whole + (self.wrapped & later) * self.numbers)
 
     @cached_property
     def unsynchronised(self) -> Array:
@@ -216,38 +226,17 @@ class Held:
         waits = self.unsynchronised | (self.modular & later)
         return self.plans.numerics.gradients * waits * np.where(later, everything, numbers)
 
-    def held(self, after: Array | int, later: Array | bool) -> Array:
-        """What messages of activations keep: of blocks that wait, of the stages' ends, of norms."""
+    def held(self, after: Array | int, later: Array | bool, again: int = 1) -> Array:
+        """What messages of activations keep: of blocks that wait, or of so many that a checkpoint
+        has run `again`; of the stages' ends; of norms."""
         of, plans = self.of, self.plans
         blocks = of.blocks_in_flight - after - self.landed(later) * self.rank.blocks[0]
+        blocks = np.where(plans.checkpointing == NONE, blocks, again)
         entered = (plans.pp == 1) * of.entered  # a pipeline's are among its buffers
         looked_up = (plans.pp > 1) * (self.rank.first > 0) * of.entered
         norms = (later & ~self.modular) * plans.numerics.gradients * self.norms
-        return blocks * of.message_kept + entered + looked_up + self.stage_ends(later) + norms
-
-    def stage_ends(self, later: Array | bool) -> Array:
-        """Bytes of a pipeline's messages (torch.distributed.pipelining, stage.py): a buffer for
-        each micro-batch's activations that come; gradients that came, which stay; outputs of those
-        in flight and, once two are done, of one more; the last gradient that was sent."""
-        plans, m = self.plans, self.plans.micro_batches
-        flying = self.of.flights[0] - self.landed(later)
-        done = later * (m - flying)
-        comes, goes = self.rank.place > 0, self.rank.place < plans.pp - 1
-        ends = comes * (m + (done > 0)) + goes * (done + 1 + flying + (done > 1))
-        ends = np.where(self.rank.local_stages > 1, self._ends_of_several(later), ends)
-        return (plans.pp > 1) * ends * self.of.width
-
-    def _ends_of_several(self, later: Array | bool) -> Array:
-        """The same where a rank has several stages: as if all gradients had come by then, and each
-        stage had sent one. Exact for looped_bfs, whose fullest moment is before any has."""
-        rank, m = self.rank, self.plans.micro_batches
-        ends = np.zeros_like(m)
-        for lap, flights in enumerate(self.of.flights):
-            stage, here = rank.stage(lap), lap < rank.local_stages
-            came = np.where(later, m, lap == rank.local_stages - 1)
-            ends = ends + (here & (stage > 0)) * (m + later)
-            ends = ends + (here & (stage < rank.stage_count - 1)) * (flights + came)
-        return ends
+        ends = stage_ends(of, later, of.flights[0] - self.landed(later))
+        return blocks * of.message_of_block + entered + looked_up + ends + norms
 
     @cached_property
     def modular(self) -> Array:

@@ -18,6 +18,7 @@ from experiments.train import train_step
 from minigpt.corpus import prepare
 from parallel.step import Trainer, evaluate
 from parallel.weights import full_weights
+from simulator.trace import no_collector
 
 
 def make(config: TrainConfig) -> tuple[Trainer, list]:
@@ -79,16 +80,30 @@ def every_collective(numbers: int) -> list[Row]:
     return rows_of(meter.calls, {frozenset(range(n)): "world"})
 
 
+def run_of(config: TrainConfig) -> Meters:
+    """The meters of a short run."""
+    trainer, _ = make(config)
+    meters, batches = Meters(config, trainer), make_batches(config, prepare(config.data))
+    for step in range(config.steps):
+        train_step(step, config, trainer, batches, meters)
+    return meters
+
+
 def step_costs(configs: list[TrainConfig]) -> list[dict[str, Any]]:
     """This rank's `step` of the ledger after a short run of each."""
-    costs = []
+    return [run_of(config).costs() for config in configs]
+
+
+def memory_bytes(configs: list[TrainConfig]) -> list[dict[str, int]]:
+    """No more than `memory_bytes` of that. Without Python's garbage collector: now and then one of
+    tp4's ranks would reach its peak at another moment (4 of 24, where it ran often)."""
+    found = []
     for config in configs:
-        trainer, _ = make(config)
-        meters, batches = Meters(config, trainer), make_batches(config, prepare(config.data))
-        for step in range(config.steps):
-            train_step(step, config, trainer, batches, meters)
-        costs.append(meters.costs())
-    return costs
+        with no_collector():
+            meter = run_of(config).followed
+        assert meter is not None
+        found.append(meter.result())
+    return found
 
 
 def rows_and_flops(configs: list[TrainConfig]) -> list[tuple[list[Row], list[Row], int | None]]:

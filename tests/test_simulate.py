@@ -64,7 +64,7 @@ def test_what_ep_leaves_of_an_axis_lies_outside_of_ep() -> None:
 
 
 def test_the_verdict_names_what_to_change_first() -> None:
-    """More recomputation where activations overflow, more micro-batches where the bubble is large."""
+    """Recomputation where activations overflow, more micro-batches where the bubble is large."""
     model = ModelConfig(
         n_layer=32,
         n_head=32,
