@@ -96,7 +96,7 @@ def step_costs(configs: list[TrainConfig]) -> list[dict[str, Any]]:
 
 def memory_bytes(configs: list[TrainConfig]) -> list[dict[str, int]]:
     """No more than `memory_bytes` of that. Without Python's garbage collector: now and then one of
-    tp4's ranks would reach its peak at another moment (4 of 24, where it ran often)."""
+    tp4's ranks would reach its peak at another moment (5 of 24, where it ran often)."""
     found = []
     for config in configs:
         with no_collector():
