@@ -75,11 +75,15 @@ def exact(plans: Plans) -> Array:
     """Where the closed form is what this program sends, to the byte.
 
     Not where tokens choose their experts freely, which gives the average of the ranks; nor where
-    only other programs go: zero_stage=1 in Megatron-LM's way, weights or gradients in two bytes.
+    only other programs go: zero_stage=1 in Megatron-LM's way, weights or gradients in two bytes;
+    nor for more than three sharded stages a rank, of which torch's schedules keep three gathered
+    and gather the others again and again.
     """
     free = (plans.ep > 1) & (plans.model.capacity_factor is None)
     ours = plans.numerics.weights == plans.numerics.gradients == 4
-    return ~free & ~Rank(plans).like_megatron & ours
+    rank = Rank(plans)
+    crowded = rank.sharded & (rank.local_stages > 3)
+    return ~free & ~rank.like_megatron & ~crowded & ours
 
 
 def tensor_messages(to: Sending) -> None:

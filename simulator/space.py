@@ -26,7 +26,8 @@ from parallel.layout import (
 from parallel.rules import check_plainly, takes
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Array, Plans
 
-LOOPED = (2, 4)  # stages a rank that schedules with several are tried with
+# stages a rank that schedules with several are tried with: torch keeps three of them gathered
+LOOPED = (2, 3)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 
 
