@@ -81,6 +81,8 @@ def pairs(plan: Plan) -> Iterator[Pair]:
 def skip_what_is_open(plan: Plan, part: str) -> None:
     """What simulator/memory.py says that it does not close."""
     options, layout = config_of(plan).options, plan.layout
+    if layout.world_size == 4 and part not in ("parameters", "optimizer"):
+        pytest.skip("now and then one of four ranks on two cores is fullest at another moment")
     if part == "optimizer" and options.zero_stage == 1:
         pytest.skip("ZeroRedundancyOptimizer hands out whole tensors: some ranks have more")
     splits = layout.pp > 1 and options.pipeline.splits_backward
