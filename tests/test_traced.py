@@ -82,8 +82,8 @@ def test_a_trace_is_what_ranks_measure(world_size: int) -> None:
         assert messages(got.rows) == messages(measured["communication"]), where
         assert got.flops == measured["flops"]["hardware"], where
         peak = measured["memory_bytes"]["peak"]
-        # over tp a trace holds some of the loss's temporaries longer than a run does, and one of four
-        # ranks on two cores is now and then fullest at another moment
+        # over tp a trace holds some of the loss's temporaries longer than a run does, and one of
+        # four ranks on two cores is now and then fullest at another moment
         bound = 0.06 if world_size == 4 else 0.03
         assert got.memory_bytes["peak"] == pytest.approx(peak, rel=bound), where
         if exact(plans_of(config)).all():
