@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def wire_bytes(collective: str, payload_bytes: int, group_size: int) -> int:
     if collective in ("recv", "barrier"):
         return 0
     raise ValueError(f"{collective}: no such collective")
+
+
+def step_of(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """A run's `step`: times of its slowest rank, memory of the fullest, messages of the busiest."""
+
+    def most(value: Callable[[dict[str, Any]], float | None]) -> dict[str, Any]:
+        return max(ranks, key=lambda rank: value(rank) or 0)
+
+    fullest = most(lambda rank: rank["memory_bytes"]["peak"])
+    busiest = most(lambda rank: sum(row["wire_bytes"] for row in rank["communication"] or []))
+    return {
+        **most(lambda rank: rank["time_s"]["total"]),
+        **{key: fullest[key] for key in ("memory_bytes", "process_bytes") if key in fullest},
+        "communication": busiest["communication"],
+        "flops": most(lambda rank: rank["flops"]["hardware"])["flops"],
+    }
 
 
 def write(path: Path, ledger: dict[str, Any]) -> None:

@@ -67,6 +67,13 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
         sys.argv = saved
 
 
+def configs_of(name: str, argv: list[str]) -> list[Any]:
+    """The checked configurations that a command line composes: none with --help and its like."""
+    composed: list[DictConfig] = []
+    run_hydra(name, argv, composed.append)
+    return [to_config(job, SCHEMAS[name]) for job in composed]
+
+
 def jobs_of(argv: list[str]) -> list[list[str]] | None:
     """The command line of each job of a sweep (-m), in Hydra's own order; None for a single run.
 

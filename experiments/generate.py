@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from omegaconf import DictConfig
-
-from experiments.compose import Refused, run_hydra, to_config
+from experiments.compose import Refused, configs_of
 from experiments.config import Device, GenerateConfig, TrainConfig
 from experiments.environment import gpu_count
 from experiments.run_folder import read_config
@@ -22,10 +20,7 @@ from minigpt.tokenizer import BPE_FILE, TRAINED, make_tokenizer
 def command(argv: list[str]) -> int:
     """Print the prompt and its continuation."""
     as_json = "--json" in argv
-    composed: list[DictConfig] = []
-    run_hydra("generate", [a for a in argv if a != "--json"], composed.append)
-    for job in composed:
-        config = to_config(job, GenerateConfig)
+    for config in configs_of("generate", [a for a in argv if a != "--json"]):
         text = run(config)
         said = {"run": config.run, "prompt": config.prompt, "text": text}
         print(json.dumps(said) if as_json else text)

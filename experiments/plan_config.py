@@ -14,6 +14,7 @@ from minigpt.config import ModelConfig, above, at_least, fraction, require
 from parallel.layout import MESH_AXES, ActivationCheckpointing, PipelineSchedule, Precision
 from simulator.at_scale import Failures
 from simulator.hardware import Cluster
+from simulator.space import Space
 
 SUFFIXES = {"": 0, "k": 1, "M": 2, "G": 3, "B": 3, "T": 4}  # thousands
 
@@ -104,17 +105,14 @@ class SearchConfig:
     seq_len: int = 1024
     global_batch_tokens: str = "4M"  # of one optimiser step; k and M are powers of 1024 here
     layout: FixedAxes = field(default_factory=FixedAxes)
-    precision: list[Precision] = field(default_factory=lambda: [Precision.bf16])
+    # what is tried, of each option
+    precision: list[Precision] = field(default_factory=lambda: list(Space.precisions))
     activation_checkpointing: list[ActivationCheckpointing] = field(
-        default_factory=lambda: [
-            ActivationCheckpointing.none,
-            ActivationCheckpointing.selective,
-            ActivationCheckpointing.full,
-        ]
+        default_factory=lambda: list(Space.checkpointing)
     )
-    schedule: list[PipelineSchedule] = field(default_factory=lambda: list(PipelineSchedule))
-    zero_stage: list[int] = field(default_factory=lambda: [1, 2, 3])
-    micro_batch_size: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    schedule: list[PipelineSchedule] = field(default_factory=lambda: list(Space.schedules))
+    zero_stage: list[int] = field(default_factory=lambda: list(Space.zero_stages))
+    micro_batch_size: list[int] = field(default_factory=lambda: list(Space.micro_batch_sizes))
     headroom: float = 0.1  # share of the device's memory that must stay free
     tensor_parallel_in_node: bool = True  # only plans whose tp ranks share a node
     top: int = 10  # plans that are shown

@@ -102,15 +102,11 @@ class Record:
     ) -> dict[str, Any]:
         layout, config = self.config.layout, self.config
         staged = {"pipeline": pipeline_of(config, ranks)} if layout.pp > 1 else {}
-        axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
         return {
             "schema": ledgers.SCHEMA,
             "source": "measured",
             "config": self.settings,
-            "layout": {
-                "world_size": layout.world_size,
-                **{axis: getattr(layout, axis) for axis in axes},
-            },
+            "layout": {"world_size": layout.world_size, **layout.by_axis},
             "model": {
                 "parameters": config.model.parameters,
                 "flops_per_token": meters.flops_per_token,
@@ -136,7 +132,7 @@ class Record:
                 "startup_s": self.startup_s,
             },
             **staged,
-            "step": worst(ranks),
+            "step": ledgers.step_of(ranks),
             "ranks": ranks,
         }
 
@@ -155,27 +151,6 @@ class Record:
                 else ")"
             )
         )
-
-
-def worst(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """A run's step: times of the slowest rank, memory of the fullest, messages of the busiest."""
-
-    def most(key: str, value: Any) -> dict[str, Any]:
-        return max(ranks, key=lambda rank: value(rank) or 0)[key]
-
-    def fullness(rank: dict[str, Any]) -> Any:
-        return rank["memory_bytes"]["peak"]
-
-    slowest = max(ranks, key=lambda rank: rank["time_s"]["total"] or 0)
-    return {
-        **slowest,
-        "memory_bytes": most("memory_bytes", fullness),
-        "process_bytes": most("process_bytes", fullness),
-        "communication": most(
-            "communication", lambda r: sum(row["wire_bytes"] for row in r["communication"] or [])
-        ),
-        "flops": most("flops", lambda r: r["flops"]["hardware"]),
-    }
 
 
 def pipeline_of(config: TrainConfig, ranks: list[dict[str, Any]]) -> dict[str, Any]:

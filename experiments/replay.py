@@ -59,10 +59,6 @@ class Replayed:
             replayed_step(step, self.there, rank)
             for rank, step in enumerate(self.measured["ranks"])
         ]
-        slowest = max(range(len(steps)), key=lambda rank: steps[rank]["time_s"]["total"])
-        shown = {**self.measured["step"], **timed(steps[slowest])}
-        busiest = max(steps, key=lambda s: sum(row["wire_bytes"] for row in s["communication"]))
-        shown["communication"] = busiest["communication"]
         if "pipeline" in made:
             made["pipeline"] = self._pipeline()
         said = {"run": str(self.run), "cluster": self.cluster.name, "own_error": self.error}
@@ -71,7 +67,7 @@ class Replayed:
             **made,
             "source": "replayed",
             "environment": environment,
-            "step": shown,
+            "step": ledgers.step_of(steps),
             "ranks": steps,
         }
 

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
-from experiments.compose import Refused, run_hydra, to_config
+from experiments.compose import Refused, configs_of
 from experiments.console import human_bytes
 from experiments.plan_config import SearchConfig, axes_of
 from experiments.scale import run_to_the_end
 from experiments.search_tables import show
-from parallel.layout import MESH_AXES
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES
 from simulator.search import Found, search
 from simulator.space import Space, layout_at
@@ -30,11 +28,7 @@ def command(argv: list[str]) -> int:
     """Search, and print what was found. Exit status 1 where --verify finds a difference."""
     status = 0
     as_json, verify = "--json" in argv, "--verify" in argv
-    composed: list[DictConfig] = []
-    rest = [a for a in argv if a not in ("--json", "--verify")]
-    run_hydra("search", rest, composed.append)
-    for job in composed:
-        config = to_config(job, SearchConfig)
+    for config in configs_of("search", [a for a in argv if a not in ("--json", "--verify")]):
         found = find(config)
         said = said_of(config, found)
         if config.plot:
@@ -104,7 +98,7 @@ def plan_of(found: Found, i: int) -> dict[str, Any]:
     time = {key: float(value[i]) for key, value in predicted.time_s.items()}
     memory = {key: int(value[i]) for key, value in predicted.memory_bytes.items()}
     return {
-        "layout": {axis: getattr(layout, axis) for axis in (*MESH_AXES, "ep")},
+        "layout": layout.by_axis,
         "label": layout.label,
         "schedule": SCHEDULES[plans.schedule[i]].value if staged else None,
         "stages_per_rank": int(plans.local_stages[i]) if staged else None,

@@ -14,16 +14,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from costs import ledger as ledgers
-from experiments.compose import Refused, run_hydra, to_config
+from experiments.compose import Refused, configs_of
 from experiments.console import costs_tables, human_bytes, human_seconds, make_console, share
 from experiments.plan_config import Method, SimulateConfig
 from experiments.run_folder import make_folder
 from experiments.scale import run_to_the_end, say_scale
 from parallel.layout import Impl
-from simulator.formula_ledger import formula_steps, step_of
+from simulator.formula_ledger import formula_steps
 from simulator.verdict import verdict
 
 Step = dict[str, Any]
@@ -32,10 +32,7 @@ Step = dict[str, Any]
 def command(argv: list[str]) -> int:
     """Predict, write, and print the tables or the ledger."""
     as_json = "--json" in argv
-    composed: list[DictConfig] = []
-    run_hydra("simulate", [a for a in argv if a != "--json"], composed.append)
-    for job in composed:
-        config = to_config(job, SimulateConfig)
+    for config in configs_of("simulate", [a for a in argv if a != "--json"]):
         check(config)
         folder = make_folder(Path(config.run.dir) if config.run.dir else None, config.layout)
         ledger = simulate(config, folder)
@@ -66,12 +63,12 @@ def simulate(config: SimulateConfig, folder: Path) -> dict[str, Any]:
         config.model, config.layout, config.options, config.cluster, config.clip is not None
     )
     if config.trace:
-        from experiments.simulate_traced import write_timeline
+        from experiments.simulate_traced import draw, timeline_of
         from simulator.plan_programs import programs_of
 
         clipped = config.clip is not None
         programs, like = programs_of(config.model, config.layout, config.options, clipped)
-        write_timeline(config, folder, programs, like)
+        draw(config, folder, timeline_of(config, programs, like))
     return ledger_of(config, "formula", steps)
 
 
@@ -79,21 +76,16 @@ def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[st
     """A ledger of one rank of each pipeline place, or of the one that was traced."""
     layout, device = config.layout, config.cluster.device
     settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-    end = None
-    seconds = step_of(steps)["time_s"]["total"]
+    step, end = ledgers.step_of(steps), None
+    seconds = step["time_s"]["total"]
     if seconds is not None:
-        tokens = step_of(steps)["tokens"]
-        sizes = (config.model.parameters, tokens, seconds, layout.world_size)
+        sizes = (config.model.parameters, step["tokens"], seconds, layout.world_size)
         end = run_to_the_end(config.scale, *sizes)
     return {
         "schema": ledgers.SCHEMA,
         "source": source,
         "config": settings,
-        "layout": {
-            "world_size": layout.world_size,
-            **{axis: getattr(layout, axis) for axis in axes},
-        },
+        "layout": {"world_size": layout.world_size, **layout.by_axis},
         "model": {
             "parameters": config.model.parameters,
             "flops_per_token": steps[0]["flops"]["model"] * layout.world_size / steps[0]["tokens"],
@@ -105,7 +97,7 @@ def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[st
             "verdict": verdict(steps, layout, config.options, device.memory_bytes),
             "to_the_end": end,
         },
-        "step": step_of(steps),
+        "step": step,
         "ranks": steps,
     }
 

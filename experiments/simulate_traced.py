@@ -8,6 +8,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from costs import trace as traces
 from costs.ledger import TIME_PARTS
 from costs.program import Program
@@ -15,6 +17,7 @@ from costs.trace import Trace
 from experiments.metering import flops_per_token
 from experiments.plan_config import SimulateConfig
 from simulator.event_times import EventTimes
+from simulator.plans import PRECISIONS
 from simulator.replay import replay
 from simulator.search import peak_flops
 from simulator.timeline import Timeline
@@ -51,7 +54,8 @@ def step(config: SimulateConfig, one: Traced, time_s: dict[str, Any]) -> Step:
     """A ledger's step of one traced rank."""
     tokens = config.batch_size * config.seq_len
     model = flops_per_token(config) * tokens / config.layout.world_size
-    peak, total = peak_flops(config.precision, config.cluster), time_s["total"]
+    peak = float(peak_flops(np.array(PRECISIONS.index(config.precision)), config.cluster))
+    total = time_s["total"]
     return {
         "tokens": tokens,
         "time_s": {key: time_s.get(key) for key in ("total", *TIME_PARTS)},
@@ -72,14 +76,8 @@ def timeline_of(
     return replay(programs, times.work, times.message, like)
 
 
-def write_timeline(
-    config: SimulateConfig, folder: Path, programs: dict[int, Program], like: Callable[[int], int]
-) -> None:
-    """trace.json.gz and timeline.png/.svg of a plan."""
-    draw(config, folder, timeline_of(config, programs, like))
-
-
 def draw(config: SimulateConfig, folder: Path, timeline: Timeline) -> None:
+    """Write trace.json.gz and timeline.png/.svg."""
     from experiments.pictures import draw_timeline  # matplotlib takes a second
 
     slices = [piece for rank in sorted(timeline.programs) for piece in timeline.slices(rank)]

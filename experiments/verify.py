@@ -17,8 +17,7 @@ from typing import Any
 from minigpt.config import ModelConfig
 from parallel.layout import Layout, Options, Precision
 from parallel.rules import takes
-from simulator.communication import Key, exact, payload_bytes
-from simulator.plans import Plans
+from simulator.communication import Key, payload_bytes
 from simulator.search import Found
 from simulator.space import layout_at, options_at
 
@@ -120,13 +119,13 @@ def compare_bytes(twin: Twin) -> dict[str, Any]:
             for key in sorted(traced.keys() | expected.keys())
             if traced.get(key, 0) != expected.get(key, 0)
         ]
-    average = not exact(Plans.of(twin.model, twin.layout, twin.options)).all()
+    free = twin.layout.ep > 1 and twin.model.capacity_factor is None
     return {
         "ranks": twin.ranks,
         "payload_bytes": total,
         "kinds": kinds,
         "differ": differ,
-        "even_experts": average,  # tokens choose freely, and even shares are assumed in both
+        "even_experts": free,  # tokens choose freely, and even shares are assumed in both
     }
 
 
@@ -138,15 +137,12 @@ def traces(jobs: Sequence[tuple[Twin, int]]) -> list[dict[Key, int]]:
 
 def trace_all(jobs: list[tuple[Twin, int]]) -> list[dict[Key, int]]:
     """Payload bytes of each (twin, rank)."""
+    from costs.messages import payloads  # torch takes seconds
     from simulator.trace import trace
 
     found = []
     for twin, rank in jobs:
-        sent: dict[Key, int] = {}
-        for row in trace(twin.model, twin.layout, twin.options, rank).rows:
-            key = row["collective"], row["axis"], row["dtype"]
-            sent[key] = sent.get(key, 0) + row["payload_bytes"]
-        found.append(sent)
+        found.append(dict(payloads(trace(twin.model, twin.layout, twin.options, rank).rows)))
     return found
 
 

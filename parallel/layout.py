@@ -54,6 +54,11 @@ class Layout:
         return tuple(getattr(self, axis) for axis in MESH_AXES)
 
     @property
+    def by_axis(self) -> dict[str, int]:
+        """Ranks on each of MESH_AXES, and ep."""
+        return {axis: getattr(self, axis) for axis in (*MESH_AXES, "ep")}
+
+    @property
     def open_axis(self) -> str | None:
         """The axis that is -1, if any."""
         return next((axis for axis in MESH_AXES if getattr(self, axis) == LEFT_OVER), None)

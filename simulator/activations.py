@@ -15,16 +15,12 @@ from functools import cached_property
 import numpy as np
 
 from minigpt.config import FFN, Positions
-from parallel.layout import ActivationCheckpointing
 from simulator.communication import expert_choices
 from simulator.data_messages import GPIPE
-from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Array
+from simulator.plans import NONE, SCHEDULES, SELECTIVE, Array
 from simulator.schedules import in_flight
-from simulator.sending import ITEM_BYTES
+from simulator.sending import LOW_BYTES
 from simulator.shapes import Rank, padded, weights_of
-
-MODES = {mode: CHECKPOINTING.index(mode) for mode in ActivationCheckpointing}
-LOW_BYTES = np.array([ITEM_BYTES[precision] for precision in PRECISIONS])
 
 
 class Activations:
@@ -152,10 +148,8 @@ class Activations:
         narrow = 2 * self.input_of_products  # what `out` and `down` gave
         selective = self.width + narrow + 2 * q + 2 * kv + up + self.attention * self.plans.flash
         mode = self.plans.checkpointing
-        full = (mode == MODES[ActivationCheckpointing.full]) | (
-            mode == MODES[ActivationCheckpointing.offload]
-        )
-        kept = np.where(mode == MODES[ActivationCheckpointing.selective], selective, self.of_block)
+        full = (mode != NONE) & (mode != SELECTIVE)
+        kept = np.where(mode == SELECTIVE, selective, self.of_block)
         return np.where(full, self.width, kept)
 
     @cached_property
@@ -165,8 +159,8 @@ class Activations:
         mode, again = self.plans.checkpointing, self.of_block - self.kept
         # the result of `down` is not asked for again, and stays
         selective = again + self.input_of_products
-        chosen = np.where(mode == MODES[ActivationCheckpointing.selective], selective, again)
-        return np.where(mode == MODES[ActivationCheckpointing.none], 0, chosen)
+        chosen = np.where(mode == SELECTIVE, selective, again)
+        return np.where(mode == NONE, 0, chosen)
 
     @cached_property
     def in_mlp(self) -> Array:

@@ -1,6 +1,6 @@
 """Seconds of a step on a cluster, by parts, for arrays of plans.
 
-    step = m (compute + exposed tp, cp, ep, pp) + bubble + exposed data-parallel + optimizer + other
+    step = m (compute + exposed tp, cp, ep, pp) + bubble + exposed data-parallel + optimizer
 
 A product takes the longer of its flops and its bytes; element-wise operators take their bytes; the
 host must launch every operator in time. All but the efficiencies, which are fitted
@@ -9,16 +9,14 @@ host must launch every operator in time. All but the efficiencies, which are fit
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from simulator import collectives
 from simulator.collectives import group
 from simulator.hardware import DTYPES, Cluster
+from simulator.plans import Array
 from simulator.work import Work
 
-Array = Any
 BACKWARD_PRODUCTS = 2.0  # gradients of inputs and of weights, each as large as the forward product
 BACKWARD_FLASH = 2.5  # with the scores again (Dao et al. 2022, FlashAttention, appendix B.4)
 BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gradient, writes one
@@ -34,7 +32,8 @@ HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can 
 
 
 def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
-    """Seconds of each part of a step (costs.ledger.TIME_PARTS), and `total`."""
+    """Seconds of each part of a step (of costs.ledger.TIME_PARTS; `other` is not modelled), and
+    `total`."""
     slow = straggling(work, cluster)
     block, head = slow * block_seconds(work, cluster), slow * head_seconds(work, cluster)
     sent = block_messages(work, cluster)
@@ -50,7 +49,6 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
         "exposed_communication": m * messages + exposed_data(work, cluster, block),
         "bubble": np.where(pp > 1, idle, 0.0),
         "optimizer": optimizer_seconds(work, cluster),
-        "other": np.zeros_like(m),
     }
     return {"total": sum(parts.values()), **parts}
 
@@ -72,7 +70,7 @@ def bubble_slots(work: Work) -> Array:
     return (work.pp - 1) / work.local_stages * np.where(work.splits_backward > 0, 1 / 3, 1.0)
 
 
-def peak_flops(dtype: Array, cluster: Cluster) -> Array:
+def reached_flops(dtype: Array, cluster: Cluster) -> Array:
     """FLOP/s that large products reach, plan by plan, by the place of their dtype in DTYPES."""
     device, share = cluster.device, cluster.device.efficiency
     narrow = share.matmul if share.matmul_fp8 is None else share.matmul_fp8
@@ -81,7 +79,7 @@ def peak_flops(dtype: Array, cluster: Cluster) -> Array:
     return np.choose(dtype.astype(int), [np.broadcast_to(r, dtype.shape) for r in rates])
 
 
-def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array) -> Array:
+def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array | float) -> Array:
     """2 m k n flops at a rate that falls where a dimension is small (hardware.Efficiency)."""
     fill = 1 + half_size * (1 / m + 1 / k + 1 / n)
     return 2 * m * k * n / peak * fill
@@ -101,7 +99,7 @@ def launch_seconds(work: Work, cluster: Cluster) -> Array:
 def flash_seconds(work: Work, cluster: Cluster) -> Array:
     """Attention of one block's forward in a flash kernel, whose share is of the whole peak."""
     share = cluster.device.efficiency
-    peak = peak_flops(work.wide_dtype, cluster) / share.matmul
+    peak = reached_flops(work.wide_dtype, cluster) / share.matmul
     return work.flash_flops / (peak * share.attention)
 
 
@@ -110,7 +108,7 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
     share, narrow = cluster.device.efficiency, work.dtype >= DTYPES.index("fp8")
     bandwidth = cluster.device.memory_bandwidth * share.memory
     half = share.half_size * np.where(narrow, NARROW_FILL, 1.0)
-    peak = peak_flops(work.dtype, cluster)
+    peak = reached_flops(work.dtype, cluster)
     each = product_seconds(work.rows, work.inner, work.columns, peak[:, None], half[:, None])
     products = np.sum(work.count * each, axis=1)
     weights = np.sum(work.count * work.inner * work.columns, axis=1)
@@ -136,7 +134,7 @@ def score_seconds(work: Work, cluster: Cluster) -> tuple[Array, Array]:
     h, q, k = work.head_dim, work.queries, work.keys
     matrix = work.score_heads * q * k
     aligned = np.where(h % ALIGNED == 0, 1.0, share.unaligned)
-    peak = peak_flops(work.wide_dtype, cluster) * aligned
+    peak = reached_flops(work.wide_dtype, cluster) * aligned
     products = 2 * work.score_heads * product_seconds(q, h, k, peak, share.half_size)
     return products, matrix * work.item / (cluster.device.memory_bandwidth * share.memory)
 
@@ -144,7 +142,7 @@ def score_seconds(work: Work, cluster: Cluster) -> tuple[Array, Array]:
 def head_seconds(work: Work, cluster: Cluster) -> Array:
     """Logits, loss and their gradients of one micro-batch."""
     share = cluster.device.efficiency
-    peak = peak_flops(work.wide_dtype, cluster)
+    peak = reached_flops(work.wide_dtype, cluster)
     product = product_seconds(work.tokens, work.width, work.vocabulary, peak, share.half_size)
     logits = LOGIT_BYTES * work.tokens * work.vocabulary
     bandwidth = cluster.device.memory_bandwidth * share.memory

@@ -12,13 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from minigpt.config import FFN, ModelConfig
-from parallel.layout import ActivationCheckpointing
 from simulator.communication import expert_choices
-from simulator.plans import CHECKPOINTING, Array, Plans
+from simulator.plans import NONE, SELECTIVE, Array, Plans
 from simulator.shapes import Rank
-
-NONE = CHECKPOINTING.index(ActivationCheckpointing.none)
-SELECTIVE = CHECKPOINTING.index(ActivationCheckpointing.selective)
 
 
 @dataclass

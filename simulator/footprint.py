@@ -12,8 +12,8 @@ import numpy as np
 
 from minigpt.config import FFN
 from simulator.hardware import DTYPES
-from simulator.plans import Array, Plans
-from simulator.work import NONE, SELECTIVE, Work
+from simulator.plans import NONE, SELECTIVE, Array, Plans
+from simulator.work import Work
 
 GATHERED_BLOCKS = 2.0  # whole at a time: the one that computes and the one prefetched
 

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from costs.ledger import MEMORY_PARTS, wire_bytes
+from costs.ledger import MEMORY_PARTS, TIME_PARTS, wire_bytes
 from minigpt.config import ModelConfig
 from parallel.layout import MESH_AXES, Layout, Options
 from simulator.collectives import group, seconds
@@ -30,7 +30,8 @@ def formula_steps(
     """
     plans = Plans.of(model, layout, options, clipped=clipped)
     predicted = predict(plans, cluster)
-    time_s = {key: float(value[0]) for key, value in predicted.time_s.items()}
+    time_s: dict[str, Any] = {key: float(value[0]) for key, value in predicted.time_s.items()}
+    time_s |= {part: None for part in TIME_PARTS if part not in time_s}
     model_flops, peak = float(predicted.model_flops[0]), float(predicted.peak_flops[0])
     steps = []
     for place in range(layout.pp):
@@ -92,19 +93,3 @@ def stride(axis: str, layout: Layout) -> int:
     after = MESH_AXES[MESH_AXES.index(inner) + 1 :]
     apart = math.prod(getattr(layout, name) for name in after)
     return apart * layout.ep if axis.endswith("/ep") else apart
-
-
-def step_of(steps: list[Step]) -> Step:
-    """A run's step: times of the slowest rank, memory of the fullest, messages of the busiest."""
-
-    def busiest(step: Step) -> int:
-        return sum(row["wire_bytes"] for row in step["communication"])
-
-    slowest = max(steps, key=lambda step: step["time_s"]["total"] or 0.0)
-    fullest = max(steps, key=lambda step: step["memory_bytes"]["peak"])
-    return {
-        **slowest,
-        "memory_bytes": fullest["memory_bytes"],
-        "communication": max(steps, key=busiest)["communication"],
-        "flops": max(steps, key=lambda step: step["flops"]["hardware"])["flops"],
-    }

@@ -11,13 +11,13 @@ from functools import cached_property
 import numpy as np
 
 from costs.ledger import MEMORY_PARTS
-from parallel.layout import ActivationCheckpointing, PipelineSchedule
-from simulator.activations import LOW_BYTES, Activations
-from simulator.plans import CHECKPOINTING, SCHEDULES, Array, Plans
+from parallel.layout import PipelineSchedule
+from simulator.activations import Activations
+from simulator.plans import NONE, SCHEDULES, Array, Plans
+from simulator.sending import LOW_BYTES
 from simulator.shapes import Rank, padded, weights_of
 from simulator.stage_ends import stage_ends
 
-NONE = CHECKPOINTING.index(ActivationCheckpointing.none)
 LOOPED_BFS = SCHEDULES.index(PipelineSchedule.looped_bfs)
 
 

@@ -28,6 +28,8 @@ from parallel.layout import (
 PRECISIONS = tuple(Precision)
 CHECKPOINTING = tuple(ActivationCheckpointing)
 SCHEDULES = tuple(PipelineSchedule)
+NONE = CHECKPOINTING.index(ActivationCheckpointing.none)
+SELECTIVE = CHECKPOINTING.index(ActivationCheckpointing.selective)
 Array = NDArray[Any]
 
 
@@ -75,7 +77,7 @@ class Plans:
     def of(cls, model: ModelConfig, layout: Layout, options: Options, **changes: Any) -> Plans:
         """One plan. `changes` are fields of this class."""
         single = {
-            **{axis: getattr(layout, axis) for axis in (*MESH_AXES, "ep")},
+            **layout.by_axis,
             "micro_batch_size": options.micro_batch_size,
             "micro_batches": options.micro_batches,
             "zero_stage": options.zero_stage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from costs.program import Message, Program, Wait, Work
+from costs.program import Message, Program, Wait
 from parallel.layout import PipelineConfig
 from simulator.pipeline_messages import Step, steps_of
 
@@ -61,16 +61,3 @@ def _ends(pipeline: PipelineConfig, step: Step, ranks: int) -> tuple[int, int]:
     if kind.startswith("SEND"):
         return own, pipeline.rank_of(stage + ahead, ranks)
     return pipeline.rank_of(stage - ahead, ranks), own
-
-
-def uniform_work(seconds: dict[str, float]) -> Callable[[str, int, int], Program]:
-    """Every stage alike: seconds of each kind of work."""
-
-    def work(kind: str, stage: int, micro_batch: int) -> Program:
-        phase = PHASE_OF_KIND[kind]
-        halves = {"I": "backward_input", "W": "backward_weight"}
-        name = halves.get(kind, phase)
-        done = Work(phase, name, seconds[kind], stage=stage, micro_batch=micro_batch)
-        return [done]
-
-    return work

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from costs.ledger import MEMORY_PARTS
-from parallel.layout import MESH_AXES, Precision
+from parallel.layout import MESH_AXES
 from simulator.estimate import step_seconds
 from simulator.flops import model_flops_per_token
 from simulator.hardware import DTYPES, Cluster
 from simulator.memory import memory
-from simulator.plans import PRECISIONS, Array, Plans
+from simulator.plans import NONE, Array, Plans
 from simulator.space import Space, plans_of
-from simulator.work import NONE, OWN_DTYPE, Work
+from simulator.work import OWN_DTYPE, Work
 
 OUT_OF_MEMORY = "out of memory"
 # what a plan loses by, where it takes longer than the winner
-LOSSES = ("exposed_communication", "bubble", "optimizer", "other")
+LOSSES = ("exposed_communication", "bubble", "optimizer")
 RECOMPUTES, SMALL_TILES = "recomputation", "tiles too small"
 CHUNK = 20_000  # plans at a time: arrays that stay in the caches
 
@@ -29,7 +29,7 @@ class Predicted:
     """Plans and what each takes: seconds of a step by part, bytes of the fullest rank by part."""
 
     plans: Plans
-    time_s: dict[str, Array]  # total, and costs.ledger.TIME_PARTS
+    time_s: dict[str, Array]  # as simulator.estimate.step_seconds gives them
     memory_bytes: dict[str, Array]  # peak, and costs.ledger.MEMORY_PARTS
     model_flops: Array  # of one rank
     peak_flops: Array  # of its device, in the dtype of the products
@@ -47,14 +47,14 @@ def predict(plans: Plans, cluster: Cluster) -> Predicted:
     work = Work.of(plans)
     # in this order: the flops of all ranks together are more than 2^63
     flops = plans.tokens / plans.world_size * model_flops_per_token(plans.model, plans.seq_len)
-    rates = np.array([cluster.device.flops(name) for name in DTYPES])
-    peak = rates[OWN_DTYPE[plans.precision]]
+    peak = peak_flops(plans.precision, cluster)
     return Predicted(plans, step_seconds(work, cluster), fullest(plans), flops, peak)
 
 
-def peak_flops(precision: Precision, cluster: Cluster) -> float:
-    """FLOP/s of a device's datasheet in the dtype of the products."""
-    return cluster.device.flops(DTYPES[int(OWN_DTYPE[PRECISIONS.index(precision)])])
+def peak_flops(precision: Array, cluster: Cluster) -> Array:
+    """FLOP/s of a device's datasheet in the dtype of the products, by place in PRECISIONS."""
+    rates = np.array([cluster.device.flops(name) for name in DTYPES])
+    return rates[OWN_DTYPE[precision]]
 
 
 def fullest(plans: Plans) -> dict[str, Array]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from parallel.layout import MESH_AXES, ActivationCheckpointing, Precision
-from simulator.plans import CHECKPOINTING, PRECISIONS, Array, Plans
+from parallel.layout import MESH_AXES, Precision
+from simulator.plans import NONE, PRECISIONS, Array, Plans
 from simulator.shapes import Rank
 
 ITEM_BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}
+LOW_BYTES = np.array([ITEM_BYTES[precision] for precision in PRECISIONS])
 DTYPE_NAMES = {Precision.fp32: "float32", Precision.bf16: "bfloat16", Precision.fp16: "float16"}
-KEPT = CHECKPOINTING.index(ActivationCheckpointing.none)
 
 Key = tuple[str, str, str]  # collective, axis, dtype
 PhaseKey = tuple[str, str, str, str]  # the same and the phase (costs.program.PHASES)
@@ -46,7 +46,7 @@ class Sending:
         self.sent: dict[PhaseKey, Sent] = {}
         plans = rank.plans
         # forwards that run again in backward
-        self.again = (plans.checkpointing != KEPT).astype(np.int64)
+        self.again = (plans.checkpointing != NONE).astype(np.int64)
         sharded = plans.dp_shard > 1  # parallel.layout.weights_axes
         self.replicas = [
             *joined(plans, ("dp_replicate", "cp"), ~sharded),

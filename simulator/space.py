@@ -171,9 +171,7 @@ def _allowed(plans: Plans) -> tuple[Plans, Counter[str]]:
     refused: Counter[str] = Counter()
     passed = np.ones(len(plans), dtype=bool)
     for asked, keys in ((filled, shape), (plans, counts)):
-        _, first, inverse = np.unique(
-            np.stack(keys), axis=1, return_index=True, return_inverse=True
-        )
+        _, first, inverse = np.unique(_packed(keys), return_index=True, return_inverse=True)
         judge = fault if asked is filled else _miscount
         faults = np.array([judge(asked, int(i)) for i in first])[inverse]
         refused.update(Counter(faults[passed & (faults != "")].tolist()))

@@ -66,7 +66,7 @@ class Recorder(TorchDispatchMode):
         if func in FUNCTIONAL:
             self._functional(func, args, out)
         elif func.namespace == "_c10d_functional":
-            raise NotImplementedError(f"{func}: a trace does not know this collective")
+            raise ValueError(f"{func}: a collective that cannot be traced")
         else:
             self._operator(func, args, kwargs, out)
         return out

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from costs.ledger import step_of
 from parallel.layout import ActivationCheckpointing, Layout, Options
-from simulator.formula_ledger import step_of
 
 MUCH = 0.15  # of a step: worth changing something for
 ROOM = 0.5  # of the memory: so much is free that less recomputation may fit

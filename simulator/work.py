@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from minigpt.config import FFN
-from parallel.layout import ActivationCheckpointing, PipelineConfig, Precision
+from parallel.layout import PipelineConfig, Precision
 from simulator.hardware import DTYPES
-from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Array, Plans
+from simulator.plans import NONE, PRECISIONS, SCHEDULES, SELECTIVE, Array, Plans
+from simulator.sending import LOW_BYTES
 from simulator.shapes import Rank, most_blocks
 
-NONE = CHECKPOINTING.index(ActivationCheckpointing.none)
-SELECTIVE = CHECKPOINTING.index(ActivationCheckpointing.selective)
 Values = dict[str, Any]  # fields of Work: arrays, or one for all plans
-ITEM = np.array([4 if precision == Precision.fp32 else 2 for precision in PRECISIONS])
 OWN_DTYPE = np.array([DTYPES.index("fp32" if p == Precision.fp32 else "bf16") for p in PRECISIONS])
 SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedule in SCHEDULES])
 
@@ -116,7 +114,7 @@ class Work:
         """
         values = {**_layout(plans), **_block(plans), **_attention(plans)}
         values |= _stages(plans)
-        item = ITEM[plans.precision]
+        item = LOW_BYTES[plans.precision]
         own = OWN_DTYPE[plans.precision]
         values |= {
             "dtype": own if matmul_dtype is None else DTYPES.index(matmul_dtype),
@@ -184,7 +182,7 @@ def _block(plans: Plans) -> Values:
         np.stack([np.broadcast_to(v, shape) for v in side], 1)
         for side in zip(*products, strict=True)
     ]
-    item = ITEM[plans.precision]
+    item = LOW_BYTES[plans.precision]
     # q, k, v rotated: read and write; the activation function reads what up (and gate) wrote
     mlp = (matrices + 1) * f * active
     return {
@@ -226,6 +224,6 @@ def _stages(plans: Plans) -> Values:
         "mean_layers": plans.model.n_layer / plans.pp,
         "parameters": layers * block + first.of_outer(whole),
         "gradient_bytes": kept.gradients,
-        "weight_bytes": ITEM[plans.precision],
+        "weight_bytes": LOW_BYTES[plans.precision],
         "state_bytes": 2 * kept.optimizer + 2 * kept.weights + kept.gradients,
     }

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from costs.program import Message, Program, Wait
+from costs.program import Message, Program, Wait, Work
 from parallel.layout import PipelineConfig, PipelineSchedule
 from parallel.rules import takes
-from simulator.programs import pipeline_programs, uniform_work
+from simulator.programs import PHASE_OF_KIND, pipeline_programs
 from simulator.replay import replay
 from simulator.timeline import Timeline
 
@@ -19,10 +19,16 @@ SECONDS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 SPLIT = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev")
 
 
+def work(kind: str, stage: int, micro_batch: int) -> Program:
+    """Every stage alike."""
+    phase = PHASE_OF_KIND[kind]
+    name = {"I": "backward_input", "W": "backward_weight"}.get(kind, phase)
+    return [Work(phase, name, SECONDS[kind], stage=stage, micro_batch=micro_batch)]
+
+
 def run(name: str, ranks: int, m: int, local: int | None = None, message: float = 0.0) -> Timeline:
     """A pipeline of equal stages, whose ranks meet when all is done, as for the sum of losses."""
     pipeline = PipelineConfig(PipelineSchedule(name), local)
-    work = uniform_work(SECONDS)
     made = pipeline_programs(pipeline, range(ranks), m, work, payload_bytes=4)
     group = tuple(range(ranks))
     end: Program = [

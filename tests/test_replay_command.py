@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,8 @@ def test_messages_use_the_network_between_their_ranks() -> None:
 
 @pytest.mark.slow
 def test_recorded_runs_are_given_back() -> None:
-    """Replayed on its own messages, a run takes the time that was measured: within 5 %."""
+    """Replayed on its own messages, a run takes the time that was measured: within 5 %, in the
+    median of three runs, for a busy machine holds threads up where nothing records it."""
     small: dict[str, Any] = {"steps": 8, "trace": True, "model.d_model": 64}
     cases = [
         (Layout(dp_replicate=2), {}),
@@ -155,11 +158,16 @@ def test_recorded_runs_are_given_back() -> None:
         (Layout(pp=2), {"gradient_accumulation_steps": 4}),
     ]
     configs = [make_config(layout, {**small, **changes}) for layout, changes in cases]
-    for config, (trace, _) in zip(configs, run_ranks(2, traced, configs)[0], strict=True):
+    runs = [config for config in configs for _ in range(3)]
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for config, (trace, _) in zip(runs, run_ranks(2, traced, runs)[0], strict=True):
         programs = {r: with_delays(r, p, trace) for r, p in trace.programs.items()}
         total = max(spent["total"] for spent in trace.about["seconds"].values())
         found = replay(programs, measured_work, measured_message, queued=False).total
-        assert found == pytest.approx(total, rel=0.15), config.layout.label
+        ratios[config.layout.label].append(found / total)
+    assert len(ratios) == len(cases)
+    for label, of_runs in ratios.items():
+        assert statistics.median(of_runs) == pytest.approx(1, rel=0.05), label
 
 
 def test_every_cluster_prices_every_collective() -> None:
