@@ -45,7 +45,8 @@ class MeasuredStep:
 class Meters:
     """Implements parallel.step.Marks, so that a step tells it what it is doing."""
 
-    def __init__(self, config: TrainConfig, trainer: Trainer) -> None:
+    def __init__(self, config: TrainConfig, trainer: Trainer, first: int = 0) -> None:
+        """`first`: the step that this process begins with, where a run goes on."""
         self.config, self.trainer, self.mesh = config, trainer, trainer.replica.mesh
         trainer.marks = self
         self.alone = config.layout.world_size == 1
@@ -53,7 +54,9 @@ class Meters:
         self.communication = communication.meter if metered else None
         staged = config.layout.pp > 1
         self.timer = StepTimer(self.mesh.device, self.communication, self.alone, staged)
-        self.memory_step = min(MEMORY_STEP, config.steps - 1)
+        own = config.steps - first
+        self.warm = first + min(WARMUP_STEPS, own // 2)
+        self.memory_step = first + min(MEMORY_STEP, own - 1)
         self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
         self.steps: deque[MeasuredStep] = deque(maxlen=KEPT_STEPS)
         self.last: MeasuredStep | None = None  # warm-up or not
@@ -77,7 +80,7 @@ class Meters:
             self.last_step_s = time.perf_counter() - start
         calls = self.communication.calls if self.communication else []
         self.last = MeasuredStep(self.timer.last, calls)
-        if not looking and index >= min(WARMUP_STEPS, self.config.steps // 2):
+        if not looking and index >= self.warm:
             self.steps.append(self.last)
 
     def phase(self, name: str) -> AbstractContextManager:

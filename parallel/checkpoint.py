@@ -1,0 +1,304 @@
+"""Checkpoints of any layout, read by any other: torch.distributed.checkpoint over named tensors.
+
+Each tensor is stored under the name that a single process gives it, and the optimizer's numbers
+under the name of their weight. So a layout only says which piece of which tensor a rank has:
+
+    model/NAME            a weight; a tied head once, as embedding.weight
+    optimizer/NAME/KEY    what the optimizer keeps for it: step, exp_avg, ...
+    random/RANK/DEVICE    the random state of a rank, for dropout; of use to the same layout only
+
+Everything is a tensor: what torch would pickle, it would also run when it is loaded. The index of
+torch's format, `.metadata`, is a pickle all the same, so it is read by an unpickler that knows
+torch's own records and nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from parallel.mesh import Mesh
+from parallel.moments import moments_of, owned, take_moments
+from parallel.replica import Replica
+from parallel.step import Trainer
+
+INDEX = ".metadata"
+DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool", "strided")
+RECORDS = "torch.distributed.checkpoint.metadata"
+# what an index is made of; nothing here acts when it is made
+ALLOWED = {
+    *[("torch", name) for name in (*DTYPES, "Size")],
+    ("torch.serialization", "_get_layout"),
+    *[
+        (RECORDS, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ],
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *[(module, "PosixPath") for module in ("pathlib", "pathlib._local")],
+}
+
+
+class Damaged(ValueError):
+    """A checkpoint that must not be loaded; the message names the file."""
+
+
+# --- the state by name
+
+
+def stored_name(name: str, replica: Replica) -> str:
+    """A copy of a tied head is stored as what it is a copy of."""
+    return "embedding.weight" if name in replica.copies else name
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """This rank's tensors by their names in the checkpoint; not copied. Every rank calls it."""
+    replica = trainer.replica
+    named = [(n, p) for n, p in replica.named_parameters() if n not in replica.copies]
+    state: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in named}
+    moments = moments_of(trainer.optimizer)
+    for name, parameter in named:
+        for key, value in moments.get(parameter, {}).items():
+            state[f"optimizer/{name}/{key}"] = value
+    for device, numbers in random_states(replica.mesh).items():
+        state[f"random/{replica.mesh.rank}/{device}"] = numbers
+    return state
+
+
+def random_states(mesh: Mesh) -> dict[str, Tensor]:
+    """The state of each random stream that this rank's training draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if mesh.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(mesh.device)
+    return states
+
+
+def restore(trainer: Trainer, folder: Path, same_layout: bool) -> None:
+    """Fill weights, optimizer and, for the same layout, random states from a checked checkpoint.
+
+    Every rank calls it, and reads what it needs. The files must have been checked before: this
+    trusts their bytes, though it runs none of them. Raises Damaged.
+    """
+    replica, index = trainer.replica, read_index(folder)
+    moments = _moments_in(index)
+    wanted: dict[str, Tensor] = {}
+    again: list[tuple[Tensor, Tensor]] = []  # a rank with both ends of a V has a tied weight twice
+
+    def want(name: str, tensor: Tensor) -> None:
+        if name in wanted:
+            again.append((tensor, wanted[name]))
+        else:
+            wanted[name] = tensor
+
+    named: dict[Tensor, str] = {p: name for name, p in replica.named_parameters()}
+    for parameter, name in named.items():
+        want(f"model/{stored_name(name, replica)}", parameter.detach())
+    kept: dict[Tensor, dict[str, Tensor]] = {}
+    for parameter in owned(trainer.optimizer):
+        stored = stored_name(named[parameter], replica)
+        kept[parameter] = {
+            key: _like(parameter, about) for key, about in moments.get(stored, {}).items()
+        }
+        for key, value in kept[parameter].items():
+            want(f"optimizer/{stored}/{key}", value)
+    states = random_states(replica.mesh) if same_layout else {}
+    for device, numbers in states.items():
+        want(f"random/{replica.mesh.rank}/{device}", numbers)
+    read(folder, wanted)
+    for tensor, source in again:
+        tensor.copy_(source)
+    take_moments(trainer.optimizer, kept)
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], replica.mesh.device)
+
+
+def _moments_in(index: Metadata) -> dict[str, dict[str, TensorStorageMetadata]]:
+    """What is stored of the optimizer: weight's name -> key -> its record."""
+    found: dict[str, dict[str, TensorStorageMetadata]] = {}
+    for name, about in index.state_dict_metadata.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            weight, _, key = rest.rpartition("/")
+            found.setdefault(weight, {})[key] = about  # type: ignore[assignment]
+    return found
+
+
+def _like(parameter: Tensor, about: TensorStorageMetadata) -> Tensor:
+    """Room for one of the optimizer's tensors: a number, or as the weight is laid out."""
+    dtype = about.properties.dtype
+    if about.size == parameter.shape:
+        return torch.zeros_like(parameter.detach(), dtype=dtype)
+    return torch.zeros(about.size, dtype=dtype, device=parameter.device)
+
+
+# --- reading
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return super().find_class(module, name)
+        raise Damaged(f"{INDEX}: holds {module}.{name}, which is no part of an index")
+
+
+class Reader(FileSystemReader):
+    """torch's, with the index read safely."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_index(Path(self.path))
+
+
+def read_index(folder: Path) -> Metadata:
+    """Which tensor lies where. Raises Damaged where it is anything but an index of tensors."""
+    path = folder / INDEX
+    try:
+        with open(path, "rb") as file:
+            index = _Unpickler(file).load()
+    except (Damaged, OSError) as error:
+        raise Damaged(f"{folder}: {error}") from error
+    except Exception as error:  # a damaged pickle raises anything
+        raise Damaged(f"{path}: cannot be read: {type(error).__name__}") from error
+    tensors = isinstance(index, Metadata) and all(
+        isinstance(about, TensorStorageMetadata) for about in index.state_dict_metadata.values()
+    )
+    if not tensors:
+        raise Damaged(f"{path}: is no index of tensors")
+    for place in index.storage_data.values():
+        if Path(place.relative_path).name != place.relative_path:
+            raise Damaged(f"{path}: points outside of its folder: {place.relative_path}")
+    return index
+
+
+def read(folder: Path, wanted: dict[str, Tensor]) -> None:
+    """Fill tensors, whole or DTensors, in place; each rank reads for itself. Raises Damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is alone, which is what is asked for
+            dcp.load(dict(wanted), storage_reader=Reader(folder), no_dist=True)
+    except CheckpointException as error:  # no Exception: it would pass by any usual handler
+        raise Damaged(f"{folder}: {reason_of(error)}") from error
+    except (ValueError, RuntimeError, OSError) as error:
+        raise Damaged(f"{folder}: {str(error).splitlines()[0]}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every weight, whole, by name: for one process."""
+    index = read_index(folder)
+    weights = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)  # type: ignore[union-attr]
+        for name, about in index.state_dict_metadata.items()
+        if name.startswith("model/")
+    }
+    read(folder, weights)
+    return {name.removeprefix("model/"): tensor for name, tensor in weights.items()}
+
+
+def reason_of(error: CheckpointException) -> str:
+    """One line for what torch tells in a page: the first rank that failed, and why."""
+    rank, (first, _) = min(error.failures.items())
+    said = (str(first).splitlines() or [type(first).__name__])[0]
+    return f"rank {rank}: {type(first).__name__}: {said}"
+
+
+# --- writing
+
+
+class Writer:
+    """Writes checkpoints, now or beside the training that goes on.
+
+    Its messages go over a gloo group of its own: one at work beside the steps must not be mixed up
+    with theirs (torch 2.13 crashes or hangs), and is not to be counted as theirs.
+    """
+
+    def __init__(self, mesh: Mesh, asynchronous: bool) -> None:
+        self.group = dist.new_group(backend="gloo") if mesh.axes_mesh else None
+        self.first, self.asynchronous = mesh.rank == 0, asynchronous
+        self.thread: threading.Thread | None = None
+        self.failed: BaseException | None = None
+
+    def write(self, state: dict[str, Tensor], folder: Path, publish: Callable[[], None]) -> None:
+        """Write this rank's part into `folder`; then, when all have, rank 0 calls `publish`.
+
+        Raises OSError, alike on all ranks, where a rank could not write. In the background it is
+        raised by the next call, of `write` or of `wait`.
+        """
+        self.wait()
+        if not self.asynchronous:
+            self._write(state, folder, publish)
+            return
+        copies = {name: copied(tensor) for name, tensor in state.items()}
+        self.thread = threading.Thread(target=self._guarded, args=(copies, folder, publish))
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the one in the background is published. Raises what it raised."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.failed:
+            failed, self.failed = self.failed, None
+            raise failed
+
+    def _guarded(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:
+            self.failed = error
+
+    def _write(self, state: dict[str, Tensor], folder: Path, publish: Callable[[], None]) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a single process is alone
+                dcp.save(
+                    dict(state),
+                    storage_writer=FileSystemWriter(str(folder)),
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+        except CheckpointException as error:
+            raise OSError(f"{folder} could not be written: {reason_of(error)}") from error
+        said: list[str | None] = [None]
+        if self.first:
+            try:
+                publish()
+            except OSError as error:
+                said = [f"{folder} could not be published: {error.strerror or error}"]
+        if self.group is not None:
+            dist.broadcast_object_list(said, group=self.group, group_src=0)
+        if said[0]:
+            raise OSError(said[0])
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """On the host, so that the next step may change the original."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    part = tensor.to_local().detach()
+    if part.device.type != "cpu":
+        return tensor.detach().cpu()
+    same = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(
+        part.clone(), *same, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
