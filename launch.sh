@@ -3,12 +3,13 @@
 #   ./launch.sh [OVERRIDES]       train: two ranks, DDP, real text      (--help shows every key)
 #   ./launch.sh test [ARGS]       the whole test suite; ARGS go to pytest
 #   ./launch.sh generate run=DIR  text from a trained run
+#   ./launch.sh export run=DIR out=FILE   its weights as one .safetensors file
 #   ./launch.sh python ARGS       the Python that has the packages
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
 extra="" # what of pyproject.toml's optional dependencies this command needs
-modules="torch numpy hydra omegaconf rich wandb tokenizers psutil"
+modules="torch numpy hydra omegaconf rich wandb tokenizers psutil safetensors"
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
     extra="[dev]"
     modules="$modules pytest hypothesis ruff mypy accelerate"

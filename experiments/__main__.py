@@ -14,6 +14,7 @@ from experiments.compose import Refused
 VERBS = {
     "train": ("experiments.commands", "train"),
     "generate": ("experiments.generate", "command"),
+    "export": ("experiments.export", "command"),
 }
 
 

@@ -18,6 +18,7 @@ from experiments.config import Backend, Device, TrainConfig
 from experiments.environment import Rank, rendezvous
 from experiments.resume import goes_on_in
 from experiments.run_folder import Launched, make_folder, write_config
+from experiments.weights_file import check_init, reader
 from minigpt.corpus import Corpus
 from minigpt.data import Batches
 from minigpt.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -29,6 +30,7 @@ from parallel.precision import LossScaler
 from parallel.replica import Replica
 from parallel.step import Trainer
 from parallel.strategies import strategies
+from parallel.weights import take_weights
 
 
 def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
@@ -87,6 +89,9 @@ def make_trainer(config: TrainConfig, mesh: Mesh) -> Trainer:
     """The model under its layout, with its optimiser: the same initial weights for every layout."""
     seed_dropout(config, mesh, 0)
     replica = parallelize(config.model, mesh, config.options, config.seed)
+    if config.init:
+        check_init(Path(config.init), config.model)
+        take_weights(replica, reader(Path(config.init)))
     return Trainer(
         replica,
         make_optimizer(replica, config),

@@ -22,13 +22,14 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from experiments.config import GenerateConfig, TrainConfig
+from experiments.config import ExportConfig, GenerateConfig, TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
 PROMPTS = ("prompt", "sample.prompt")
-PATHS = ("run", "run.dir", "data.path", "data.cache")
-Config = TypeVar("Config", TrainConfig, GenerateConfig)
+PATHS = ("run", "run.dir", "data.path", "data.cache", "resume", "init", "out")
+SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig, "export": ExportConfig}
+Config = TypeVar("Config", TrainConfig, GenerateConfig, ExportConfig)
 
 
 class Refused(Exception):
@@ -43,11 +44,11 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     print a line of its own.
     """
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="generate_schema", node=GenerateConfig)
+    for verb, node in SCHEMAS.items():
+        store.store(name=f"{verb}_schema", node=node)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
     entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
-    schema = GenerateConfig if name == "generate" else TrainConfig
+    schema = SCHEMAS[name]
     argv = [quoted(argument) for argument in argv]
     check_options(argv)
     saved, sys.argv = sys.argv, ["launch.sh", *argv]

@@ -15,6 +15,7 @@ from experiments.config import TrainConfig
 from experiments.process import GRACE_S, Forwarding, die_with_parent
 from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
+from experiments.weights_file import check_init
 from minigpt.corpus import check_vocabulary, prepare
 
 
@@ -80,6 +81,8 @@ def prepare_job(
     found = choose(config.resume, folder)
     if found:
         check_fits(found, settings_of(config), config.batch_size)
+    if config.init:
+        check_init(Path(config.init), config.model)
     again = goes_on_in(config.resume, folder)
     folder = make_folder(folder, config.layout, not torchrun.is_first_node, again)
     if torchrun.is_first_node:

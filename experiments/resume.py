@@ -43,7 +43,7 @@ def choose(resume: str | None, run: Path | None) -> Checkpoint | None:
         if found is None and skipped:
             raise ValueError(f"resume=auto: no checkpoint of {run} is whole: {skipped[0]}")
         return found and Checkpoint(found.folder, found.manifest, skipped)
-    folder = _named(Path(resume))
+    folder = named_checkpoint(Path(resume))
     found = _checked(resume, folder)
     newer = [path for path in steps_of(found.run) if path != folder][:1]
     if run is not None and _same(run, found.run) and newer and _step(newer[0]) > found.step:
@@ -58,10 +58,11 @@ def goes_on_in(resume: str | None, run: Path | None) -> bool:
     """Whether a run folder that is there already is the one to go on in."""
     if resume is None or run is None:
         return False
-    return resume == AUTO or _same(run, _run_of(Path(resume)))
+    return resume == AUTO or _same(run, run_of(Path(resume)))
 
 
-def _run_of(path: Path) -> Path:
+def run_of(path: Path) -> Path:
+    """The run's folder, of what may be one of its checkpoints."""
     if not STEP.fullmatch(path.name):
         return path
     return path.parent.parent if path.parent.name == FOLDER else path.parent
@@ -76,16 +77,16 @@ def _checked(resume: str, folder: Path) -> Checkpoint:
         raise Damaged(f"resume={resume}: {error}{there_is}") from error
 
 
-def _named(path: Path) -> Path:
+def named_checkpoint(path: Path, key: str = "resume") -> Path:
     """The checkpoint that a path stands for: RUN, RUN/step-N, or the folder itself."""
     if match := STEP.fullmatch(path.name):
-        folder = folder_of(_run_of(path), int(match[1]))
+        folder = folder_of(run_of(path), int(match[1]))
         if not folder.is_dir():
-            raise ValueError(f"resume={path}: {folder} is not there")
+            raise ValueError(f"{key}={path}: {folder} is not there")
         return folder
     steps = steps_of(path)
     if not steps:
-        raise ValueError(f"resume={path}: no checkpoint there; checkpoint.every=N writes some")
+        raise ValueError(f"{key}={path}: no checkpoint there; checkpoint.every=N writes some")
     return steps[0]
 
 
@@ -112,7 +113,7 @@ def check_fits(found: Checkpoint, settings: dict[str, Any], batch_size: int) -> 
         if theirs.get(key) != ours.get(key):
             raise ValueError(
                 f"{key}={ours.get(key)}: {found.folder} was written with {theirs.get(key)}; "
-                "init=RUN starts anew from its weights"
+                "export and init=FILE start anew from its weights"
             )
     if found.manifest["batch_size"] != batch_size:
         raise ValueError(

@@ -203,16 +203,16 @@ def read(folder: Path, wanted: dict[str, Tensor]) -> None:
         raise Damaged(f"{folder}: {str(error).splitlines()[0]}") from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every weight, whole, by name: for one process."""
+def read_whole(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Every tensor of a kind (model, optimizer, random), whole, by name: for one process."""
     index = read_index(folder)
-    weights = {
+    found = {
         name: torch.empty(about.size, dtype=about.properties.dtype)  # type: ignore[union-attr]
         for name, about in index.state_dict_metadata.items()
-        if name.startswith("model/")
+        if name.startswith(f"{kind}/")
     }
-    read(folder, weights)
-    return {name.removeprefix("model/"): tensor for name, tensor in weights.items()}
+    read(folder, found)
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in found.items()}
 
 
 def reason_of(error: CheckpointException) -> str:
