@@ -219,7 +219,7 @@ def main(names: list[str]) -> None:
         print(f"\n## {title}\n")
         with tempfile.TemporaryDirectory() as folder:
             for line in section(Path(folder)):
-                print(line, flush=True)
+                print(line.rstrip(), flush=True)
 
 
 if __name__ == "__main__":

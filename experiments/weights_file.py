@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.config import FFN, Gelu, ModelConfig, Norm, Positions, require
+from minigpt.config import FFN, ModelConfig, Norm, Positions, require
 from minigpt.gpt2 import from_gpt2, gpt2_name, gpt2_shape
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _check_gpt2(path: Path, model: ModelConfig) -> None:
         "norm": Norm.layernorm,
         "positions": Positions.learned,
         "ffn": FFN.gelu,
-        "gelu": Gelu.tanh,
+        "gelu_tanh": True,
         "bias": True,
         "tied": True,
         "kv_heads": model.n_head,

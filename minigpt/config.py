@@ -29,11 +29,6 @@ class FFN(str, Enum):
     moe = "moe"  # experts that are swiglu each
 
 
-class Gelu(str, Enum):
-    exact = "exact"
-    tanh = "tanh"  # the approximation that GPT-2 was trained with
-
-
 class Attention(str, Enum):
     sdpa = "sdpa"
     plain = "plain"
@@ -102,7 +97,7 @@ class ModelConfig:
     positions: Positions = Positions.rotary
     rope_theta: float = 10000.0  # base of the rotary frequencies; Llama 3 uses 500000
     ffn: FFN = FFN.swiglu
-    gelu: Gelu = Gelu.exact  # of ffn=gelu
+    gelu_tanh: bool = False  # of ffn=gelu: the approximation that GPT-2 was trained with
     n_expert: int = 8  # these four: of ffn=moe
     experts_per_token: int = 2
     capacity_factor: float | None = None  # slots of an expert, in even shares; null: none dropped

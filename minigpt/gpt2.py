@@ -2,7 +2,7 @@
 
 Theirs is Hugging Face's format: Conv1D weights are (in, out) where Linear's are (out, in), q, k and
 v lie side by side in one c_attn, and the head is the embedding. The model that takes them needs
-norm=layernorm positions=learned ffn=gelu gelu=tanh bias=true tied=true.
+norm=layernorm positions=learned ffn=gelu gelu_tanh=true bias=true tied=true.
 """
 
 from __future__ import annotations

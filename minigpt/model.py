@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minigpt.attention import plain, rotary_angles, rotate, sdpa
 from minigpt.autocast import cast_once
-from minigpt.config import FFN, Gelu, ModelConfig, Norm, Positions
+from minigpt.config import FFN, ModelConfig, Norm, Positions
 from minigpt.config import Attention as AttentionKind
 from minigpt.experts import MoE
 
@@ -85,7 +85,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.d_model, config.ff_dim, bias=config.bias)
         self.down = nn.Linear(config.ff_dim, config.d_model, bias=config.bias)
         self.dropout = config.dropout
-        self.gelu = "tanh" if config.gelu == Gelu.tanh else "none"
+        self.gelu = "tanh" if config.gelu_tanh else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         x = cast_once(x)
