@@ -45,7 +45,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
             check(source)
         except Damaged as error:
             raise Refused(f"run={given}: {error}") from error
-        from parallel.checkpoint import read_whole  # torch takes seconds
+        from parallel.checkpoint_reader import read_whole  # torch takes seconds
 
         weights = read_whole(source, "model")
     else:

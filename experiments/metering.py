@@ -25,9 +25,9 @@ from costs.memory import MemoryMeter
 from costs.timing import StepTimer
 from experiments.config import TrainConfig
 from minigpt.config import FFN
+from parallel.moments import inner
 from parallel.precision import DTYPES
 from parallel.step import Trainer
-from parallel.zero1 import state_of
 
 MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
 WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
@@ -110,7 +110,8 @@ class Meters:
 
     @contextmanager
     def _follow_memory(self) -> Iterator[None]:
-        self.memory_meter = MemoryMeter(self.trainer.replica, state_of(self.trainer.optimizer))
+        state = inner(self.trainer.optimizer).state
+        self.memory_meter = MemoryMeter(self.trainer.replica, state)
         with self.memory_meter:
             yield
         self.memory = dict(self.memory_meter.result())

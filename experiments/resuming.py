@@ -10,7 +10,8 @@ from experiments.assemble import make_batches, make_trainer, set_step, share_of_
 from experiments.config import TrainConfig
 from experiments.parity import mesh_of
 from minigpt.corpus import prepare
-from parallel.checkpoint import Writer, read_whole, restore, state_of
+from parallel.checkpoint import Writer, restore, state_of
+from parallel.checkpoint_reader import read_whole
 from parallel.step import Trainer
 
 Losses = list[float]

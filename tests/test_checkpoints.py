@@ -29,8 +29,9 @@ from experiments.reliability import FAULTS, faulty
 from experiments.resume import check_fits, choose, goes_on_in, same_layout
 from experiments.resuming import train_on, write
 from experiments.run_folder import settings_of
-from parallel.checkpoint import Damaged as Unsafe
-from parallel.checkpoint import Writer, read_index, read_whole
+from parallel.checkpoint import Writer
+from parallel.checkpoint_reader import Damaged as Unsafe
+from parallel.checkpoint_reader import read_index, read_whole
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 
