@@ -26,10 +26,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from parallel.checkpoint_reader import read, read_index, reason_of
 from parallel.mesh import Mesh
 from parallel.moments import moments_of, owned, take_moments
+from parallel.passes import NoMarks
 from parallel.replica import Replica
 from parallel.step import Trainer
 
@@ -70,6 +72,7 @@ def restore(trainer: Trainer, folder: Path, same_layout: bool) -> None:
     trusts their bytes, though it runs none of them. Raises Damaged.
     """
     replica, index = trainer.replica, read_index(folder)
+    settle_buckets(replica)
     moments = _moments_in(index)
     wanted: dict[str, Tensor] = {}
     again: list[tuple[Tensor, Tensor]] = []  # a rank with both ends of a V has a tied weight twice
@@ -102,6 +105,19 @@ def restore(trainer: Trainer, folder: Path, same_layout: bool) -> None:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], replica.mesh.device)
+
+
+def settle_buckets(replica: Replica) -> None:
+    """Let DDP order its buckets as they are after a first step, by a backward of zeros.
+
+    A ring adds the ranks' numbers in an order that depends on their place in the bucket, so from
+    four ranks on the first step would else differ in the last bit from that of the run before.
+    """
+    if isinstance(getattr(replica.passes, "call", None), DistributedDataParallel):
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=replica.mesh.device)
+        replica.passes.train([(tokens, tokens)], 0.0, NoMarks())
+        for parameter in replica.parameters():
+            parameter.grad = None
 
 
 def _moments_in(index: Metadata) -> dict[str, dict[str, TensorStorageMetadata]]:
