@@ -65,7 +65,7 @@ def test_a_dry_run_prints_a_line_that_runs(tmp_path: Path) -> None:
         (["layout.dp_replicate=99999"], "layout needs 99999 ranks here"),
         (["run.dir=/proc/nowhere"], "run.dir=/proc/nowhere: cannot be made"),
         (["data.cache=/proc/nowhere"], "data.cache=/proc/nowhere"),
-        (["trian"], "trian: no such command; there are train, generate, test"),
+        (["trian"], "trian: no such command; there are train, generate, "),
         (["--nnodes", "2"], "--nnodes: write it with its value"),
         (["--nnodes=2", "run.dir=x"], "--node-rank is not set"),
         (["--nnodes=two"], "--nnodes=two: must be a whole number"),
