@@ -23,6 +23,7 @@ from costs import ledger as ledgers
 from experiments import console, environment, launch, run_folder
 from experiments.compose import Refused, jobs_of, run_hydra, to_config
 from experiments.config import Launch, TrainConfig
+from experiments.process import end
 from experiments.run_folder import Launched, failure
 from experiments.worker import last_act
 from minigpt.corpus import check_vocabulary, prepare
@@ -182,5 +183,7 @@ def train_as_rank(argv: list[str]) -> int:
     with last_act(rank.rank, folder=None):
         from experiments.train import train as train_here
 
-        train_here(config, launched, None, rank)
+        stopped = train_here(config, launched, None, rank)
+        if stopped:
+            end(128 + stopped)
     return 0

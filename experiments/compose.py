@@ -22,17 +22,18 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from experiments.config import GenerateConfig, TrainConfig
+from experiments.config import ExportConfig, GenerateConfig, TrainConfig
 from experiments.plan_config import SearchConfig, SimulateConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
 PROMPTS = ("prompt", "sample.prompt")
-PATHS = ("run", "run.dir", "data.path", "data.cache")
+PATHS = ("run", "run.dir", "data.path", "data.cache", "resume", "init", "out")
 # what each command takes: configs/NAME.yaml and its schema
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "generate": GenerateConfig,
+    "export": ExportConfig,
     "simulate": SimulateConfig,
     "search": SearchConfig,
 }

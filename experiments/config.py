@@ -108,6 +108,19 @@ class RunConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """The state on disk from which a run can go on. A pre-empted run writes one in any case."""
+
+    every: int = 0  # steps between checkpoints, and one after the last; 0: none
+    keep: int = 2  # newest ones that stay; the one before the last is there if that is damaged
+    asynchronous: bool = False  # write beside the next steps, from a copy on the host
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.keep", self.keep, 2)
+
+
+@dataclass
 class TrainConfig:
     """Everything `./launch.sh` takes."""
 
@@ -119,7 +132,10 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    resume: str | None = None  # auto, RUN or RUN/step-N: see experiments/resume.py
+    init: str | None = None  # weights to start from: a .safetensors file, of ours or GPT-2's
     steps: int = 300
     micro_batch_size: int = 8  # sequences of one forward, for each data-parallel rank
     gradient_accumulation_steps: int = 1
@@ -164,6 +180,10 @@ class TrainConfig:
             f"model.vocab_size={model.vocab_size}: smaller than the data's {data.vocab_size} ids",
         )
         require(
+            self.resume is None or self.init is None,
+            f"init={self.init}: resume={self.resume} has weights of its own; give one of the two",
+        )
+        require(
             not (self.backend == Backend.nccl and self.device == Device.cpu),
             "backend=nccl: needs device=cuda, not device=cpu",
         )
@@ -206,6 +226,14 @@ class TrainConfig:
             seq_len=self.seq_len,
             micro_batches=self.gradient_accumulation_steps,
         )
+
+
+@dataclass
+class ExportConfig:
+    """Everything `./launch.sh export` takes."""
+
+    run: str = "???"  # RUN, or RUN/step-N
+    out: str = "model.safetensors"
 
 
 @dataclass

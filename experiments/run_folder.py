@@ -5,6 +5,7 @@ launch.json      overrides, corpus, when the command began
 logs/            torchrun's messages, the other ranks' output, a small file for each failed rank
 metrics.jsonl, ledger.json, model.pt, tokenizer.json   written while and after it trains
 trace.json.gz, timeline.png, memory.png (and .svg)     with trace=true
+checkpoints/     see experiments/checkpoints.py
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import json
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+import uuid
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,14 +33,19 @@ class Launched:
     overrides: list[str]
     corpus: str  # folder
     started: float  # time.time() when the user's command began
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)  # no other run has this name
 
 
-def make_folder(folder: Path | None, layout: Layout, shared: bool = False) -> Path:
+def make_folder(
+    folder: Path | None, layout: Layout, shared: bool = False, again: bool = False
+) -> Path:
     """Make the folder; None picks runs/DATE-TIME-LAYOUT. One that already holds a run is refused,
-    unless another node made it (`shared`)."""
+    unless another node made it (`shared`) or that run is to go on (`again`)."""
     if folder is not None:
-        if (folder / "config.yaml").exists() and not shared:
-            raise ValueError(f"run.dir={folder}: already holds a run")
+        if (folder / "config.yaml").exists() and not (shared or again):
+            raise ValueError(f"run.dir={folder}: already holds a run; resume=auto goes on with it")
+        for old in (folder / "logs").glob("rank-*.error.json") if again else ():
+            old.unlink(missing_ok=True)  # of the run's last end
         return _make(folder)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(1000):  # two launches in one second must not share a folder
@@ -66,6 +74,12 @@ def _make(folder: Path, exist_ok: bool = True) -> Path:
     except OSError as error:
         raise ValueError(f"run.dir={folder}: cannot be made: {error.strerror}") from error
     return folder
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values, which JSON takes."""
+    settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return settings
 
 
 def write_config(folder: Path, config: TrainConfig, launched: Launched) -> None:

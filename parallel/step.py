@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class Result:
     tokens: int  # valid tokens in the global batch
     gradient_norm: float | None  # before clipping; null where nothing needed it
     skipped: bool  # fp16 overflowed: no update
+    stop: bool = False  # a rank was asked to stop, and this is the step after which all do
+
+
+STOP = 2.0**40  # what a rank that is to stop adds to its count of tokens, which is far smaller
 
 
 class NonFinite(RuntimeError):
@@ -46,6 +50,7 @@ class Trainer:
         # once: walking the modules takes a tenth of a millisecond
         self.parameters = list(self.replica.parameters())
         self.counted = self.replica.counted_parameters()
+        self.asked_to_stop = False  # of this rank, which takes it to the others with its loss
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> Result:
         """Train on this rank's share of one global batch."""
@@ -56,7 +61,10 @@ class Trainer:
         with self.marks.phase("forward_backward"):
             totals = self._forward_backward(micro_batches)
         with self.marks.phase("optimizer"):
-            return self._update(self.replica.mesh.sum(totals))
+            # a signal reaches ranks at different times: the sum makes all stop after the same step
+            totals[1] += STOP * self.asked_to_stop
+            loss_sum, count = self._read(self.replica.mesh.sum(totals))
+            return replace(self._update(loss_sum, count % STOP), stop=count >= STOP)
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Accumulate gradients. Returns (sum of losses, count of valid tokens) of this rank.
@@ -76,9 +84,8 @@ class Trainer:
             align_gradients(self.parameters)
         return totals if replica.mesh.counts else torch.zeros_like(totals)
 
-    def _update(self, totals: Tensor) -> Result:
+    def _update(self, loss_sum: float, count: float) -> Result:
         """Correct, clip and apply the gradients, given the totals over all ranks."""
-        loss_sum, count = self._read(totals)
         if count == 0:
             raise ValueError("the global batch has no valid target: every token is ignored")
         loss = loss_sum / count
