@@ -13,11 +13,13 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from costs import communication
+from costs.standing import CallCounter
 from experiments import environment
-from experiments.config import Backend, Device, TrainConfig
+from experiments.config import Backend, Device, Nonfinite, TrainConfig
 from experiments.environment import Rank, rendezvous
-from experiments.resume import goes_on_in
+from experiments.resume import goes_on_in, run_dir
 from experiments.run_folder import Launched, make_folder, write_config
+from experiments.verdict import path_of
 from experiments.weights_file import check_init, reader
 from minigpt.corpus import Corpus
 from minigpt.data import Batches
@@ -28,6 +30,8 @@ from parallel.passes import MicroBatch
 from parallel.step import Trainer
 from parallel.training import trainer_of
 from parallel.weights import take_weights
+
+SKIPPED_IN_A_ROW = 5  # steps, with nonfinite=skip: more of them are no accident
 
 
 def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
@@ -68,7 +72,7 @@ def agree_on_folder(config: TrainConfig, launched: Launched, folder: Path | None
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     first = not dist.is_initialized() or dist.get_rank() == 0
     if folder is None and first:
-        chosen = Path(config.run.dir) if config.run.dir else None
+        chosen = run_dir(config.resume, config.run.dir)
         folder = make_folder(chosen, config.layout, again=goes_on_in(config.resume, chosen))
         write_config(folder, config, launched)
     if not dist.is_initialized():
@@ -82,6 +86,13 @@ def agree_on_folder(config: TrainConfig, launched: Launched, folder: Path | None
     return folder or Path(said[0][1])
 
 
+def count_messages(folder: Path) -> None:
+    """From now on, note in the run's folder how far this rank has come (costs/standing.py)."""
+    path = path_of(folder, dist.get_rank() if dist.is_initialized() else 0, "calls")
+    if dist.is_initialized() and path.parent.is_dir():  # a folder that this node does not see
+        communication.meter.standing = CallCounter(path, os.getpid())
+
+
 def make_trainer(config: TrainConfig, mesh: Mesh) -> Trainer:
     """The model under its layout, with its optimiser: the same initial weights for every layout."""
     seed_dropout(config, mesh, 0)
@@ -89,7 +100,9 @@ def make_trainer(config: TrainConfig, mesh: Mesh) -> Trainer:
     if config.init:
         check_init(Path(config.init), config.model)
         take_weights(replica, reader(Path(config.init)))
-    return trainer_of(replica, config.optimizer, config.options, config.clip)
+    trainer = trainer_of(replica, config.optimizer, config.options, config.clip)
+    trainer.may_skip = SKIPPED_IN_A_ROW if config.nonfinite == Nonfinite.skip else 0
+    return trainer
 
 
 def dropout_seed(config: TrainConfig, mesh: Mesh) -> int:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,11 +180,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(content[MANIFEST])
         schema = manifest["schema"]
-    except (ValueError, TypeError, KeyError) as error:  # sealed as it is: not by this program
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Damaged(f"{folder / MANIFEST}: is no manifest") from error
     if schema != SCHEMA:
         raise Damaged(f"{folder / MANIFEST}: schema {schema!r} is not {SCHEMA!r}")
+    # sealed as it is, it was not written by this program
+    wrong = next((key for key, fits in FIELDS.items() if not fits(manifest.get(key))), None)
+    if wrong:
+        raise Damaged(f"{folder / MANIFEST}: {wrong} is missing or is none")
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_files(value: Any) -> bool:
+    """Plain names of this folder, each with its size and its SHA-256."""
+    return isinstance(value, dict) and all(
+        Path(name).name == name
+        and isinstance(facts, dict)
+        and _is_count(facts.get("bytes"))
+        and isinstance(facts.get("sha256"), str)
+        for name, facts in value.items()
+    )
+
+
+# what a manifest must have, and how it is known; experiments/saving.py says what it means
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "files": _are_files,
+    "batch_size": _is_count,
+    "config": lambda value: isinstance(value, dict),
+    "corpus": lambda value: isinstance(value, str),
+    "scaler": lambda value: value is None or isinstance(value, dict),
+}
 
 
 def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:

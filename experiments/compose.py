@@ -117,6 +117,8 @@ def check_options(argv: list[str]) -> argparse.Namespace:
     given = parser.parse_args(argv)
     for override in given.overrides:
         key, _, value = override.lstrip("+~").partition("=")
+        if "_target_" in override:  # Hydra imports and calls what it names
+            raise Refused(f"{override}: _target_ is not taken: no key may say what is to be run")
         if key in GROUPS and value.startswith(("[", "{")):
             raise Refused(f"{override}: {key} takes one option")
     return given

@@ -47,6 +47,11 @@ class Launch(str, Enum):
     dry = "dry"
 
 
+class Nonfinite(str, Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 class Logger(str, Enum):
     none = "none"
     wandb = "wandb"
@@ -121,6 +126,16 @@ class CheckpointConfig:
 
 
 @dataclass
+class DriftConfig:
+    """Whether ranks that hold copies of a weight still hold the same, by checksums."""
+
+    every: int = 50  # steps between comparisons; 0: never
+
+    def __post_init__(self) -> None:
+        at_least("drift.every", self.every, 0)
+
+
+@dataclass
 class TrainConfig:
     """Everything `./launch.sh` takes."""
 
@@ -133,6 +148,7 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
 
     resume: str | None = None  # auto, RUN or RUN/step-N: see experiments/resume.py
     init: str | None = None  # weights to start from: a .safetensors file, of ours or GPT-2's
@@ -154,6 +170,7 @@ class TrainConfig:
     )
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     clip: float | None = 1.0  # the gradient norm's upper bound; null: no clipping
+    nonfinite: Nonfinite = Nonfinite.stop  # a NaN or inf in the loss or a gradient: stop or skip
     device: Device = Device.auto
     backend: Backend = Backend.auto
     trace: bool = False  # write one step of all ranks as trace.json.gz, and pictures of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from experiments.config import TrainConfig
 from experiments.process import GRACE_S, Forwarding, die_with_parent
 from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
+from experiments.verdict import was_stopped
 from experiments.weights_file import check_init
 from minigpt.corpus import check_vocabulary, prepare
 
@@ -126,4 +128,8 @@ def run(job: Job, quiet: bool) -> int:
         )
         with Forwarding(process) as forwarding:
             status = process.wait()
+    if was_stopped(job.folder):  # the signal may have come to another node
+        return 128 + (forwarding.received or signal.SIGUSR1)
+    if status == 0:  # a signal may come when there is nothing left to do
+        return 0
     return 128 + forwarding.received if forwarding.received else status

@@ -72,6 +72,8 @@ class Meters:
     def step(self, index: int) -> Iterator[None]:
         """Around one step of the loop; `index` counts from 0."""
         looking = self._looking(index)
+        if self.communication and self.communication.standing:
+            self.communication.standing.at_step(index)
         with ExitStack() as stack:
             if self.communication:
                 stack.enter_context(communication.recorded())

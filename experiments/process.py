@@ -78,3 +78,15 @@ def children(parent: int) -> list[psutil.Process]:
         return psutil.Process(parent).children()
     except psutil.NoSuchProcess:
         return []
+
+
+def end_stopped_siblings() -> None:
+    """End ranks of this machine that are stopped (SIGSTOP): they would take no SIGTERM, and
+    torchrun would wait for them."""
+    for rank in children(os.getppid()):
+        try:
+            if rank.status() == psutil.STATUS_STOPPED:
+                rank.send_signal(signal.SIGTERM)  # pending: the first that it sees
+                rank.send_signal(signal.SIGCONT)
+        except psutil.Error:
+            continue

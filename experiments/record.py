@@ -173,11 +173,13 @@ class Record:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a line that a kill or a full disk cut short is left out."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and {"step", "loss", "skipped"} <= line.keys():
+            found.append(line)
     return found
 
 

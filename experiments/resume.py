@@ -2,6 +2,7 @@
 
 resume=null                 a new run
 resume=auto run.dir=RUN     the newest whole checkpoint of the run itself; with none, from the start
+resume=auto                 the same, of the run in runs/ that wrote a checkpoint last
 resume=RUN                  the newest one of a run, in a new run folder (or the same: run.dir=RUN)
 resume=RUN/step-100         that one
 """
@@ -23,6 +24,7 @@ from experiments.checkpoints import (
 )
 
 AUTO = "auto"
+RUNS = Path("runs")
 # keys that may differ among those that say what is learned from what
 HOW_ONLY = ("data.cache", "data.path", "model.attention", "model.impl")
 
@@ -38,7 +40,7 @@ def choose(resume: str | None, run: Path | None) -> Checkpoint | None:
         return None
     if resume == AUTO:
         if run is None:
-            raise ValueError("resume=auto: needs run.dir=DIR, the run that it is to go on with")
+            return None
         found, skipped = newest_whole(run)
         if found is None and skipped:
             raise ValueError(f"resume=auto: no checkpoint of {run} is whole: {skipped[0]}")
@@ -52,6 +54,14 @@ def choose(resume: str | None, run: Path | None) -> Checkpoint | None:
             "step in a run.dir of its own"
         )
     return found
+
+
+def run_dir(resume: str | None, given: str | None) -> Path | None:
+    """The folder of a run that has one by now: the one that is given, or the one to go on in."""
+    if given or resume != AUTO:
+        return Path(given) if given else None
+    newest = [steps[0] for run in RUNS.glob("*") if (steps := steps_of(run))]
+    return run_of(max(newest, key=lambda step: step.stat().st_mtime)) if newest else None
 
 
 def goes_on_in(resume: str | None, run: Path | None) -> bool:

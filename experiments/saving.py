@@ -18,6 +18,7 @@ from experiments.checkpoints import Checkpoint
 from experiments.config import TrainConfig
 from experiments.resume import AUTO, check_fits, choose, same_layout
 from experiments.run_folder import settings_of
+from experiments.verdict import failure
 from minigpt.corpus import Corpus
 from parallel.checkpoint import Writer, restore, state_of
 from parallel.step import Result, Trainer
@@ -48,8 +49,8 @@ class Saver:
         seed_dropout(self.config, self.mesh, found.step)
         restore(trainer, found.folder, same)
         if trainer.scaler and found.manifest["scaler"]:
-            for key, value in found.manifest["scaler"].items():
-                setattr(trainer.scaler, key, value)
+            for key in vars(trainer.scaler):
+                setattr(trainer.scaler, key, found.manifest["scaler"][key])
         self.source = found.run
         return found.step
 
@@ -74,7 +75,7 @@ class Saver:
         found = choose(AUTO, self.folder) if again or resume == AUTO else None
         if found is None and resume != AUTO:
             found = choose(resume, self.folder)
-        said = [f"start {again + 1} of this run: a rank died"] if again else []
+        said = [f"start {again + 1} of this run: {failure(self.folder)}"] if again else []
         if found is None:
             if again or resume == AUTO:
                 said.append(f"no checkpoint in {self.folder}: starting from step 0")

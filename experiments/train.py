@@ -10,6 +10,7 @@ from pathlib import Path
 
 from experiments.assemble import (
     agree_on_folder,
+    count_messages,
     is_validation_step,
     join_ranks,
     make_batches,
@@ -29,9 +30,11 @@ from experiments.sample import sample_text
 from experiments.saving import Saver, listen
 from experiments.tracing import write_trace
 from experiments.tracking import make_tracker
+from experiments.verdict import mark_stopped
 from minigpt.corpus import open_corpus
 from minigpt.data import Batches
 from minigpt.tokenizer import make_tokenizer
+from parallel.drift import check_copies
 from parallel.mesh import build_mesh, leave
 from parallel.step import Result, Trainer, evaluate
 from parallel.weights import full_weights
@@ -46,6 +49,7 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     numbers = [signal.SIGUSR1, *([] if folder else [signal.SIGTERM])]
     device = join_ranks(config, rank)
     folder = agree_on_folder(config, launched, folder)
+    count_messages(folder)
     mesh = build_mesh(config.layout, device)
     corpus = open_corpus(Path(launched.corpus))
     batches = make_batches(config, corpus)
@@ -66,6 +70,8 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     with reporter, record:
         for step in range(first, config.steps):
             result, lr = train_step(step, config, trainer, batches, meters)
+            if config.drift.every and (step + 1) % config.drift.every == 0:
+                check_copies(trainer.replica)
             if is_validation_step(config, step):
                 share = validation_share(batches, config, mesh)
                 validation_loss = evaluate(trainer.replica, share)
@@ -78,7 +84,9 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
         saver.finish()
 
     if step + 1 < config.steps:
-        reporter.say(f"stopped after {step + 1} steps; resume={folder} goes on from there")
+        reporter.say(f"stopped after {step + 1} steps; run.dir={folder} resume=auto goes on")
+        if mesh.rank == 0:
+            mark_stopped(folder, step + 1)
         tracker.finish(None)
         leave()
         return received[0] if received else int(signal.SIGUSR1)

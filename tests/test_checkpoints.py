@@ -25,10 +25,10 @@ from experiments.checkpoints import (
     steps_of,
 )
 from experiments.parity import make_config
-from experiments.reliability import FAULTS, faulty
-from experiments.resume import check_fits, choose, goes_on_in, same_layout
+from experiments.reliability_state import FAULTS, faulty
+from experiments.resume import check_fits, choose, goes_on_in, run_dir, same_layout
 from experiments.resuming import train_on, write
-from experiments.run_folder import settings_of
+from experiments.run_folder import make_folder, settings_of
 from parallel.checkpoint import Writer
 from parallel.checkpoint_reader import Damaged as Unsafe
 from parallel.checkpoint_reader import read_index, read_whole
@@ -36,7 +36,12 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 
 CONFIG = make_config(Layout(), {"steps": 9})
-FACTS = {"config": settings_of(CONFIG), "batch_size": CONFIG.batch_size}
+FACTS = {
+    "config": settings_of(CONFIG),
+    "batch_size": CONFIG.batch_size,
+    "corpus": "its SHA-256",
+    "scaler": None,
+}
 ALONE = Mesh(Layout(), torch.device("cpu"), None, None)
 
 
@@ -150,6 +155,7 @@ def test_what_resume_means(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
     assert choose(None, tmp_path) is None and choose("auto", tmp_path / "new") is None
+    assert choose("auto", None) is None, "no run is there yet"
     chosen = {path: choose(str(tmp_path / path), None) for path in (".", "step-1", "step-000002")}
     assert {path: found and found.step for path, found in chosen.items()} == {
         ".": 2,
@@ -159,13 +165,32 @@ def test_what_resume_means(tmp_path: Path) -> None:
     assert goes_on_in("auto", tmp_path) and goes_on_in(str(tmp_path / "step-1"), tmp_path)
     assert not goes_on_in(str(tmp_path), tmp_path / "new") and not goes_on_in(None, tmp_path)
     for resume, run, said in (
-        ("auto", None, "needs run.dir"),
         (str(tmp_path / "step-7"), None, "step-000007 is not there"),
         (str(tmp_path / "nowhere"), None, "no checkpoint there"),
         (str(tmp_path / "step-1"), tmp_path, "holds step-000002, which is newer"),
     ):
         with pytest.raises(ValueError, match=said):
             choose(resume, run)
+
+
+def test_auto_without_a_folder_is_the_run_that_saved_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_dir("auto", None) is None
+    (tmp_path / "runs" / "no-checkpoint").mkdir(parents=True)
+    for number, name in enumerate(("older", "newer", "oldest")):
+        folder = save(tmp_path / "runs" / name, 1)
+        os.utime(folder, (1000 + (number + 1) % 3, 1000 + (number + 1) % 3))
+    assert run_dir("auto", None) == Path("runs/newer")
+    assert run_dir("auto", "mine") == Path("mine") and run_dir(None, None) is None
+
+
+def test_two_launches_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run", Layout())
+    with pytest.raises(ValueError, match="another launch is at work in it"):
+        make_folder(folder, Layout(), again=True)
+    assert make_folder(folder, Layout(), shared=True) == folder, "another node of the same launch"
 
 
 def test_what_is_learned_may_not_change_and_how_may(tmp_path: Path) -> None:
