@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments import (
-    environment,
     reliability_kills,
     reliability_runs,
     reliability_state,
     reliability_steps,
 )
+from experiments.document import heading
 
 COMMAND = "./launch.sh python -m experiments.reliability > docs/reliability.md"
 FEW = 0.1  # of the trials
@@ -49,9 +49,7 @@ def main(arguments: list[str]) -> int:
     if unknown:
         print(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}", file=sys.stderr)
         return 2
-    facts = environment.facts()
-    print(f"# Reliability\n\nMade by `{COMMAND}` on {time.strftime('%Y-%m-%d')}")
-    print(f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).")
+    print(heading("Reliability", COMMAND).rstrip())
     for name in names or PARTS:
         title, part = PARTS[name]
         print(f"\n## {title}\n")
