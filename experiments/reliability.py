@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             for line in part(Path(folder).resolve(), share):
-                print(line.rstrip(), flush=True)
+                print(line.rstrip(" "), flush=True)
         print(f"\n`{name}`: {time.monotonic() - start:,.0f} s.", flush=True)
     return 0
 
