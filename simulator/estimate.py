@@ -23,11 +23,12 @@ BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gr
 FUSED = 0.6  # of the element-wise bytes left where torch.compile fuses operators
 SCORE_PASSES = 5.0  # over the T x T matrix: write, softmax in and out, dropout in and out
 SCORE_PASSES_BACKWARD = 7.0  # the same with each operator's gradient
-LOGIT_BYTES = 16.0  # of a logit: written, cast to fp32, softmax, its gradient, cast back
 CAST_BYTES = 3.0  # of a product's input and output in fp8: read wide, written twice (transposed)
 NARROW_FILL = 1.5  # half_size in fp8 and fp4 over that in bf16: the faster units fill later
 ALIGNED = 8  # numbers: tensor cores want multiples of 16 bytes (NVIDIA, Matrix Multiplication
 # Background User's Guide, section 4)
+TRITON_SHARE = 1 / 1.6  # of FlashAttention-2's speed: it is 1.3 to 2.5 times as fast as
+# FlashAttention in Triton (Dao 2023, section 1)
 HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can hide
 
 
@@ -41,9 +42,11 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     last = work.last_layers * block + head
     mean = work.mean_layers * block + head / pp
     slowest = np.where(pp > 1, np.maximum(work.layers * block, last), last)
-    messages = work.mean_layers * sent + stage_messages(work, cluster)
+    stages = stage_messages(work, cluster)
+    messages = work.mean_layers * sent + np.where(work.hides_stages > 0, 0.0, stages)
     # (p-1)/v idle slots (Narayanan et al. 2021, section 2.2), and what uneven stages wait for
-    idle = bubble_slots(work) * (mean + work.mean_layers * sent) + m * (slowest - mean)
+    slot = mean + work.mean_layers * sent + stages
+    idle = bubble_slots(work) * slot + m * (slowest - mean)
     parts = {
         "compute": m * mean,
         "exposed_communication": m * messages + exposed_data(work, cluster, block),
@@ -97,10 +100,18 @@ def launch_seconds(work: Work, cluster: Cluster) -> Array:
 
 
 def flash_seconds(work: Work, cluster: Cluster) -> Array:
-    """Attention of one block's forward in a flash kernel, whose share is of the whole peak."""
+    """Attention of one block's forward in a flash kernel, whose share is of the whole peak. Rows
+    and columns of scores fill tiles as those of a product do."""
     share = cluster.device.efficiency
     peak = reached_flops(work.wide_dtype, cluster) / share.matmul
-    return work.flash_flops / (peak * share.attention)
+    own = np.nan if share.attention_fused is None else share.attention_fused
+    own = np.where(np.isnan(own), share.attention, own)
+    shares = [TRITON_SHARE * share.attention, share.attention, own]
+    reached = np.choose(
+        work.kernel.astype(int), [np.broadcast_to(one, work.kernel.shape) for one in shares]
+    )
+    fill = 1 + share.half_size * (1 / work.queries + 1 / work.keys)
+    return work.flash_flops / (peak * reached) * fill
 
 
 def busy_seconds(work: Work, cluster: Cluster) -> Array:
@@ -144,7 +155,7 @@ def head_seconds(work: Work, cluster: Cluster) -> Array:
     share = cluster.device.efficiency
     peak = reached_flops(work.wide_dtype, cluster)
     product = product_seconds(work.tokens, work.width, work.vocabulary, peak, share.half_size)
-    logits = LOGIT_BYTES * work.tokens * work.vocabulary
+    logits = work.logit_bytes * work.tokens * work.vocabulary
     bandwidth = cluster.device.memory_bandwidth * share.memory
     return (1 + BACKWARD_PRODUCTS) * product + logits / bandwidth
 
@@ -161,7 +172,7 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     payload = work.tokens * work.width * work.item
     tp = group(work.tp, one, cluster.node_size)
     reduces = (4 + 2 * work.recomputed) * collectives.seconds("all_reduce", payload, tp, cluster)
-    shown = 1 - cluster.tensor_overlap * work.sequence_parallel
+    shown = 1 - cluster.tensor_overlap * work.sequence_parallel * work.hides_tensor
     cp = group(work.cp, work.tp, cluster.node_size)
     rounds = (3 + work.recomputed) * (work.cp - 1)
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
@@ -205,8 +216,8 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
     room = work.layers * block
     hides = np.where(
         work.gathers_weights > 0,
-        HIDDEN_GATHERS * work.micro_batches * room,
-        cluster.overlap * room,
+        HIDDEN_GATHERS * work.hides_gathers * work.micro_batches * room,
+        cluster.overlap * work.hides_gradients * room,
     )
     return sent - np.minimum(sent * (1 - 1 / work.layers), hides)
 
