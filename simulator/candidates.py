@@ -21,8 +21,8 @@ from parallel.layout import (
     Precision,
 )
 from simulator.cells import Cells, Unknown, flag, number, whole
-from simulator.habits import habits_of, program_of
 from simulator.footprint import Program, peak_bytes
+from simulator.habits import habits_of, program_of
 from simulator.plans import Numerics, Plans
 from simulator.work import Work
 
@@ -148,9 +148,12 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
 
 
 def even(model: ModelConfig, pp: int, local: int) -> tuple[int, ...] | None:
-    """As many blocks on each stage, where they divide (as Megatron-LM has it); or where they do with
-    two more, the first and the last stage have one less, for embedding and head (Llama team 2024,
-    section 3.3.2; BigScience's type:transformer|embedding). Else None: balanced."""
+    """Blocks of each stage as most programs cut them; None: balanced.
+
+    As many on each, where they divide (Narayanan et al. 2021, section 2.2). Where they do with two
+    more, the first and the last stage have one less, for embedding and head (Llama team 2024,
+    section 3.3.2; BigScience's type:transformer|embedding).
+    """
     stages = pp * local
     each = -(-model.n_layer // stages)
     short = each * stages - model.n_layer

@@ -9,6 +9,8 @@ host must launch every operator in time. All but the efficiencies, which are fit
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from simulator import collectives
@@ -23,7 +25,8 @@ BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gr
 FUSED = 0.6  # of the element-wise bytes left where torch.compile fuses operators
 SCORE_PASSES = 5.0  # over the T x T matrix: write, softmax in and out, dropout in and out
 SCORE_PASSES_BACKWARD = 7.0  # the same with each operator's gradient
-CAST_BYTES = 3.0  # of a product's input and output in fp8: read wide, written twice (transposed)
+CAST_BYTES = 4.0  # of a number that a product in fp8 takes: read wide, written twice (transposed).
+# Forward its input, backward its output's gradient
 NARROW_FILL = 1.5  # half_size in fp8 and fp4 over that in bf16: the faster units fill later
 ALIGNED = 8  # numbers: tensor cores want multiples of 16 bytes (NVIDIA, Matrix Multiplication
 # Background User's Guide, section 4)
@@ -104,9 +107,9 @@ def flash_seconds(work: Work, cluster: Cluster) -> Array:
     and columns of scores fill tiles as those of a product do."""
     share = cluster.device.efficiency
     peak = reached_flops(work.wide_dtype, cluster) / share.matmul
-    own = np.nan if share.attention_fused is None else share.attention_fused
-    own = np.where(np.isnan(own), share.attention, own)
-    shares = [TRITON_SHARE * share.attention, share.attention, own]
+    given = np.nan if share.attention_fused is None else share.attention_fused
+    own: Array = np.where(np.isnan(given), share.attention, given)
+    shares: list[Any] = [TRITON_SHARE * share.attention, share.attention, own]
     reached = np.choose(
         work.kernel.astype(int), [np.broadcast_to(one, work.kernel.shape) for one in shares]
     )
@@ -123,14 +126,16 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
     each = product_seconds(work.rows, work.inner, work.columns, peak[:, None], half[:, None])
     products = np.sum(work.count * each, axis=1)
     weights = np.sum(work.count * work.inner * work.columns, axis=1)
-    cast = np.sum(work.count * work.rows * (work.inner + work.columns), axis=1)
+    taken = np.sum(work.count * work.rows * work.inner, axis=1)
+    given = np.sum(work.count * work.rows * work.columns, axis=1)
+    cast = narrow * CAST_BYTES / bandwidth
     whole = work.whole_bytes / np.where(work.sequence_parallel > 0, work.tp, 1)
     fused = np.where(work.compiled > 0, FUSED, 1.0)
-    pointwise = (fused * (whole + work.cut_bytes) + narrow * CAST_BYTES * cast) / bandwidth
+    pointwise = fused * (whole + work.cut_bytes) / bandwidth
     flash = flash_seconds(work, cluster)
     kept, passes = score_seconds(work, cluster)
-    forward = products + pointwise + flash + kept + SCORE_PASSES * passes
-    backward = BACKWARD_PRODUCTS * (products + kept) + BACKWARD_BYTES * pointwise
+    forward = products + pointwise + cast * taken + flash + kept + SCORE_PASSES * passes
+    backward = BACKWARD_PRODUCTS * (products + kept) + BACKWARD_BYTES * pointwise + cast * given
     backward = backward + BACKWARD_FLASH * flash + SCORE_PASSES_BACKWARD * passes
     # gradients of several micro-batches are added up: read and written
     added = (work.micro_batches > 1) * 2 * work.gradient_bytes * weights / bandwidth
@@ -172,7 +177,7 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     payload = work.tokens * work.width * work.item
     tp = group(work.tp, one, cluster.node_size)
     reduces = (4 + 2 * work.recomputed) * collectives.seconds("all_reduce", payload, tp, cluster)
-    shown = 1 - cluster.tensor_overlap * work.sequence_parallel * work.hides_tensor
+    shown = 1 - cluster.tensor_overlap * work.hides_tensor
     cp = group(work.cp, work.tp, cluster.node_size)
     rounds = (3 + work.recomputed) * (work.cp - 1)
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
@@ -198,28 +203,32 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
 
     Gathered weights (zero_stage 3) hide behind all of the compute, as they are prefetched (Zhao et
     al. 2023, section 3.3); gradients behind the last micro-batch's backward, block by block (Li et
-    al. 2020, section 3.2.3). The first gather and the last gradient have nothing to hide behind.
+    al. 2020, section 3.2.3), and weights that were updated behind the next forward (Megatron-Core's
+    overlap-param-gather). The first gather and the last gradient have nothing to hide behind.
     """
-    calls = work.layers * work.messages_a_block
     ranks = group(work.dp * work.cp, work.tp, cluster.node_size)
+    blocks = work.layers * work.messages_a_block
 
-    def each(collective: str, item: Array) -> Array:
+    def each(collective: str, item: Array, calls: Array) -> Array:
         payload = work.parameters * item / calls
         return calls * collectives.seconds(collective, payload, ranks, cluster)
 
-    scatter = each("reduce_scatter", work.gradient_bytes)
-    gather = each("all_gather", work.weight_bytes)
-    gather_gradients = each("all_gather", work.gradient_bytes)
-    once = scatter + np.where(work.shards > 1, gather, gather_gradients)
+    def left(sent: Array, hides: Array) -> Array:
+        return sent - np.minimum(sent * (1 - 1 / work.layers), hides)
+
+    by_block = (work.hides_gradients > 0) | (work.gathers_weights > 0)
+    calls = np.where(by_block, blocks, 1.0)
+    scatter = each("reduce_scatter", work.gradient_bytes, calls)
+    again = np.where(work.shards > 1, 0.0, each("all_gather", work.gradient_bytes, calls))
+    gather = each("all_gather", work.weight_bytes, blocks)
+    updates = np.where(work.shards > 1, each("all_gather", work.weight_bytes, calls), 0.0)
+    last = work.layers * block  # of one micro-batch: its backward is twice its forward
     always = scatter + 2 * work.micro_batches * gather
-    sent = np.where(work.gathers_weights > 0, always, once)
-    room = work.layers * block
-    hides = np.where(
-        work.gathers_weights > 0,
-        HIDDEN_GATHERS * work.hides_gathers * work.micro_batches * room,
-        cluster.overlap * work.hides_gradients * room,
-    )
-    return sent - np.minimum(sent * (1 - 1 / work.layers), hides)
+    prefetched = HIDDEN_GATHERS * work.hides_gathers * work.micro_batches * last
+    behind = cluster.overlap * last / 3
+    once = left(scatter + again, 2 * work.hides_gradients * behind)
+    once = once + left(updates, work.hides_updates * behind)
+    return np.where(work.gathers_weights > 0, left(always, prefetched), once)
 
 
 def optimizer_seconds(work: Work, cluster: Cluster) -> Array:

@@ -62,7 +62,7 @@ def parameters() -> list[Parameter]:
     """What is fitted. Priors: products as NVIDIA's libraries reach them (Volta to Hopper, large
     squares), kernels of attention as their papers report, memory as copies reach it."""
     matmul = {"volta": 0.75, "ampere": 0.8, "hopper": 0.68, "blackwell": 0.5}
-    attention = {"volta": 0.3, "ampere": 0.6, "hopper": 0.38, "blackwell": 0.3}
+    attention = {"volta": 0.3, "ampere": 0.55, "hopper": 0.31, "blackwell": 0.3}
     found = []
     for kind, share in matmul.items():
         files = tuple(name for name, own in KINDS.items() if own == kind)
@@ -72,19 +72,19 @@ def parameters() -> list[Parameter]:
             Parameter(inner + "half_size", 150.0, 0.2, files),
             Parameter(inner + "attention", attention[kind], 0.2, files),
             Parameter(inner + "memory", 0.75, 0.08, files),
-            Parameter("operator_overhead", 1.5e-5, 0.3, files),
+            Parameter("in_node.efficiency", 0.75, 0.15, files),
         ]
         if kind in ("hopper", "blackwell"):
-            found.append(Parameter(inner + "matmul_fp8", 0.65, 0.15, files))
-            found.append(Parameter(inner + "attention_fused", 0.5, 0.2, files))
+            found.append(Parameter(inner + "matmul_fp8", 0.7, 0.15, files))
+            found.append(Parameter(inner + "attention_fused", 0.43, 0.2, files))
     return [
         *found,
         Parameter("device.efficiency.unaligned", 0.08, 0.5),
         Parameter("device.clock", 0.72, 0.05, ("h100_96g_500w",)),
-        Parameter("in_node.efficiency", 0.7, 0.2),
         Parameter("between_nodes.efficiency", 0.7, 0.3),
-        Parameter("overlap", 0.6, 0.3),
-        Parameter("tensor_overlap", 0.5, 0.3),
+        Parameter("operator_overhead", 2e-5, 0.3),
+        Parameter("overlap", 0.7, 0.3),
+        Parameter("tensor_overlap", 0.8, 0.2),
         Parameter("straggling", 0.005, 0.3),
     ]
 
@@ -168,7 +168,11 @@ class Problem:
         logs = np.log(step_seconds(self.work, self.cluster)["total"])
         least = np.minimum.reduceat(logs, self.start)
         above = (logs - np.repeat(least, self.counts)) / SOFT
-        return least - SOFT * np.log(np.add.reduceat(np.exp(-above), self.start)) - np.log(self.measured)
+        return (
+            least
+            - SOFT * np.log(np.add.reduceat(np.exp(-above), self.start))
+            - np.log(self.measured)
+        )
 
 
 def fit(problem: Problem, used: Array, rounds: int = 60, start: Array | None = None) -> Array:

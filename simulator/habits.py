@@ -15,10 +15,13 @@ KERNELS = ("triton", "flash2", "fused")
 
 # Bytes moved for one logit from the head's product to its backward. torch: written in 2 bytes, cast
 # (6), log-softmax (8), zeros for its gradient (4), its backward (12), cast back (6). Megatron-LM's
-# vocab_parallel_cross_entropy: cast, maximum (4), subtracted in place (8), exponential (8), sum (4),
-# divided (8), the gradient scaled (8), cast back. In one kernel: written, read and written back in
-# fp32 at the most
+# vocab_parallel_cross_entropy: cast, maximum (4), subtracted in place (8), exponential (8), sum
+# (4), divided (8), the gradient scaled (8), cast back. In one kernel: written, read and written
+# back in fp32 at the most
 TORCH_LOGIT, MEGATRON_LOGIT, FUSED_LOGIT = 38.0, 54.0, 16.0
+# Megatron-LM of 2022 sends the gradient of a layer's input while it computes that of its weight:
+# two of the six all_reduces of a block whose forward runs again
+BACKWARD_ONLY = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Habits:
     kernel: str = "flash2"  # of KERNELS
     logit_bytes: float = TORCH_LOGIT
     separate: bool = False  # norms and rotations in fp32 operator by operator, not in one kernel
-    hides_tensor: bool = False  # sequence parallelism's messages overlap products
+    hides_tensor: float = 0.0  # share of tensor-parallel messages that are sent during products
     hides_stages: bool = False  # activations travel to the next stage while others compute
-    hides_gradients: bool = True  # they are sent while the backward goes on
+    hides_gradients: bool = True  # they are sent while the backward goes on, else in one message
+    hides_updates: bool = False  # updated weights (zero_stage 1) are gathered in the next forward
     hides_gathers: bool = True  # weights are gathered before they are wanted
 
 
@@ -68,10 +72,13 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     own = Habits(hides_gradients=flash)
     if not flash or program == "nanotron":
         own = replace(own, logit_bytes=MEGATRON_LOGIT)
+    if any(name in source for name in ("Korthikanti", "2205.05198")):
+        own = replace(own, hides_tensor=BACKWARD_ONLY)
     if program == "deepspeed":
         own = replace(own, hides_gathers=False)
     if program == "torchtitan":
-        own = replace(own, separate=not compiled, hides_tensor="async" in note.lower())
+        asynchronous = "async TP" in note or "AsyncTP" in note
+        own = replace(own, separate=not compiled, hides_tensor=float(asynchronous))
     if "llm-foundry" in source:
         own = replace(own, kernel="triton")
     if flash and (core or any(name in source for name in ("MegaScale", "Llama 3"))):
@@ -81,8 +88,9 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
             own,
             kernel="fused" if core else "flash2",
             logit_bytes=FUSED_LOGIT if one_kernel else MEGATRON_LOGIT,
-            hides_tensor=on,
+            hides_tensor=float(on),
             hides_stages=on,
             hides_gradients=on,
+            hides_updates=on,
         )
     return replace(own, logit_bytes=FUSED_LOGIT) if compiled else own

@@ -24,11 +24,12 @@ Values = dict[str, Any]  # fields of Work: arrays, or one for all plans
 OWN_DTYPE = np.array([DTYPES.index("fp32" if p == Precision.fp32 else "bf16") for p in PRECISIONS])
 SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedule in SCHEDULES])
 
-# Passes over an activation B T D of a block's forward that tp leaves whole: two norms read and
-# write, two residuals read both and write
-WHOLE_PASSES = 2 * 2 + 2 * 3
-# Bytes of a number that a norm moves in fp32, operator by operator: cast (6), squared (8), mean (4),
-# scaled (8), cast (6), multiplied by its weight (4); of one that is rotated: cast, turned, cast
+# Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
+# rotations in one kernel read and write
+RESIDUAL_PASSES = 2 * 3
+# Bytes of a number that a norm moves in fp32, operator by operator: cast (6), squared (8), mean
+# (4), scaled (8), cast (6), multiplied by its weight (4); of one that is rotated: cast (6), turned
+# (8), cast (6)
 SEPARATE_NORM, SEPARATE_ROTATION = 36, 20
 OPERATORS = 20  # launched by the forward of a block: products, norms, rotations, residuals
 SCORE_OPERATORS = 10  # more where attention is not one kernel: scale, mask, softmax, dropout
@@ -50,9 +51,10 @@ class Work:
     gathers_weights: Array  # 1 where each forward and backward gathers them (zero_stage 3)
     sequence_parallel: Array
     splits_backward: Array
-    hides_tensor: Array  # 1 where they do, as the other three: see simulator.habits.Habits
+    hides_tensor: Array  # 1 where they do, as the others: see simulator.habits.Habits
     hides_stages: Array
     hides_gradients: Array
+    hides_updates: Array
     hides_gathers: Array
     # a block and one micro-batch, forward
     rows: Array
@@ -136,6 +138,7 @@ class Work:
             "hides_tensor": habits.hides_tensor,
             "hides_stages": habits.hides_stages,
             "hides_gradients": habits.hides_gradients,
+            "hides_updates": habits.hides_updates,
             "hides_gathers": habits.hides_gathers,
             "messages_a_block": messages_a_block,
             "item": item,
@@ -202,13 +205,11 @@ def _block(plans: Plans, habits: Habits) -> Values:
     item = LOW_BYTES[plans.precision]
     # q, k, v rotated: read and write; the activation function reads what up (and gate) wrote
     mlp = (matrices + 1) * f * active
-    whole, rotated = item * WHOLE_PASSES, 2 * item
-    if habits.separate:
-        whole, rotated = whole + 2 * (SEPARATE_NORM - 2 * item), SEPARATE_ROTATION
+    norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
     return {
         **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
-        "whole_bytes": tokens * d * whole,
-        "cut_bytes": tokens / tp * (rotated * (d + 2 * kv) + item * mlp),
+        "whole_bytes": tokens * d * (2 * norm + RESIDUAL_PASSES * item),
+        "cut_bytes": tokens / tp * (turn * (d + 2 * kv) + item * mlp),
         "operators": OPERATORS + 2 * matrices + (0 if plans.flash else SCORE_OPERATORS),
         "kv_bytes": 2 * tokens * kv / tp * item,
         "routed_bytes": int(moe) * (plans.ep > 1) * tokens * active * d * item,
