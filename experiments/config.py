@@ -50,6 +50,7 @@ class Launch(str, Enum):
 class Logger(str, Enum):
     none = "none"
     wandb = "wandb"
+    tensorboard = "tensorboard"
 
 
 class WandbMode(str, Enum):

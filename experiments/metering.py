@@ -27,14 +27,11 @@ from costs.messages import control_of, rows_of
 from costs.timeline import Transfer, bubbles, name_axes, transfers
 from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
+from experiments.step_log import KEPT_STEPS, followed_steps, is_timed
 from parallel.precision import DTYPES
 from parallel.step import Trainer
 from parallel.zero1 import state_of
 from simulator.flops import model_flops_per_token
-
-MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
-WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
-KEPT_STEPS = 500  # the last ones, of which the median is taken: a long run must not grow
 
 
 class Meters:
@@ -51,8 +48,7 @@ class Meters:
         if self.communication:
             self.communication.phases.follow(trainer.replica.stages)
         self.timer = StepTimer(self.mesh.device, self.communication)
-        self.memory_step = min(MEMORY_STEP, config.steps - 1)
-        self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
+        self.flops_step, self.memory_step = followed_steps(config.steps)
         self.steps: deque[StepRecord] = deque(maxlen=KEPT_STEPS)
         self.last = StepRecord(0.0)  # warm-up or not
         self.records: list[StepRecord] = []  # the step that is shown, of all ranks, on one clock
@@ -80,7 +76,7 @@ class Meters:
         self.last = self.timer.record
         if index == self.memory_step:
             self.memory_record = self.last
-        if not looking and index >= min(WARMUP_STEPS, self.config.steps // 2):
+        if is_timed(index, self.config.steps, self.config.compile):
             self.steps.append(self.last)
 
     @contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from experiments.config import TrainConfig
 from parallel.layout import Layout
@@ -50,11 +51,6 @@ def make_folder(folder: Path | None, layout: Layout, shared: bool = False) -> Pa
     raise ValueError(f"run.dir: could not make a folder like {folder}")
 
 
-def sweep_folder() -> Path:
-    """Where the jobs of a sweep leave their run folders."""
-    return Path("runs") / time.strftime("sweep-%Y%m%d-%H%M%S")
-
-
 def _make(folder: Path, exist_ok: bool = True) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
@@ -85,7 +81,7 @@ def read_config(folder: Path) -> TrainConfig:
         config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(path)))
     except OSError as error:
         raise ValueError(f"run={folder}: config.yaml: {error.strerror}") from error
-    except (OmegaConfBaseException, ValueError, AttributeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, AttributeError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"run={folder}: config.yaml is damaged: {said}") from error
     assert isinstance(config, TrainConfig)
