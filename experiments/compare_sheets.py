@@ -23,20 +23,22 @@ from experiments.run_costs import (
     Cost,
     Costs,
     error_of,
+    ratio_text,
     says,
 )
 from experiments.sheets import NOTHING, Cell, Sheet
 
 IN_SHORT = (STEP, EXPOSED, PEAK, WIRE, TOKENS, LOSS, VALIDATION)
 MOST_MESSAGES = 6  # kinds that have a column of their own
+SMALLEST_ERROR = 0.001  # that is written out
 WORDS = {
     STEP: "step",
     EXPOSED: "exposed",
-    PEAK: "peak memory",
-    WIRE: "on the wire",
+    PEAK: "peak",
+    WIRE: "sent",
     TOKENS: "tokens/s",
     LOSS: "loss",
-    VALIDATION: "held-out loss",
+    VALIDATION: "held-out",
 }
 
 
@@ -84,14 +86,22 @@ def runs_sheet(comparison: Comparison) -> Sheet:
     for i in comparison.by_cost():
         cells = [cost_cell(name, comparison.costs[i]) for name in IN_SHORT]
         number = Cell(str(runs[i].number), runs[i].number)
-        name, differs = runs[i].name, in_words(comparison.differences.values[i])
-        rows.append((number, Cell(name, name), Cell(differs, differs), *cells))
-    columns = ("#", "run", "what differs", *(WORDS[name] for name in IN_SHORT))
-    return Sheet(
-        "runs, the fastest a token first", columns, rows, ("run", "what differs"), NOISE_CAPTION
-    )
+        differs = in_words(comparison.differences.values[i])
+        name = runs[i].name if differs == DASH else f"{runs[i].name}: {differs}"
+        rows.append((number, Cell(name, name), *cells))
+    columns = ("#", "run", *(WORDS[name] for name in IN_SHORT))
+    title = f"runs, {ORDER_WORDS[comparison.order]}"
+    return Sheet(title, columns, rows, ("run",), NOISE_CAPTION)
 
 
+ORDER_WORDS = {
+    "tokens": "the fastest a token first",
+    "time": "the shortest step first",
+    "memory": "the lowest peak first",
+    "bytes": "the fewest bytes first",
+    "loss": "the lowest loss first",
+    "given": "in the order given",
+}
 NOISE_CAPTION = "± is the noise: half the distance between the quartiles of a run's steps"
 
 
@@ -107,13 +117,15 @@ def noise_text(name: str, cost: Cost) -> str:
     """Of a step, in per cent; its parts and its rate have the same."""
     if name != STEP or not cost.noise or not cost.value:
         return ""
-    return f" ±{100 * cost.noise / cost.value:.1f}%"
+    percent = 100 * cost.noise / cost.value
+    return f" ±{percent:.1f}%" if percent < 1 else f" ±{percent:.0f}%"
 
 
 def parts_sheet(comparison: Comparison, title: str, whole: str, parts: tuple[str, ...]) -> Sheet:
     """A row a run, a column a part."""
     kind = whole.partition(".")[0]
     names = [whole, *(f"{kind}.{part}" for part in parts)]
+    names = [n for n in names if any(own[n].value for own in comparison.costs if n in own)]
     columns = ("#", "run", *(words_of(name) for name in names))
     return Sheet(title, columns, list(_rows(comparison, names)), ("run",))
 
@@ -123,7 +135,7 @@ def messages_sheet(comparison: Comparison) -> Sheet:
     kinds = comparison.message_kinds()[:MOST_MESSAGES]
     columns = ("#", "run", *(words_of(name) for name in (*kinds, WIRE)))
     rows = _rows(comparison, [*kinds, WIRE])
-    title = "on the wire, in a step of a rank, by collective and axis"
+    title = "what a rank sends in a step, by collective and axis"
     return Sheet(title, columns, list(rows) if kinds else [], ("run",))
 
 
@@ -155,13 +167,13 @@ def ratio_cell(changes: list[Change] | None) -> Cell:
     middle = statistics.median(ratios) if ratios else None
     if said.startswith(NONE):
         return Cell(NONE, middle)
-    return Cell(said if middle is None else f"{middle:.3g}x", middle)
+    return Cell(said if middle is None else ratio_text(middle), middle)
 
 
 def change_sheet(comparison: Comparison, difference: Difference) -> Sheet:
     """Each cost before and after, the difference and the ratio, or that there is none."""
     rows: list[tuple[Cell, ...]] = []
-    for name, changes in comparison.changes(difference).items():
+    for name, changes in sorted(comparison.changes(difference).items(), key=_in_order):
         if name.startswith("payload_bytes") or not any(c.before or c.after for c in changes):
             continue
         before, after, apart = (
@@ -186,6 +198,24 @@ def change_sheet(comparison: Comparison, difference: Difference) -> Sheet:
     return Sheet(title_of(difference), columns, rows, ("cost", "ratio"), caption)
 
 
+def _in_order(named: tuple[str, Any]) -> int:
+    """Times, rates, memory, messages, losses; in each the order in which they were found."""
+    kind = named[0].partition(".")[0]
+    return KINDS.index(kind)
+
+
+KINDS = (
+    "time_s",
+    TOKENS,
+    "mfu",
+    "memory_bytes",
+    WIRE,
+    "payload_bytes",
+    LOSS,
+    VALIDATION,
+)
+
+
 def _of_what(name: str) -> str:
     """Parts stand below their whole."""
     said = words_of(name)
@@ -193,7 +223,12 @@ def _of_what(name: str) -> str:
 
 
 def signed(name: str, value: float) -> str:
-    return human(name, value) if value <= 0 else f"+{human(name, value)}"
+    """A difference; of losses to two digits, for it may be small."""
+    if not value:
+        return "0"
+    if name in (LOSS, VALIDATION):
+        return f"{value:+.2g}"
+    return human(name, value) if value < 0 else f"+{human(name, value)}"
 
 
 def title_of(difference: Difference) -> str:
@@ -207,11 +242,22 @@ def said(value: Any) -> str:
 
 
 def in_words(values: Values) -> str:
-    """What a run has of the keys that differ; a simulation says how it was made."""
-    made = values.get(SOURCE)
-    where = f"{made} on {values.get(CLUSTER)}" if values.get(CLUSTER, DASH) != DASH else made
-    rest = [f"{key}={said(v)}" for key, v in values.items() if key not in (SOURCE, CLUSTER)]
-    return " ".join([*([where] if where else []), *rest]) or DASH
+    """What a run has of the keys that differ; a simulation says how it was made. Of a layout the
+    axes that are more than 1."""
+    made, cluster = values.get(SOURCE), values.get(CLUSTER, DASH)
+    where = [f"{made} on {cluster}" if made else cluster] if cluster != DASH else [made or ""]
+    axes = {key: size for key, size in values.items() if key.startswith("layout.")}
+    cut = [f"{key.removeprefix('layout.')}={size}" for key, size in axes.items() if size != 1]
+    layout = cut or (["single"] if axes else [])
+    hidden = {SOURCE, CLUSTER, *axes}
+    rest = [f"{key}={said(value)}" for key, value in values.items() if key not in hidden]
+    return " ".join(word for word in (*where, *layout, *rest) if word) or DASH
+
+
+def error_text(error: float) -> str:
+    """Signed; 0 where a prediction is right to the last byte."""
+    small = abs(error) < SMALLEST_ERROR
+    return "0" if not error else f"below {SMALLEST_ERROR:.1%}" if small else f"{error:+.1%}"
 
 
 def predictions_sheet(comparison: Comparison) -> Sheet:
@@ -232,7 +278,7 @@ def predictions_sheet(comparison: Comparison) -> Sheet:
                     Cell(made),
                     Cell(_of_what(name)),
                     *(Cell(human(name, value), value) for value in values),
-                    Cell(f"{error:+.1%}", error),
+                    Cell(error_text(error), error),
                 )
             )
     columns = ("runs", "predicted by", "cost", "measured", "predicted", "error")

@@ -102,21 +102,24 @@ def differences_of(runs: list[Run]) -> Differences:
     settings = [settings_of(run) for run in runs]
     keys, codes = _coded(settings)
     masks = _masks(codes)
+    apart = sum(1 << k for k, key in enumerate(keys) if key in (SOURCE, CLUSTER))
+    predictions = _predictions(runs, masks, apart)
     found: dict[str, Difference] = {}
     for i, j, mask in _edges(masks):
+        if (i, j) in predictions or (j, i) in predictions:
+            continue  # nothing differs but how it is known
         names = [key for k, key in enumerate(keys) if mask >> k & 1]
         before, after = ({key: settings[x][key] for key in names} for x in (i, j))
         if repr((after, before)) in found:
             found[repr((after, before))].pairs.append((j, i))
         else:
             found.setdefault(repr((before, after)), Difference(before, after)).pairs.append((i, j))
-    apart = sum(1 << k for k, key in enumerate(keys) if key in (SOURCE, CLUSTER))
     return Differences(
         keys,
         [{key: own[key] for key in keys if key in own} for own in settings],
         list(found.values()),
         _repeats(masks),
-        _predictions(runs, masks, apart),
+        predictions,
     )
 
 

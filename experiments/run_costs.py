@@ -185,12 +185,21 @@ def says(changes: list[Change]) -> str:
         return "new"
     if max(ratios) == 0:
         return "gone"
-    low, high = f"{min(ratios):.3g}x", f"{max(ratios):.3g}x"
+    low, high = ratio_text(min(ratios)), ratio_text(max(ratios))
     text = low if low == high else f"{low} to {high}"
     if none:
         text += f", in {len(none)} of {len(changes)} none"
     unknown = any(change.noise is None for change in changes)
     return f"{text} (noise not known)" if unknown else text
+
+
+def ratio_text(ratio: float) -> str:
+    """0.572x; near 1 by how much it is off, and no exponent where it is large."""
+    if ratio == 1:
+        return "1x"
+    if abs(ratio - 1) < 0.005:
+        return f"{100 * (ratio - 1):+.2g} %"
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
 
 
 def error_of(name: str, measured: Costs, predicted: Costs) -> float | None:

@@ -19,6 +19,7 @@ class Cell(NamedTuple):
 
 
 NOTHING = Cell(DASH)
+WORDS_WIDTH = 20  # characters, at least, of a column on a terminal that has that many
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Sheet:
             pad_edge=False,
             collapse_padding=True,
         )
-        for name in self.columns:
-            is_words = name in self.words
+        for k, name in enumerate(self.columns):
+            longest = max((len(row[k].text) for row in self.rows), default=0)
             table.add_column(
                 name,
-                justify="left" if is_words else "right",
+                justify="left" if name in self.words else "right",
                 overflow="fold",
-                no_wrap=False,
-                min_width=None if is_words else 4,
+                # numbers are not broken, and words keep room beside them
+                min_width=min(longest, WORDS_WIDTH),
             )
         for row in self.rows[:most]:
             table.add_row(*(cell.text for cell in row))

@@ -116,17 +116,18 @@ def test_tables_sort_by_mouse_and_keyboard(report: Path) -> None:
         head = table.locator("thead th", has_text="step")
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == "ascending"
-        steps = numbers(table, 3)
+        steps = numbers(table, 2)
         assert steps == sorted(steps) and len(steps) == 3
         head.locator("button").focus()
         page.keyboard.press("Enter")
         assert head.get_attribute("aria-sort") == "descending"
-        assert numbers(table, 3) == steps[::-1]
+        assert numbers(table, 2) == steps[::-1]
         names = table.locator("thead th", has_text="run")
         names.locator("button").click()
         assert names.get_attribute("aria-sort") == "ascending"
         assert head.get_attribute("aria-sort") == "none"
-        assert table.locator("tbody tr td:nth-child(2)").all_inner_texts() == ["a", "b<i>", "like"]
+        found_names = table.locator("tbody tr td:nth-child(2)").all_inner_texts()
+        assert [name.partition(":")[0] for name in found_names] == ["a", "b<i>", "like"]
 
 
 def numbers(table, column: int) -> list[float]:  # type: ignore[no-untyped-def]
