@@ -34,6 +34,10 @@ def mirrored(to: Logger, folder: Path, settings: dict, said: list[str]) -> None:
         tracker.log(step, {"step": step, "loss": 3.0 - step, "validation_loss": None})
     path = folder / "ledger.json"
     tracker.finish(ledgers.read(path) if path.exists() else None)
+    if to == Logger.wandb:
+        import wandb
+
+        wandb.teardown()  # its own process writes the file, to the end when this one ends
 
 
 def a_sweep(folder: Path) -> Path:
