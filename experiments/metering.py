@@ -27,7 +27,7 @@ from costs.messages import control_of, rows_of
 from costs.timeline import Transfer, bubbles, name_axes, transfers
 from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
-from experiments.step_log import KEPT_STEPS, followed_steps, is_timed
+from experiments.step_log import KEPT_STEPS, followed_steps, untimed_steps
 from parallel.precision import DTYPES
 from parallel.step import Trainer
 from parallel.zero1 import state_of
@@ -76,7 +76,7 @@ class Meters:
         self.last = self.timer.record
         if index == self.memory_step:
             self.memory_record = self.last
-        if is_timed(index, self.config.steps, self.config.compile):
+        if index not in untimed_steps(self.config.steps, self.config.compile):
             self.steps.append(self.last)
 
     @contextmanager

@@ -26,7 +26,8 @@ from experiments.run_costs import PEAK, STEP, WIRE, error_of
 
 UNITS = {PEAK: ("MB", 1e6), WIRE: ("MB", 1e6), STEP: ("ms", 1e-3)}
 LINE_WIDTH = 18  # characters of a name beside a bar: two lines of them leave room on a telephone
-ROW, ROOM = 44, 150  # pixels of a bar with its name, of legend and axis
+LEGEND_WIDTH = 40  # as many as stand side by side on a telephone
+ROW, ROOM = 48, 150  # pixels of a bar with its name, of legend and axis
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,12 @@ def _bar(name: str, colour: str, x: list[float], y: list[str], said: list[str]) 
     }
 
 
-def _folded(name: str) -> str:
-    lines = textwrap.wrap(name, LINE_WIDTH, max_lines=3, placeholder="\u2026")
-    return "<br>".join(lines)
+def _folded(name: str, width: int = LINE_WIDTH) -> str:
+    """In lines that break between words, three at most."""
+    wrap = textwrap.TextWrapper(
+        width, max_lines=3, placeholder="\u2026", break_long_words=False, break_on_hyphens=False
+    )
+    return "<br>".join(wrap.wrap(name))
 
 
 def losses(comparison: Comparison, over_seconds: bool) -> PlotlyFigure | None:
@@ -114,14 +118,15 @@ def losses(comparison: Comparison, over_seconds: bool) -> PlotlyFigure | None:
         x = seconds if over_seconds else list(range(1, len(values) + 1))
         if x:
             y = [None if math.isnan(value) else value for value in values]
-            line = {"type": "scatter", "mode": "lines", "name": name_of(comparison, i)}
+            name = _folded(name_of(comparison, i), LEGEND_WIDTH)
+            line = {"type": "scatter", "mode": "lines", "name": name}
             data.append({**line, "x": x, "y": y, "line": {"width": 1.5}})
     if not data:
         return None
     unit = "seconds of training" if over_seconds else "steps"
     says = f"Training loss of {len(data)} of {len(trained)} trained runs."
     axes = {"xaxis": {"title": {"text": unit}}, "yaxis": {"title": {"text": "nats a token"}}}
-    return PlotlyFigure(f"Loss over {unit}", says, data, axes, 360 + 22 * len(data))
+    return PlotlyFigure(f"Loss over {unit}", says, data, axes, 360 + 30 * len(data))
 
 
 def errors(comparison: Comparison) -> PlotlyFigure | None:
@@ -165,7 +170,7 @@ def timeline(trace: Trace, title: str) -> PlotlyFigure:
     says = f"One step, {end * 1e3:.1f} ms, of {len(shown)} of {len(ranks)} ranks. "
     says += "Idle: a neighbour was still busy. Exposed: no compute hides the message."
     layout = {"barmode": "overlay", **axes, "plot_bgcolor": COLOURS["idle"]}
-    return PlotlyFigure(title, says, data, layout, ROOM + 60 * len(shown))
+    return PlotlyFigure(title, says, data, layout, ROOM + 100 + 60 * len(shown))
 
 
 Box = tuple[str, float, float, float, float, str]

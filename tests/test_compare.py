@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments.__main__ import main
@@ -16,7 +17,7 @@ from experiments.comparison import Comparison, compared
 from experiments.config_differences import differences_of
 from experiments.find_runs import find_runs, ledger_paths
 from experiments.run_costs import says
-from experiments.step_log import followed_steps, is_timed, read_log
+from experiments.step_log import followed_steps, half_spread, read_log, untimed_steps
 from tests.made_runs import a_run
 
 SHARDED = {"layout.dp_replicate": 1, "layout.dp_shard": 2}
@@ -272,9 +273,16 @@ def test_a_log_that_was_cut_off_is_read_to_its_last_whole_line(tmp_path: Path) -
 
 def test_warm_up_and_followed_steps_are_not_timed() -> None:
     assert followed_steps(300) == (1, 2) and followed_steps(1) == (-1, 0)
-    assert [i for i in range(8) if is_timed(i, 8, compiled=False)] == [4, 5, 6, 7]
-    assert [i for i in range(4) if is_timed(i, 4, compiled=False)] == [3]
-    assert [i for i in range(4) if is_timed(i, 4, compiled=True)] == [2, 3]
+    assert untimed_steps(8, compiled=False) == {0, 1, 2, 3}
+    assert untimed_steps(4, compiled=False) == {0, 1, 2}
+    assert untimed_steps(4, compiled=True) == {0, 1}
+
+
+def test_quartiles_are_numpys() -> None:
+    values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
+    low, high = np.percentile(values, (25, 75))
+    assert half_spread(values) == pytest.approx((high - low) / 2, rel=1e-12)
+    assert half_spread(values[:3]) is None
 
 
 def test_what_a_ledger_does_not_say_differs_from_nothing(tmp_path: Path) -> None:
