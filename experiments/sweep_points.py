@@ -10,11 +10,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import TextIO
 
 from costs import ledger as ledgers
 from experiments.config import TrainConfig
@@ -46,7 +46,7 @@ class Points:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lock_file: TextIO | None = None
+        self.descriptor: int | None = None  # of the lock
         self.runs: dict[tuple[str, ...], list[Path]] = {}
         self.taken: set[Path] = set()
         for path in sorted(folder.glob("*/config.yaml")):
@@ -83,12 +83,14 @@ class Points:
     def lock(self) -> None:
         """No second launcher in this folder, until this process ends. Raises ValueError where
         there is one."""
-        if self.lock_file:
+        if self.descriptor is not None:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.folder / "sweep.lock", "w")  # noqa: SIM115
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.descriptor = os.open(
+                self.folder, os.O_RDONLY
+            )  # the folder itself: no file is left
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"run.dir={self.folder}: a sweep is running there") from error
         except OSError as error:
