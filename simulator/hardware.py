@@ -86,7 +86,7 @@ class Cluster:
     between_nodes: Level = field(default_factory=Level)
     operator_overhead: float = 0.0  # seconds that the host needs to launch one operator
     overlap: float = 1.0  # share of the last backward behind which gradients can hide
-    tensor_overlap: float = 0.0  # share of tp's messages that sequence parallelism hides
+    tensor_overlap: float = 0.0  # share of tp's messages that hide in products
     straggling: float = 0.0  # standard deviation of a node's speed, as a share of it
     sources: dict[str, str] = field(default_factory=dict)  # a number's key -> where it is from
 
