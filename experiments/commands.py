@@ -108,7 +108,8 @@ class Command:
             first = self.torchrun.is_first_node  # the others take part in what it launches
             if first:
                 self.sweep.lock()
-            folder = self.sweep.place(overrides, len(self.rows) - 1, clear=first)
+            dry = config.launch == Launch.dry
+            folder = self.sweep.place(overrides, len(self.rows) - 1, first, dry)
             config.logging.group = config.logging.group or self.sweep.folder.name
             self.logging = config.logging
         job = launch.prepare_job(config, overrides, self.torchrun, folder)
