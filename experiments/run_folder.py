@@ -73,6 +73,8 @@ def hold(folder: Path) -> None:
     except BlockingIOError:
         os.close(number)
         raise ValueError(f"run.dir={folder}: another launch is at work in it") from None
+    except OSError:  # a file system without locks: nothing is known of others
+        os.close(number)
 
 
 def _make(folder: Path, exist_ok: bool = True) -> None:
