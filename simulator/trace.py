@@ -58,9 +58,11 @@ def trace(
     rank: int = 0,
     optimizer: OptimizerConfig | None = None,
     clip: float | None = 1.0,
+    streams: bool = False,
 ) -> Traced:
     """The optimiser step of `rank`, in a plan that parallel.rules lets pass.
 
+    `streams`: the program overlaps messages as it would on a GPU (simulator/trace_streams.py).
     Dropless experts are assumed to get even shares, gradients to be clipped where `clip` is set.
     Raises ValueError for what cannot be traced, RuntimeError in a process that is in a process
     group: the caller starts one of its own.
@@ -76,7 +78,7 @@ def trace(
             call = getattr(replica.passes, "call", None)
             for _ in range(2 if isinstance(call, DistributedDataParallel) else 1):
                 trainer.step(batch(options))
-            return record(trainer, options)
+            return record(trainer, options, streams)
 
 
 def batch(options: Options) -> list[MicroBatch]:
@@ -88,26 +90,27 @@ def batch(options: Options) -> list[MicroBatch]:
     ]
 
 
-def record(trainer: Trainer, options: Options) -> Traced:
+def record(trainer: Trainer, options: Options, streams: bool) -> Traced:
     """One step of a trainer in a silent world."""
     mesh = trainer.replica.mesh
     meter = MemoryMeter(trainer.replica, state_of(trainer.optimizer))
-    recorder = Recorder(mesh.axis_of_ranks(), meter)
+    recorder = Recorder(mesh.axis_of_ranks(), meter, streams)
     trainer.marks = recorder
     if mesh.layout.pp == 1:
         recorder.follow(trainer.replica.stages)
     with ExitStack() as stack:
         stack.enter_context(no_collector())
-        for method in recorder.of_stages():
+        for method in recorder.patches():
             stack.enter_context(replaced(*method))
         for listening in (meter, recorder, heard(recorder)):
             stack.enter_context(listening)
         with recorder.phase("data"):
             micro_batches = batch(options)
         trainer.step(micro_batches)
-    flops = sum(event.flops for event in recorder.program if isinstance(event, Work))
+    program = recorder.program
+    flops = sum(event.flops for event in program if isinstance(event, Work))
     rows = rows_of(recorder.calls, recorder.axis_of_ranks)
-    return Traced(recorder.program, rows, meter.result(), flops)
+    return Traced(program, rows, meter.result(), flops)
 
 
 @contextmanager
