@@ -35,11 +35,11 @@ RANKS = 2
 PEAK_S = 1.5  # seconds of products for a peak
 COMMAND = "./launch.sh calibrate"
 GPT2 = {"norm": Norm.layernorm, "positions": Positions.learned, "ffn": FFN.gelu, "tied": True}
-# name -> layers, width, sequence, sequences, and what else the model has
-SHAPES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
-    "small": (4, 128, 64, 12, GPT2),
-    "small, rotary": (4, 128, 128, 8, {}),
-    "wide": (2, 512, 256, 6, GPT2),
+# name -> layers, width, sequence, sequences, micro-batches, and what else the model has
+SHAPES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
+    "small": (4, 128, 64, 12, 2, GPT2),
+    "small, rotary": (4, 128, 128, 8, 1, {}),
+    "wide": (2, 512, 256, 6, 1, GPT2),
 }
 WHOLE = "wide"  # whose step the closed form must give
 
@@ -155,12 +155,17 @@ def with_sources(cluster: Cluster) -> Cluster:
 
 def config_of(name: str) -> TrainConfig:
     """The single process that each rank trains, of SHAPES."""
-    layers, width, sequence, batch, others = SHAPES[name]
+    layers, width, sequence, batch, micro_batches, others = SHAPES[name]
     model = ModelConfig(
         n_layer=layers, n_head=width // 64, d_model=width, context=sequence, **others
     )
-    # a bound that no gradient keeps: every step does the same
-    return TrainConfig(model=model, micro_batch_size=batch, seq_len=sequence, clip=1e-3)
+    return TrainConfig(
+        model=model,
+        micro_batch_size=batch // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        seq_len=sequence,
+        clip=1e-3,  # a bound that no gradient keeps: every step does the same
+    )
 
 
 def measure_rank() -> Found:

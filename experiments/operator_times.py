@@ -29,6 +29,7 @@ from simulator.hardware import OperatorSpeed
 from simulator.trace_operators import cost_of
 
 WARMUP, WATCHED, TIMED = 3, 5, 9  # steps
+LARGE = 2**18  # bytes: what is smaller says nothing of a bandwidth
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,12 @@ def fit(samples: list[Sample]) -> dict[str, OperatorSpeed]:
     by_name: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_name[sample.name].append(sample)
-    return {name: _line(calls) for name, calls in sorted(by_name.items())}
+    found = {name: _line(calls) for name, calls in sorted(by_name.items())}
+    known = [line.bandwidth for line in found.values() if line.bandwidth is not None]
+    for name, line in found.items():
+        if line.flops is None and line.bandwidth is None:  # seen on little: as others do
+            found[name] = replace(line, bandwidth=statistics.median(known))
+    return found
 
 
 def _line(calls: list[Sample]) -> OperatorSpeed:
@@ -147,7 +153,7 @@ def _line(calls: list[Sample]) -> OperatorSpeed:
         if all(call.sides for call in calls):
             sides = [sum(1 / side for side in call.sides if side) for call in calls]
             parts["fill"] = flops * np.array(sides)
-    else:
+    elif max(call.bytes for call in calls) >= LARGE:
         parts["bandwidth"] = np.array([float(call.bytes) for call in calls])
     found = _least_squares(parts, seconds)
     values: dict[str, Any] = {k: float(f"{1 / v:.4g}") for k, v in found.items() if k != "latency"}

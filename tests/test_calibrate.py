@@ -29,7 +29,7 @@ def product(rows: int, inner: int, columns: int, name: str = "aten.mm") -> Sampl
 
 SAMPLES = [
     *(product(rows, inner, 64) for rows in (16, 256, 4096) for inner in (32, 512)),
-    *(Sample("aten.gelu", 0, 2**n, (), GELU.seconds(0, 2**n)) for n in (10, 16, 24)),
+    *(Sample("aten.gelu", 0, 2**n, (), GELU.seconds(0, 2**n)) for n in (10, 18, 24)),
     Sample(ATTENTION, 4 * 10**9, 0, (512, 64, 512), 0.1),
     Sample("aten.odd", 0, 8, (), 1e-5),  # one call: no line, but a time
 ]
@@ -42,7 +42,8 @@ def test_lines_of_operators_are_found_again() -> None:
             value = getattr(wanted, key)
             near = value if value is None else pytest.approx(value, rel=0.01)
             assert getattr(found[name], key) == near, (name, key)
-    assert found["aten.odd"].seconds(0, 8) == pytest.approx(1e-5)
+    assert found["aten.odd"].seconds(0, 8) == pytest.approx(1e-5, rel=0.01)
+    assert found["aten.odd"].seconds(0, 10**9) < 1  # eight bytes say nothing of a bandwidth
 
 
 def test_what_the_closed_forms_take_follows_from_the_same_samples() -> None:
