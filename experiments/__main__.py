@@ -20,6 +20,7 @@ VERBS = {
     "score": ("experiments.score", "command"),
     "calibrate": ("experiments.calibrate", "command"),
     "check": ("experiments.check", "command"),
+    "export": ("experiments.export", "command"),
 }
 
 
