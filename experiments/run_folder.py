@@ -75,11 +75,6 @@ def hold(folder: Path) -> None:
         raise ValueError(f"run.dir={folder}: another launch is at work in it") from None
 
 
-def sweep_folder() -> Path:
-    """Where the jobs of a sweep leave their run folders."""
-    return RUNS / time.strftime("sweep-%Y%m%d-%H%M%S")
-
-
 def _make(folder: Path, exist_ok: bool = True) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
