@@ -10,6 +10,7 @@ from simulator.hardware import Cluster
 
 # Names of costs/program.py -> of a device's peaks; fp16 is as fast as bf16
 PEAKS = {"float32": "fp32", "float64": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+LOW = ("bfloat16", "float16")  # a cluster's table of operators was measured without them
 
 
 class EventTimes:
@@ -35,7 +36,7 @@ class EventTimes:
     def _work(self, work: Work) -> float:
         device = self.cluster.device
         launches = work.operators * self.cluster.operator_overhead
-        known = device.operators.get(work.name)
+        known = device.operators.get(work.name) if work.dtype not in LOW else None
         if known:
             busy = known.seconds(work.flops, work.bytes, work.shape[1:])
         else:

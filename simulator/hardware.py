@@ -78,7 +78,7 @@ class Device:
     # it runs what the host has launched, while the host goes on (a GPU). False: it is the host (a
     # core): Python's time adds to its own, and so does the work of sending
     asynchronous: bool = True
-    # by name, as torch has it; those that are not here follow the numbers above
+    # by name, as torch has it, in fp32; those that are not here follow the numbers above
     operators: dict[str, OperatorSpeed] = field(default_factory=dict)
 
     def flops(self, dtype: str) -> float:
