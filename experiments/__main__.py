@@ -18,7 +18,10 @@ VERBS = {
     "simulate": ("experiments.simulate", "command"),
     "search": ("experiments.search", "command"),
     "score": ("experiments.score", "command"),
+    "compare": ("experiments.compare", "command"),
+    "report": ("experiments.report", "command"),
     "calibrate": ("experiments.calibrate", "command"),
+    "export": ("experiments.export", "command"),
 }
 
 
