@@ -76,11 +76,12 @@ def document(scored: Scored, problem: Problem, x: np.ndarray, left_out: np.ndarr
         "",
         *megatron(scored),
         "",
-        "A row's program is known, and with it what it hides behind compute, which attention kernel "
-        "and loss it has and how it cuts its stages (simulator/habits.py, simulator/candidates.py): "
-        "documented facts, the same for every row of a program, and none of them a number that is "
-        "fitted. What a row leaves open (micro-batch, recomputation, stages a rank) is tried, and "
-        "the fastest that fits is taken.",
+        "A row's program is known, and with it what it hides behind compute, which attention "
+        "kernel and loss it has and how it cuts its stages (simulator/habits.py, "
+        "simulator/candidates.py): the same for every row of a program, and no number that is "
+        "fitted; but which of these facts matter was learnt with all sources in sight. What a row "
+        "leaves open (micro-batch, recomputation, stages a rank) is tried, and the fastest that "
+        "fits is taken.",
         "",
         "## Memory",
         "",

@@ -50,7 +50,7 @@ def test_errors_stay_below_what_the_document_says(scored: Scored) -> None:
 
 
 def test_megatrons_tables_on_a100_are_within_a_twentieth(scored: Scored) -> None:
-    """Narayanan et al. 2021, tables 1 and 2; Korthikanti et al. 2022, table 5; the tables of 2020."""
+    """Narayanan et al. 2021, tables 1 and 2; Korthikanti et al. 2022, table 5; those of 2020."""
     sources = scored.said()["time"]["sources"]
     own = [sources[name] for name in ("ptdp", "kort", "meg20")]
     assert sum(one["mape"] * one["rows"] for one in own) / sum(one["rows"] for one in own) < 0.05
