@@ -8,6 +8,7 @@
 #   ./launch.sh replay RUN cluster=NAME   a recorded run (trace=true), on another network
 #   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
 #   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs
+#   ./launch.sh export run=DIR out=FILE   its weights as one .safetensors file
 #   ./launch.sh compare RUN RUN...        runs side by side: what differs, and what that changed
 #   ./launch.sh report RUN...             the same as one HTML file, with timelines
 #   ./launch.sh python ARGS       the Python that has the packages
@@ -15,7 +16,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
 extra="" # what of pyproject.toml's optional dependencies this command needs
-modules="torch numpy hydra omegaconf rich wandb tokenizers psutil matplotlib"
+modules="torch numpy hydra omegaconf rich wandb tokenizers safetensors psutil matplotlib"
 need() { extra="$extra,$1" modules="$modules $2"; }
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
     need dev "pytest hypothesis ruff mypy simpy accelerate plotly jinja2 tensorboard playwright"

@@ -21,6 +21,7 @@ VERBS = {
     "compare": ("experiments.compare", "command"),
     "report": ("experiments.report", "command"),
     "calibrate": ("experiments.calibrate", "command"),
+    "export": ("experiments.export", "command"),
 }
 
 

@@ -24,9 +24,12 @@ from costs import ledger as ledgers
 from experiments import console, environment, launch
 from experiments.compose import Refused, jobs_of, run_hydra, to_config
 from experiments.config import Launch, LoggingConfig, TrainConfig
-from experiments.run_folder import Launched, failure
+from experiments.process import end
+from experiments.resume import run_dir
+from experiments.run_folder import Launched
 from experiments.sweep_points import Points, folder_of
 from experiments.tracking import make_tracker
+from experiments.verdict import failure
 from experiments.worker import last_act
 from minigpt.corpus import check_vocabulary, prepare
 
@@ -94,7 +97,7 @@ class Command:
         self.status = max(self.status, 2)
 
     def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
-        folder = Path(config.run.dir) if config.run.dir else None
+        folder = run_dir(config.resume, config.run.dir)
         if self.sweep:
             nodes = self.torchrun.nodes
             settled = environment.settle(config, None, environment.gpu_count(), nodes)
@@ -201,5 +204,7 @@ def train_as_rank(argv: list[str]) -> int:
     with last_act(rank.rank, folder=None):
         from experiments.train import train as train_here
 
-        train_here(config, launched, None, rank)
+        stopped = train_here(config, launched, None, rank)
+        if stopped:
+            end(128 + stopped)
     return 0

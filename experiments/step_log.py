@@ -13,18 +13,18 @@ KEPT_STEPS = 500  # the last ones, of which the median is taken: a long run must
 FEWEST = 4  # values that have quartiles worth the name
 
 
-def followed_steps(steps: int) -> tuple[int, int]:
+def followed_steps(steps: int, first: int = 0) -> tuple[int, int]:
     """Of a run of so many steps, the one that is looked at operator by operator for flops, and the
-    one for memory. A run of one step does not count its flops."""
-    memory = min(MEMORY_STEP, steps - 1)
+    one for memory. `first`: where a run goes on. One of a single step does not count its flops."""
+    memory = first + min(MEMORY_STEP, steps - first - 1)
     return memory - 1, memory
 
 
-def untimed_steps(steps: int, compiled: bool) -> set[int]:
+def untimed_steps(steps: int, compiled: bool, first: int = 0) -> set[int]:
     """Those of a run of so many that do not count for times: they warm up, or are followed, which
     slows them."""
-    cold = set(range(min(WARMUP_STEPS, steps // 2)))
-    return cold if compiled else cold | set(followed_steps(steps))
+    cold = set(range(first, first + min(WARMUP_STEPS, (steps - first) // 2)))
+    return cold if compiled else cold | set(followed_steps(steps, first))
 
 
 @dataclass(frozen=True)

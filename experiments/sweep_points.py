@@ -18,6 +18,7 @@ from pathlib import Path
 
 from costs import ledger as ledgers
 from experiments.config import TrainConfig
+from experiments.resume import RUNS
 from experiments.run_folder import read_config, read_launched
 
 FOLDER_KEYS = ("run.dir=", "hydra.sweep.dir=")
@@ -32,8 +33,8 @@ def folder_of(jobs: list[list[str]]) -> Path:
         return Path(given[0].strip("'\""))
     points = sorted(sorted(_of_a_point(job)) for job in jobs)
     digest = hashlib.sha256(json.dumps(points).encode()).hexdigest()[:HASH_LENGTH]
-    before = sorted(Path("runs").glob(f"sweep-*-{digest}"))
-    return before[-1] if before else Path("runs") / time.strftime(f"sweep-%Y%m%d-%H%M%S-{digest}")
+    before = sorted(RUNS.glob(f"sweep-*-{digest}"))
+    return before[-1] if before else RUNS / time.strftime(f"sweep-%Y%m%d-%H%M%S-{digest}")
 
 
 def _of_a_point(overrides: list[str]) -> tuple[str, ...]:
