@@ -31,8 +31,9 @@ def test_a_sweep_of_simulations_can_be_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    swept = ["-m", "cluster=h100,a100_80g", "precision=bf16,fp32", "run.dir=swept"]
-    assert said([*PLAN, *swept], capsys)[0] == 0
+    swept = ["cluster=h100,a100_80g", "precision=bf16,fp32", "run.dir=swept"]
+    status, _, error = said(["-m", *PLAN, *swept], capsys)
+    assert (status, error) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["swept"], "Hydra leaves nothing"
     comparison = compared(["swept"])
     assert [run.name for run in comparison.runs] == ["0", "1", "2", "3"]
