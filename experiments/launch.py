@@ -58,7 +58,11 @@ class Job:
 
 
 def prepare_job(
-    config: TrainConfig, overrides: list[str], torchrun: Torchrun, folder: Path | None
+    config: TrainConfig,
+    overrides: list[str],
+    torchrun: Torchrun,
+    folder: Path | None,
+    fault: str | None = None,
 ) -> Job:
     """Check all that can be checked before a process starts, then write the run folder.
 
@@ -80,7 +84,7 @@ def prepare_job(
     if torchrun.is_first_node:
         # launch.sh hands its process over, so this is when the user's command began
         started = psutil.Process().create_time()
-        write_config(folder, config, Launched(overrides, str(corpus.folder), started))
+        write_config(folder, config, Launched(overrides, str(corpus.folder), started, fault))
     command = torchrun_command(folder, world_size // nodes, torchrun)
     return Job(folder, command, environment.of_a_rank(nodes))
 

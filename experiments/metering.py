@@ -30,6 +30,7 @@ from experiments.config import TrainConfig
 from parallel.precision import DTYPES
 from parallel.step import Trainer
 from parallel.zero1 import state_of
+from simulator import lora
 from simulator.flops import model_flops_per_token
 
 MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
@@ -233,6 +234,8 @@ def resident_peak() -> int | None:
 
 def flops_per_token(config: TrainConfig) -> int:
     """Model flops of one token, forward and backward."""
+    if config.finetune.on:
+        return lora.model_flops_per_token(config.model, config.finetune, config.seq_len)
     return model_flops_per_token(config.model, config.seq_len)
 
 

@@ -30,6 +30,7 @@ class Launched:
     overrides: list[str]
     corpus: str  # folder
     started: float  # time.time() when the user's command began
+    fault: str | None = None  # of `debug`: what the ranks are to do wrongly
 
 
 def make_folder(folder: Path | None, layout: Layout, shared: bool = False) -> Path:

@@ -29,6 +29,7 @@ from experiments.tracing import write_trace
 from experiments.tracking import make_tracker
 from minigpt.corpus import open_corpus
 from minigpt.data import Batches
+from minigpt.lora import merged
 from minigpt.tokenizer import make_tokenizer
 from parallel.mesh import build_mesh, leave
 from parallel.step import Result, Trainer, evaluate
@@ -65,6 +66,8 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     if config.trace:
         write_trace(meters, folder)
     weights = full_weights(trainer.replica) if config.run.save or config.sample.tokens else {}
+    if config.finetune.on:
+        weights = merged(weights, config.finetune)
     if ledger:  # rank 0
         tracker.finish(ledger)
         if config.run.save:
