@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "simulator": {
         "numpy",
         "minigpt.config",
+        "minigpt.finetune",
         "parallel.layout",
         "parallel.rules",
         "parallel.stages",
@@ -40,6 +41,7 @@ FILES_THAT_MAY_MORE = {
 PURE = (
     "minigpt/config.py",
     "minigpt/checks.py",
+    "minigpt/finetune.py",
     "parallel/layout.py",
     "costs/ledger.py",
     "costs/program.py",

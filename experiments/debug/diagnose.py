@@ -69,7 +69,9 @@ def diagnose(program: Program) -> Diagnosis:
     seen = program.on_ranks(watch, program.config)
     probes = program.alone(ask, program.config, seen)
     evidence = list(findings(seen, probes))
-    found = next((f.names for f in evidence if f.names and not f.holds), None)
+    # a figure that is NaN fails, but shows no more than that something overflowed
+    named = [f for f in evidence if f.names and not f.holds and not math.isnan(f.value)]
+    found = named[0].names if named else None
     return Diagnosis(found, evidence, seen)
 
 
@@ -160,12 +162,12 @@ def of_the_model(seen: Seen, probes: Probes) -> Iterator[Finding]:
 
 def of_the_run(seen: Seen, probes: Probes) -> Iterator[Finding]:
     """How gradients and losses behave."""
-    growth = growth_by_block(seen.norms[0])
+    growth = growth_by_block(seen.flows[0])
     yield Finding(
-        "gradient's growth from block to block, step 1",
+        "growth of activations' gradients, step 1",
         growth,
         GROWTH,
-        f"x {growth:.2f}; block 0 has {next(iter(seen.norms[0].values())):.2g}",
+        f"x {growth:.2f} a block, to {seen.flows[0][0]:.2g}",
         "exploding-gradients",
     )
     even, uneven = (gradient_error(seen.gradients[k], probes.gradients[k]) for k in (False, True))
@@ -185,12 +187,12 @@ def of_the_run(seen: Seen, probes: Probes) -> Iterator[Finding]:
     ramped = probes.rise_with_ramp
     cured = ramped is not None and ramped < jump / 2
     yield Finding(
-        "the loss's rise in the first half",
+        "the loss's rise above the first",
         jump,
         JUMP,
         f"{jump:.2f} nats; step 1 has {first_rate:.0%} of the highest learning rate"
         + ("" if ramped is None else f"; with {RAMP_STEPS} steps up to it {ramped:.2f} nats"),
-        "no-warm-up" if cured else None,
+        "no-warm-up" if cured and first_rate > 0.5 else None,
     )
     yield Finding(
         "copies of weights over ranks, after the run",
@@ -221,14 +223,18 @@ def of_finiteness(seen: Seen, probes: Probes) -> Iterator[Finding]:
     )
 
 
-def growth_by_block(norms: dict[int, float]) -> float:
-    """By how much the gradient's norm grows from a block to the one before it, on average."""
-    last, first = norms[max(norms)], norms[min(norms)]
-    if max(norms) == min(norms):
+def growth_by_block(flows: dict[int, float]) -> float:
+    """By how much gradients grow from a block's output to the one before it, on average."""
+    last, first = flows[max(flows)], flows[min(flows)]
+    if not math.isfinite(first):
+        return math.inf
+    if max(flows) == min(flows):
         return 1.0
-    return (first / max(last, 1e-30)) ** (1 / (len(norms) - 1))
+    return (first / max(last, 1e-30)) ** (1 / (len(flows) - 1))
 
 
 def gradient_error(ours: Gradients, wanted: Gradients) -> float:
     """The largest relative difference of a parameter's gradient; parity's own measure."""
+    if not ours:
+        return math.inf
     return compare(Trajectory([0.0], [], ours), Trajectory([0.0], [], wanted)).gradient

@@ -126,7 +126,7 @@ FAULTS = [
     Fault(
         "no-warm-up",
         "the first steps have the full learning rate: the loss jumps up",
-        ("strategy=single", "optimizer.lr=0.03", "optimizer.warmup_steps=20", "steps=60"),
+        ("strategy=single", "optimizer.lr=0.08", "optimizer.warmup_steps=40", "steps=80"),
         instead(assemble, "learning_rate", never_warms_up),
         ("optimizer.warmup_steps above 0", lambda config: config.optimizer.warmup_steps > 0),
     ),

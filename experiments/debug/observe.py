@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class Seen:
     rates: list[float] = field(default_factory=list)  # learning rates of the same
     norms: list[dict[int, float]] = field(default_factory=list)  # of each block's gradient
     ranges: list[dict[int, float]] = field(default_factory=list)  # largest |output| of each block
+    # largest |gradient of that output|: those of weights grow with what goes forward as well
+    flows: list[dict[int, float]] = field(default_factory=list)
     dtype: str = ""  # of the products inside the blocks
     failed_step: int | None = None  # whose gradients are not finite, with no scaler to skip it
     failed_weights: dict[str, Tensor] = field(default_factory=dict)  # whole, as before that step
@@ -76,15 +79,17 @@ def watch(config: TrainConfig) -> Seen:
 def follow(trainer: Trainer, batches: Batches, config: TrainConfig, seen: Seen) -> None:
     """The steps of the run."""
     mesh = trainer.replica.mesh
-    ranges = follow_activations(trainer, seen)
+    ranges, flows = follow_activations(trainer, seen)
     for step in range(config.steps):
         seen.rates.append(set_step(trainer, config, step))
         micro_batches = list(share_of_batch(batches, step, config, mesh))
         saved = [local(p).detach().clone() for p in trainer.parameters]
         ranges.clear()
+        flows.clear()
         result = run_step(trainer, micro_batches)
         seen.losses.append(result.loss if result else math.nan)
         seen.ranges.append(over_stages(ranges, mesh))
+        seen.flows.append(over_stages(flows, mesh))
         norms = norms_by_block(full_gradients(trainer.replica))
         seen.norms.append(norms)
         skipped = result is not None and result.skipped
@@ -125,15 +130,18 @@ def validated_twice(trainer: Trainer, batches: Batches, config: TrainConfig) -> 
     return first, again
 
 
-def follow_activations(trainer: Trainer, seen: Seen) -> dict[int, float]:
-    """The dict that is returned fills with the largest number of each block's output."""
-    ranges: dict[int, float] = defaultdict(float)
+Largest = dict[int, float]  # by layer
+
+
+def follow_activations(trainer: Trainer, seen: Seen) -> tuple[Largest, Largest]:
+    """Two dicts that fill with the largest number of each block's output, and of its gradient."""
+    ranges, flows = Largest(), Largest()
 
     def look_at(layer: int) -> Any:
         def look(_module: Any, _inputs: Any, output: Tensor) -> None:
-            largest = float(local(output).detach().abs().max())
-            # max() would swallow a NaN
-            ranges[layer] = max(ranges[layer], largest) if math.isfinite(largest) else math.inf
+            keep_largest(ranges, layer, output)
+            if output.requires_grad:
+                output.register_hook(partial(keep_largest, flows, layer))
 
         return look
 
@@ -144,15 +152,22 @@ def follow_activations(trainer: Trainer, seen: Seen) -> dict[int, float]:
         for layer, block in stage.blocks.items():
             block.register_forward_hook(look_at(int(layer)))
             block.attention.q.register_forward_hook(look_inside)  # type: ignore[union-attr]
-    return ranges
+    return ranges, flows
 
 
-def over_stages(ranges: dict[int, float], mesh: Mesh) -> dict[int, float]:
+def keep_largest(of_layers: Largest, layer: int, tensor: Tensor) -> None:
+    largest = float(local(tensor).detach().abs().max())
+    # max() would swallow a NaN
+    largest = largest if math.isfinite(largest) else math.inf
+    of_layers[layer] = max(of_layers.get(layer, 0.0), largest)
+
+
+def over_stages(mine: Largest, mesh: Mesh) -> Largest:
     """The same of all ranks, whichever blocks they hold."""
-    held: list[dict[int, float]] = [dict(ranges)]
+    held: list[Largest] = [dict(mine)]
     if mesh.axes_mesh is not None:
         held = [{}] * mesh.layout.world_size
-        dist.all_gather_object(held, dict(ranges))
+        dist.all_gather_object(held, dict(mine))
     layers = sorted({layer for one in held for layer in one})
     return {layer: max(one.get(layer, 0.0) for one in held) for layer in layers}
 
@@ -189,9 +204,12 @@ def distance_of_tie(weights: dict[str, Tensor]) -> float | None:
 
 def first_gradients(config: TrainConfig, uneven: bool) -> Gradients:
     """Of one step: in fp32, for rounding is no fault, and without dropout, whose masks no other
-    layout would draw."""
+    layout would draw. Empty where they are not finite."""
     model, data = replace(config.model, dropout=0.0), replace(config.data, ragged=uneven)
     plain = replace(
         config, model=model, data=data, steps=1, precision=Precision.fp32, compile=False
     )
-    return trajectory(plain).gradients
+    try:
+        return trajectory(plain).gradients
+    except NonFinite:
+        return {}

@@ -123,7 +123,7 @@ def large_value(name: str, *rest: Any) -> Tensor:
 
 
 INITIAL_VALUE = model.initial_value
-LARGE = 6  # times GPT-2's 0.02, for the weights of a block
+LARGE = 14  # times GPT-2's 0.02, for the weights of a block
 
 
 def tie_unless_cut(self: GPT) -> None:

@@ -21,15 +21,15 @@ def draw(broken: Diagnosis, sound: Diagnosis, path: Path, title: str) -> None:
     figure = Figure(figsize=(13, 8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left")
-    checks, losses, norms, ranges = figure.subplots(2, 2).flat
+    checks, losses, flows, ranges = figure.subplots(2, 2).flat
     draw_checks(checks, broken)
     for diagnosis, colour, label in ((sound, GREY, "without the fault"), (broken, RED, "this run")):
         seen = diagnosis.seen
         draw_line(losses, seen.losses, colour, label)
-        draw_line(norms, [seen.norms[0][i] for i in sorted(seen.norms[0])], colour, label)
+        draw_line(flows, [seen.flows[0][i] for i in sorted(seen.flows[0])], colour, label)
         draw_line(ranges, [max(one.values()) for one in seen.ranges], colour, label)
     finish(losses, "loss by step", "linear")
-    finish(norms, "norm of each block's gradient, step 1", "log")
+    finish(flows, "gradient of each block's output, step 1, at most", "log")
     finish(ranges, "largest activation by step", "log")
     figure.savefig(path, dpi=130)
 
