@@ -66,7 +66,11 @@ class Diagnosis:
 
 def diagnose(program: Program) -> Diagnosis:
     """Run it, ask it, and name what is wrong; None where all that has a name holds."""
-    seen = program.on_ranks(watch, program.config)
+    return conclude(program, program.on_ranks(watch, program.config))
+
+
+def conclude(program: Program, seen: Seen) -> Diagnosis:
+    """The same of a run that was watched already."""
     probes = program.alone(ask, program.config, seen)
     evidence = list(findings(seen, probes))
     # a figure that is NaN fails, but shows no more than that something overflowed

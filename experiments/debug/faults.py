@@ -90,7 +90,14 @@ def nan_after(step: int) -> Fault:
     return Fault(
         f"nan-after-{step}",
         f"fp16 without a scaler: after {step} steps gradients overflow unseen, and the loss is NaN",
-        ("strategy=single", "precision=fp16", "clip=null", f"steps={step + 20}"),
+        (
+            "strategy=single",
+            "precision=fp16",
+            "clip=null",
+            f"steps={step + 20}",
+            "model.d_model=32",  # a CPU takes its time in fp16
+            "micro_batch_size=2",
+        ),
         scale_grown_too_far(step),
         ("precision=fp16", lambda config: config.precision == Precision.fp16),
     )

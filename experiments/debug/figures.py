@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from experiments.compose import configs_of
-from experiments.debug.diagnose import Diagnosis, diagnose
-from experiments.debug.faults import FAULTS, NONE, Fault, Program, fault_of
+from experiments.config import TrainConfig
+from experiments.debug.diagnose import Diagnosis, conclude
+from experiments.debug.faults import FAULTS, NONE, Fault, Program, fault_of, planted
+from experiments.debug.observe import Seen, watch
 from experiments.environment import settle
+from experiments.ranks import run_ranks
 
 SEEDS = (0, 1, 2)
+LONG = 7200.0  # seconds that all runs of as many ranks may take
 
 # sound runs of ten layouts, among them what a fault looks like and is none
 SOUND = {
@@ -72,15 +76,47 @@ class Case:
         return self.diagnosis.found == (None if self.fault == NONE.name else self.fault)
 
 
-def run(fault: Fault, given: str, seed: int, where: str = "") -> Case:
-    """Diagnose one run; a line on standard error says how it went."""
+Planned = tuple[Fault, str, int, str]  # a fault, overrides, a seed, and what the row is called
+
+
+def run(fault: Fault, given: str, seed: int) -> Case:
+    """Diagnose one run."""
+    return run_all([(fault, given, seed, "")])[0]
+
+
+def run_all(planned: Sequence[Planned]) -> list[Case]:
+    """Diagnose runs, those of as many ranks after one start: starting ranks is what takes time."""
+    programs = [program_of(fault, given, seed) for fault, given, seed, _ in planned]
+    seen: dict[int, Seen] = {}
+    for ranks in sorted({p.config.layout.world_size for p in programs}):
+        here = [i for i, p in enumerate(programs) if p.config.layout.world_size == ranks]
+        todo = [(planned[i][0].name, programs[i].config) for i in here]
+        done = (
+            watch_all(todo) if ranks == 1 else run_ranks(ranks, watch_all, todo, timeout_s=LONG)[0]
+        )
+        seen.update(zip(here, done, strict=True))
+    cases = []
+    for i, ((fault, _, seed, where), program) in enumerate(zip(planned, programs, strict=True)):
+        where = where or program.config.layout.label
+        cases.append(Case(fault.name, where, seed, conclude(program, seen[i])))
+    return cases
+
+
+def program_of(fault: Fault, given: str, seed: int) -> Program:
     overrides = fault.overrides([*given.split(), f"seed={seed}"])
     config = settle(configs_of("train", overrides)[0], None, 0)
     fault.check(config)
-    diagnosis = diagnose(Program(fault.name, config))
-    case = Case(fault.name, where or config.layout.label, seed, diagnosis)
-    print(f"{fault.name} {case.where} {seed}: {case.diagnosis.found}", file=sys.stderr, flush=True)
-    return case
+    return Program(fault.name, config)
+
+
+def watch_all(runs: list[tuple[str, TrainConfig]]) -> list[Seen]:
+    """One run after the other in the program that has its fault."""
+    seen = []
+    for name, config in runs:
+        seen.append(planted(name, watch, config))
+        if len(runs) > 1:
+            print(f"watched: {name}, {config.layout.label}", file=sys.stderr, flush=True)
+    return seen
 
 
 def table(heads: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -131,32 +167,35 @@ def value_of(case: Case, check: str) -> float | None:
 
 
 def report() -> Iterator[str]:
-    own = [run(fault, "", seed) for fault in FAULTS for seed in SEEDS]
-    elsewhere = [run(fault_of(name), given, 0) for name, given in ELSEWHERE.items()]
-    sound = [run(NONE, given, seed, name) for name, given in SOUND.items() for seed in SEEDS]
+    own = [(fault, "", seed, "") for fault in FAULTS for seed in SEEDS]
+    elsewhere = [(fault_of(name), given, 0, "") for name, given in ELSEWHERE.items()]
+    sound = [(NONE, given, seed, name) for name, given in SOUND.items() for seed in SEEDS]
+    cases = run_all([*own, *elsewhere, *sound])
+    parts = len(own), len(own) + len(elsewhere)
+    of_faults, of_others, of_sound = cases[: parts[0]], cases[slice(*parts)], cases[parts[1] :]
     yield "# Broken runs"
     yield ""
     yield "Made by `./launch.sh python -m experiments.debug.figures > docs/debug.md`."
     yield ""
     yield from ABOUT.splitlines()
     yield ""
-    for title, cases in (
-        ("Ten faults in their own settings", own),
-        ("The same in other layouts", elsewhere),
-        ("Sound runs", sound),
+    for title, part in (
+        ("Ten faults in their own settings", of_faults),
+        ("The same in other layouts", of_others),
+        ("Sound runs", of_sound),
     ):
-        right = sum(case.right for case in cases)
-        yield f"## {title}: {right} of {len(cases)} right"
+        right = sum(case.right for case in part)
+        yield f"## {title}: {right} of {len(part)} right"
         yield ""
-        seeds = [f"seed {seed}" for seed in sorted({case.seed for case in cases})]
-        yield from found(cases, ["planted", "layout", *(f"found, {seed}" for seed in seeds)])
+        seeds = [f"seed {seed}" for seed in sorted({case.seed for case in part})]
+        yield from found(part, ["planted", "layout", *(f"found, {seed}" for seed in seeds)])
         yield ""
     yield "## The checks from both sides"
     yield ""
     yield "A check fails above its bound. They stand in the order in which causes come before"
     yield "effects: the first that fails and has a name is the diagnosis."
     yield ""
-    yield from checks(sound, own + elsewhere)
+    yield from checks(of_sound, of_faults + of_others)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +28,7 @@ from parallel.layout import Precision
 from parallel.mesh import Mesh
 from parallel.passes import MicroBatch
 from parallel.step import NonFinite, Result, Trainer, evaluate
-from parallel.weights import full_gradients, full_weights
+from parallel.weights import full_weights
 
 Row = tuple[int, ...]  # the tokens of one sequence
 Gradients = dict[str, Tensor]
@@ -41,9 +40,8 @@ class Seen:
 
     losses: list[float] = field(default_factory=list)  # of each step
     rates: list[float] = field(default_factory=list)  # learning rates of the same
-    norms: list[dict[int, float]] = field(default_factory=list)  # of each block's gradient
     ranges: list[dict[int, float]] = field(default_factory=list)  # largest |output| of each block
-    # largest |gradient of that output|: those of weights grow with what goes forward as well
+    # largest |gradient of that output|; a weight's gradient grows with what goes forward as well
     flows: list[dict[int, float]] = field(default_factory=list)
     dtype: str = ""  # of the products inside the blocks
     failed_step: int | None = None  # whose gradients are not finite, with no scaler to skip it
@@ -87,13 +85,12 @@ def follow(trainer: Trainer, batches: Batches, config: TrainConfig, seen: Seen) 
         ranges.clear()
         flows.clear()
         result = run_step(trainer, micro_batches)
-        seen.losses.append(result.loss if result else math.nan)
-        seen.ranges.append(over_stages(ranges, mesh))
-        seen.flows.append(over_stages(flows, mesh))
-        norms = norms_by_block(full_gradients(trainer.replica))
-        seen.norms.append(norms)
         skipped = result is not None and result.skipped
-        if not skipped and not agreed(norms, mesh):
+        everyone = from_all((dict(ranges), dict(flows), skipped or finite_gradients(trainer)), mesh)
+        seen.losses.append(result.loss if result else math.nan)
+        seen.ranges.append(largest_of([one[0] for one in everyone]))
+        seen.flows.append(largest_of([one[1] for one in everyone]))
+        if not all(one[2] for one in everyone):
             restore(trainer, saved)
             seen.failed_step, seen.updated = step, result is not None
             seen.failed_weights = full_weights(trainer.replica)
@@ -108,12 +105,19 @@ def run_step(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> Result | 
         return None
 
 
-def agreed(norms: dict[int, float], mesh: Mesh) -> bool:
-    """Whether rank 0, which alone has the norms, found them finite."""
-    finite = [all(map(math.isfinite, norms.values()))]
+def finite_gradients(trainer: Trainer) -> bool:
+    """Whether this rank's parts of them are."""
+    gradients = [local(p.grad) for p in trainer.parameters if p.grad is not None]
+    return math.isfinite(float(torch.stack(torch._foreach_norm(gradients)).sum()))
+
+
+def from_all(mine: Any, mesh: Mesh) -> list[Any]:
+    """What each rank hands over."""
+    held = [mine]
     if mesh.axes_mesh is not None:
-        dist.broadcast_object_list(finite, 0)
-    return finite[0]
+        held = [None] * mesh.layout.world_size
+        dist.all_gather_object(held, mine)
+    return held
 
 
 @torch.no_grad()
@@ -162,23 +166,10 @@ def keep_largest(of_layers: Largest, layer: int, tensor: Tensor) -> None:
     of_layers[layer] = max(of_layers.get(layer, 0.0), largest)
 
 
-def over_stages(mine: Largest, mesh: Mesh) -> Largest:
+def largest_of(ranks: Sequence[Largest]) -> Largest:
     """The same of all ranks, whichever blocks they hold."""
-    held: list[Largest] = [dict(mine)]
-    if mesh.axes_mesh is not None:
-        held = [{}] * mesh.layout.world_size
-        dist.all_gather_object(held, dict(mine))
-    layers = sorted({layer for one in held for layer in one})
-    return {layer: max(one.get(layer, 0.0) for one in held) for layer in layers}
-
-
-def norms_by_block(gradients: Gradients) -> dict[int, float]:
-    """The norm of each block's gradient; empty on other ranks than 0."""
-    squares: dict[int, float] = Counter()  # type: ignore[assignment]
-    for name, gradient in gradients.items():
-        if name.startswith("blocks."):
-            squares[int(name.split(".")[1])] += float(gradient.double().square().sum())
-    return {layer: math.sqrt(squares[layer]) for layer in sorted(squares)}
+    layers = sorted({layer for one in ranks for layer in one})
+    return {layer: max(one.get(layer, 0.0) for one in ranks) for layer in layers}
 
 
 def rows_of_shares(micro_batches: Sequence[MicroBatch], mesh: Mesh) -> list[list[Row]]:
@@ -187,12 +178,8 @@ def rows_of_shares(micro_batches: Sequence[MicroBatch], mesh: Mesh) -> list[list
     Ranks along tp, cp and pp read the same share: the first of each speaks for it.
     """
     mine = [tuple(row) for inputs, _ in micro_batches for row in inputs.tolist()]
-    if mesh.axes_mesh is None:
-        return [mine]
     first = all(mesh.index(axis) == 0 for axis in ("pp", "cp", "tp"))
-    held: list = [None] * mesh.layout.world_size
-    dist.all_gather_object(held, mine if first else None)
-    return [rows for rows in held if rows is not None]
+    return [rows for rows in from_all(mine if first else None, mesh) if rows is not None]
 
 
 def distance_of_tie(weights: dict[str, Tensor]) -> float | None:
