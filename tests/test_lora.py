@@ -21,7 +21,7 @@ from simulator import lora
 from tests import on_ranks
 
 ALL = ["q", "k", "v", "out", "mlp"]
-LORA: dict[str, Any] = {"finetune.method": Method.lora, "finetune.rank": 4}
+LORA: dict[str, Any] = {"finetune.method": Method.lora, "finetune.rank": 4, "steps": 6}
 CHANGES: dict[str, dict[str, Any]] = {
     "lora": LORA,
     "lora, accumulation, clipping": {**LORA, "gradient_accumulation_steps": 4, "clip": 0.01},
@@ -124,7 +124,7 @@ def test_the_ledger_shows_what_the_closed_forms_say() -> None:
     """Messages to the byte; gradients and optimizer at the peak of memory."""
     layouts = [Layout(dp_replicate=2), Layout(dp_shard=2)]
     extra = [{}, {"gradient_accumulation_steps": 4, "clip": 1.0}, {"finetune.targets": ALL}]
-    configs = [make_config(at, {**LORA, "steps": 4, **more}) for at in layouts for more in extra]
+    configs = [make_config(at, {**LORA, **more}) for at in layouts for more in extra]
     for costs, config in zip(run_ranks(2, on_ranks.step_costs, configs)[0], configs, strict=True):
         rows = messages(case_of(config, 0), costs["communication"], Impl.torch)
         assert rows and all(row.off == 0 and row.formula for row in rows), rows
@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
 def test_a_frozen_weight_costs_four_flops() -> None:
     """Forward and the gradient of its input; its own is not computed. Counted, but for the first
     block, whose input has no gradient: so the count is below, and within its share."""
-    config = make_config(Layout(), {**LORA, "steps": 4})
+    config = make_config(Layout(), LORA)
     (costs,) = on_ranks.step_costs([config])
     counted, said = costs["flops"]["hardware"], costs["flops"]["model"]
     full: TrainConfig = make_config(Layout(), {"steps": 4})

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from experiments.benchmark import rule, table
 from experiments.compose import configs_of
 from experiments.config import TrainConfig
 from experiments.debug.diagnose import Diagnosis, conclude
@@ -119,11 +120,10 @@ def watch_all(runs: list[tuple[str, TrainConfig]]) -> list[Seen]:
     return seen
 
 
-def table(heads: list[str], rows: list[list[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{' --- |' * len(heads)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+def rows_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield table(*heads)
+    yield rule(len(heads))
+    yield from (table(*row) for row in rows)
 
 
 def found(cases: list[Case], heads: list[str]) -> Iterator[str]:
@@ -133,7 +133,7 @@ def found(cases: list[Case], heads: list[str]) -> Iterator[str]:
         mark = "" if case.right else " (WRONG)"
         said = f"{case.diagnosis.found or 'none'}{mark}"
         rows.setdefault((case.fault, case.where), []).append(said)
-    yield from table(heads, [[*key, *said] for key, said in rows.items()])
+    yield from rows_of(heads, [[*key, *said] for key, said in rows.items()])
 
 
 def checks(sound: list[Case], broken: list[Case]) -> Iterator[str]:
@@ -159,7 +159,7 @@ def checks(sound: list[Case], broken: list[Case]) -> Iterator[str]:
         least = f"{min(named):.2g}" if named else "-"
         rows.append([check, f"{largest:.2g}", f"{bound:g}", least, ", ".join(sorted(failing))])
     heads = ["check", "sound runs, at most", "bound", "its fault, at least", "who fails it"]
-    yield from table(heads, rows)
+    yield from rows_of(heads, rows)
 
 
 def value_of(case: Case, check: str) -> float | None:
