@@ -9,12 +9,13 @@
 #   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
 #   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs
 #   ./launch.sh debug [NAME]      runs that are broken on purpose, and what finds out (--diagnose)
+#   ./launch.sh export run=DIR out=FILE   its weights as one .safetensors file
 #   ./launch.sh python ARGS       the Python that has the packages
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
 extra="" # what of pyproject.toml's optional dependencies this command needs
-modules="torch numpy hydra omegaconf rich wandb tokenizers psutil matplotlib"
+modules="torch numpy hydra omegaconf rich wandb tokenizers safetensors psutil matplotlib"
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
     extra="[dev]"
     modules="$modules pytest hypothesis ruff mypy simpy accelerate"

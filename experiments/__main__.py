@@ -20,6 +20,7 @@ VERBS = {
     "score": ("experiments.score", "command"),
     "calibrate": ("experiments.calibrate", "command"),
     "debug": ("experiments.debug.command", "command"),
+    "export": ("experiments.export", "command"),
 }
 
 

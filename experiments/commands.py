@@ -23,7 +23,10 @@ from costs import ledger as ledgers
 from experiments import console, environment, launch, run_folder
 from experiments.compose import Refused, jobs_of, run_hydra, to_config
 from experiments.config import Launch, TrainConfig
-from experiments.run_folder import Launched, failure
+from experiments.process import end
+from experiments.resume import run_dir
+from experiments.run_folder import Launched
+from experiments.verdict import failure
 from experiments.worker import last_act
 from minigpt.corpus import check_vocabulary, prepare
 
@@ -91,7 +94,7 @@ class Command:
         self.status = max(self.status, 2)
 
     def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
-        folder = Path(config.run.dir) if config.run.dir else None
+        folder = run_dir(config.resume, config.run.dir)
         if self.sweep:
             folder = self.sweep / str(len(self.rows) - 1)
             config.logging.group = config.logging.group or self.sweep.name
@@ -188,5 +191,7 @@ def train_as_rank(argv: list[str]) -> int:
     with last_act(rank.rank, folder=None):
         from experiments.train import train as train_here
 
-        train_here(config, launched, None, rank)
+        stopped = train_here(config, launched, None, rank)
+        if stopped:
+            end(128 + stopped)
     return 0

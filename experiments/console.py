@@ -40,7 +40,7 @@ def make_console() -> Console:
 class Reporter:
     """Progress of one run. Rank 0 shows it; every other rank has one that says nothing."""
 
-    def __init__(self, steps: int, shown: bool) -> None:
+    def __init__(self, steps: int, shown: bool, done: int = 0) -> None:
         self.shown = shown
         self.console = make_console()
         self.steps = steps
@@ -56,7 +56,9 @@ class Reporter:
                 refresh_per_second=4,  # drawn on a thread of rank 0, which has better to do
                 console=self.console,
             )
-            self.task = self.progress.add_task("training", total=steps, loss=DASH, speed=DASH)
+            self.task = self.progress.add_task(
+                "training", total=steps, completed=done, loss=DASH, speed=DASH
+            )
 
     def __enter__(self) -> Reporter:
         if self.progress:

@@ -81,8 +81,8 @@ def learning(folder: Path) -> Iterator[str]:
     first = run("strategy=single", f"steps={BASE_STEPS}", f"run.dir={base}", "checkpoint.every=100")
     of_base = first["training"]["validation_loss"]
     yield f"A base is trained for {BASE_STEPS} steps on Python's standard library (held-out loss"
-    yield f"{of_base:.3f}), then adapters of rank 8 beside all its projections for {MORE_STEPS} steps"
-    yield "on README.md:"
+    yield f"{of_base:.3f}), then adapters of rank 8 beside all its projections on README.md, for"
+    yield f"{MORE_STEPS} steps:"
     yield ""
     yield table("strategy", "loss of the first step", "of the last", "held-out loss")
     yield rule(4)

@@ -17,6 +17,11 @@ from minigpt.finetune import FinetuneConfig
 A, B = ".lora_a", ".lora_b"
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is one, by its name."""
+    return name.endswith((A, B))
+
+
 class LoRALinear(nn.Linear):
     """A frozen projection with its adapter. Its weight keeps its name."""
 
@@ -56,7 +61,7 @@ def merged(weights: dict[str, Tensor], config: FinetuneConfig) -> dict[str, Tens
 
     `weights` are whole and on one device; the result shares those that have no adapter.
     """
-    plain = {name: weight for name, weight in weights.items() if not name.endswith((A, B))}
+    plain = {name: weight for name, weight in weights.items() if not is_adapter(name)}
     for name in (name for name in weights if name.endswith(A)):
         base = name.removesuffix(A)
         product = weights[base + B] @ weights[name]

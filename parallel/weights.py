@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from minigpt.lora import is_adapter
 from parallel.replica import Replica
 
 
@@ -39,6 +40,23 @@ def whole_tensor(tensor: DTensor) -> Tensor:
         placements[axis] = Replicate()
         tensor = tensor.redistribute(placements=placements)
     return tensor.to_local()
+
+
+@torch.no_grad()
+def take_weights(replica: Replica, whole: Callable[[str], Tensor]) -> None:
+    """Fill every parameter from `whole(name)`, one at a time; each rank cuts its part out.
+
+    Adapters keep what they have: they are no part of a model's weights.
+    """
+    for name, parameter in replica.named_parameters():
+        if is_adapter(name):
+            continue
+        value = whole("embedding.weight" if name in replica.copies else name)
+        value = value.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            where = parameter.device_mesh, parameter.placements
+            value = distribute_tensor(value.contiguous(), *where, src_data_rank=None)
+        parameter.copy_(value)
 
 
 @torch.no_grad()
