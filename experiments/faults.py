@@ -92,22 +92,28 @@ PLACES = ("loss", "gradient", "shard")
 
 
 def poison(trainer: Any, where: str, value: float) -> None:
-    """Let this rank's next step have `value` in its loss, in a gradient before the ranks' are
+    """Let this rank's next step have `value` in its loss, in its gradients before the ranks' are
     added up (`gradient`), or in its own piece of one afterwards (`shard`)."""
     from parallel.gradients import local
 
-    forward_backward, parameter = trainer._forward_backward, trainer.parameters[-1]
-    hook = parameter.register_hook(lambda g: g * value) if where == "gradient" else None
+    forward_backward, hooks = trainer._forward_backward, []
+    if where == "gradient":  # what comes back through the first block
+        block = next(iter(trainer.replica.stages[0].blocks.values()))
+
+        def spoil(_module: Any, _inputs: Any, output: Any) -> None:
+            output.register_hook(lambda gradient: gradient * value)
+
+        hooks.append(block.register_forward_hook(spoil))
 
     def once(micro_batches: Any) -> Any:
         totals = forward_backward(micro_batches)
         trainer._forward_backward = forward_backward
-        if hook:
+        for hook in hooks:
             hook.remove()
         if where == "loss":
             totals[0] = value
         if where == "shard":
-            local(parameter.grad).view(-1)[0] = value
+            local(trainer.parameters[-1].grad).view(-1)[:1] = value
         return totals
 
     trainer._forward_backward = once

@@ -54,7 +54,7 @@ def seal(folder: Path, content: bytes) -> None:
 
 @given(st.data())
 @many
-def test_a_manifest_that_is_sealed_and_odd_is_told(data: Any, tmp_path: Path) -> None:
+def test_a_manifest_that_is_sealed_and_odd_is_told(tmp_path: Path, data: Any) -> None:
     folder = saved(tmp_path)
     manifest = json.loads((folder / checkpoints.MANIFEST).read_bytes())
     odd = copy.deepcopy(manifest)
@@ -98,12 +98,12 @@ class Crafted:
 def test_sealed_by_somebody_who_means_harm_it_still_runs_nothing(tmp_path: Path) -> None:
     """Hashes show damage, not malice: the index, and the tensors, are read by safe readers."""
     folder = saved(tmp_path)
-    manifest = json.loads((folder / checkpoints.MANIFEST).read_bytes())
+    whole = json.loads((folder / checkpoints.MANIFEST).read_bytes())
     shard = next(folder.glob("*.distcp"))
     for path in (folder / ".metadata", shard):
         before = path.read_bytes()
         path.write_bytes(pickle.dumps(Crafted(tmp_path / "ran")).ljust(len(before), b"."))
-        manifest["files"][path.name] = checkpoints._facts(path)
+        manifest = {**whole, "files": {**whole["files"], path.name: checkpoints._facts(path)}}
         seal(folder, json.dumps(manifest).encode())
         check(folder)
         with pytest.raises(Unsafe) as said:
@@ -116,7 +116,7 @@ def test_sealed_by_somebody_who_means_harm_it_still_runs_nothing(tmp_path: Path)
 @given(st.binary(max_size=64), st.integers(0, 4000), st.integers(0, 64))
 @many
 def test_any_bytes_in_an_index_are_refused_or_read(
-    put: bytes, at: int, cut: int, tmp_path: Path
+    tmp_path: Path, put: bytes, at: int, cut: int
 ) -> None:
     folder = saved(tmp_path)
     path = folder / ".metadata"

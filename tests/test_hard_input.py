@@ -38,8 +38,9 @@ KEYS = [key for key in keys_of(TrainConfig) if not key.startswith(LEFT_OUT)]
 # --- what a user types
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(KEYS), values), min_size=1, max_size=3))
-@many
+@few
 def test_any_value_of_any_key_is_taken_or_refused_in_one_line(pairs: list[tuple[str, str]]) -> None:
     try:
         config = compose(*(f"{key}={value}" for key, value in pairs))
@@ -52,6 +53,7 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_line(pairs: list[tuple[
 axis = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 2**40])
 
 
+@pytest.mark.slow
 @given(
     st.fixed_dictionaries({name: axis for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")})
 )
@@ -89,16 +91,18 @@ def test_no_key_can_say_what_is_run(
     assert not list(tmp_path.iterdir())
 
 
-@given(st.lists(st.text(max_size=12).filter(lambda s: "\0" not in s), max_size=4))
+verbs = st.sampled_from(["replay", "export", "generate", "score", "resume", "--nnodes=2", "-m"])
+
+
+@pytest.mark.slow
+@given(verbs, st.lists(st.text(max_size=12).filter(lambda s: "\0" not in s), max_size=4))
 @few
-def test_any_words_are_answered(words: list[str]) -> None:
-    """A verb with odd arguments, up to what would start a run."""
-    for verb in ("replay", "export", "generate", "resume", "--nnodes=2"):
-        try:
-            status = main([verb, *words, "launch=dry", "run=/nowhere", "cluster=none"])
-        except SystemExit as stopped:  # --help and its like
-            status = stopped.code  # type: ignore[assignment]
-        assert status in (0, 1, 2)
+def test_any_words_are_answered(verb: str, words: list[str]) -> None:
+    try:
+        status = main([verb, *words, "launch=dry", "run=/nowhere", "cluster=none"])
+    except SystemExit as stopped:  # --help and its like
+        status = stopped.code  # type: ignore[assignment]
+    assert status in (0, 1, 2)
 
 
 # --- the files of a run
@@ -106,7 +110,7 @@ def test_any_words_are_answered(words: list[str]) -> None:
 
 @given(st.binary(max_size=200) | (st.text(max_size=60) | json_values.map(str)).map(as_bytes))
 @many
-def test_any_config_file_is_read_or_damaged(content: bytes, tmp_path: Path) -> None:
+def test_any_config_file_is_read_or_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
     (tmp_path / "launch.json").write_bytes(content)
     for read in (read_config, read_launched):
@@ -126,7 +130,7 @@ def test_yaml_that_would_run_something_does_not(tmp_path: Path) -> None:
 
 @given(st.data())
 @few
-def test_one_changed_value_of_a_frozen_config_is_told(data: Any, tmp_path: Path) -> None:
+def test_one_changed_value_of_a_frozen_config_is_told(tmp_path: Path, data: Any) -> None:
     write_config(tmp_path, CONFIG, Launched([], "corpus", 0.0))
     lines = (tmp_path / "config.yaml").read_text().splitlines()
     number = data.draw(st.integers(0, len(lines) - 1))
@@ -144,7 +148,7 @@ def test_one_changed_value_of_a_frozen_config_is_told(data: Any, tmp_path: Path)
 )
 @many
 def test_any_metrics_are_lines_of_steps_or_left_out(
-    lines: list[str], tail: bytes, tmp_path: Path
+    tmp_path: Path, lines: list[str], tail: bytes
 ) -> None:
     good = json.dumps({"step": 0, "loss": 1.5, "skipped": False})
     (tmp_path / "metrics.jsonl").write_bytes(as_bytes("\n".join([good, *lines, ""])) + tail)
@@ -163,7 +167,7 @@ KNOWN = clusters.load_all()
 )
 @many
 def test_any_cell_of_a_table_of_measurements_is_read_or_told(
-    line: int, column: int, value: str, tmp_path: Path
+    tmp_path: Path, line: int, column: int, value: str
 ) -> None:
     row = list(MEASURED[line])
     row[column] = value
@@ -183,7 +187,7 @@ def test_any_cell_of_a_table_of_measurements_is_read_or_told(
 
 @given(st.binary(max_size=100) | json_values.map(lambda v: with_header(json.dumps(v).encode())))
 @many
-def test_any_file_of_weights_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+def test_any_file_of_weights_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError) as said:
