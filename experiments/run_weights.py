@@ -53,7 +53,8 @@ def is_base(config: TrainConfig) -> bool:
     """Whether `resume` names a run without adapters for one with them: only its weights count."""
     if not config.finetune.on or config.resume in (None, AUTO):
         return False
-    return not read_config(run_of(Path(str(config.resume)))).finetune.on
+    run = run_of(Path(str(config.resume)))
+    return (run / "config.yaml").is_file() and not read_config(run).finetune.on
 
 
 def check_base(config: TrainConfig) -> None:

@@ -107,6 +107,8 @@ def test_what_the_launcher_runs_is_free_of_torch(file: str) -> None:
 def test_minigpt_knows_no_rank() -> None:
     for path in files("minigpt"):
         assert not {n for n in imports_of(path) if n.startswith("torch.distributed")}, path
+        if path.name in ("finetune.py", "lora.py"):  # the rank that they know is a matrix's
+            continue
         names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
         assert not names & {"rank", "world_size", "local_rank"}, path
 

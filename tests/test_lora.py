@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from experiments.assemble import make_batches, set_step, share_of_batch
 from experiments.config import TrainConfig
 from experiments.explain import case_of, messages
-from experiments.parity import Plan, differences, make_config, trajectory
+from experiments.parity import Plan, differences, make_config
 from experiments.ranks import run_ranks
+from experiments.run_folder import Launched, write_config
+from experiments.run_weights import check_base, is_base
 from minigpt.config import ModelConfig
+from minigpt.corpus import prepare
 from minigpt.finetune import FinetuneConfig, Method
-from minigpt.lora import LoRALinear, apply_lora, merged
+from minigpt.lora import LoRALinear, apply_lora, is_adapter, merged
 from minigpt.model import GPT
 from parallel.layout import ActivationCheckpointing, Impl, Layout
 from parallel.weights import full_weights
 from simulator import lora
 from tests import on_ranks
+from tests.launching import launch
 
 ALL = ["q", "k", "v", "out", "mlp"]
 LORA: dict[str, Any] = {"finetune.method": Method.lora, "finetune.rank": 4, "steps": 6}
@@ -85,9 +92,8 @@ def of(plain: GPT, model: GPT) -> GPT:
     return plain.eval()
 
 
-def test_a_run_starts_from_its_base_changes_adapters_only_and_learns() -> None:
-    changes = {**LORA, "steps": 40, "optimizer.lr": 1e-2}
-    config = make_config(Layout(), changes)
+def test_a_run_starts_from_its_base_and_changes_adapters_only() -> None:
+    config = make_config(Layout(), LORA)
     trainer, rows = on_ranks.make(config)
     plain, _ = on_ranks.make(make_config(Layout(), {}))
     with torch.no_grad():
@@ -100,8 +106,54 @@ def test_a_run_starts_from_its_base_changes_adapters_only_and_learns() -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".lora_" in name}
     assert len(trainer.optimizer.param_groups[0]["params"]) == len(changed)
-    losses = trajectory(config).losses
-    assert losses[-1] < losses[0] - 0.05
+
+
+def a_base(folder: Path, steps: int) -> TrainConfig:
+    """A run of one process that has learned, as its folder has it when it is done."""
+    config = make_config(Layout(), {"steps": steps})
+    trainer, batches = on_ranks.make(config)[0], make_batches(config, prepare(config.data))
+    for step in range(steps):
+        set_step(trainer, config, step)
+        trainer.step(list(share_of_batch(batches, step, config, trainer.replica.mesh)))
+    write_config(folder, config, Launched([], "", 0.0))
+    torch.save(full_weights(trainer.replica), folder / "model.pt")
+    return config
+
+
+def test_adapters_start_from_a_runs_weights_and_the_loss_falls(tmp_path: Path) -> None:
+    before = a_base(tmp_path, 30)
+    adapters = {**LORA, "finetune.targets": ALL, "resume": str(tmp_path), "optimizer.lr": 1e-2}
+    config = make_config(Layout(), {**adapters, "steps": 30, "seed": 1})
+    assert is_base(config) and not is_base(before)
+    check_base(config)
+    trainer, rows = on_ranks.make(config)
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    held = full_weights(trainer.replica)
+    assert all(torch.equal(held[name], weight) for name, weight in saved.items())
+    losses = [trainer.step(rows).loss for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.1, losses
+    with pytest.raises(ValueError, match=r"model.d_model=32: resume=.* was trained with 64"):
+        check_base(make_config(Layout(), {**adapters, "model.d_model": 32}))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_adapters_and_export_merges_them(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    shape = ("model.n_layer=2", "model.d_model=32", "model.context=32", "data=generated")
+    small = (*shape, "sample.tokens=0", "validation.batches=1", "checkpoint.every=3")
+    base = launch(*small, "strategy=single", "steps=3", "run.dir=base/run", cwd=tmp_path)
+    lora_of = (*small, "strategy=fsdp", "finetune=lora", "finetune.rank=2", "run.dir=tuned")
+    tuned = launch(*lora_of, "resume=base/run", "steps=3", cwd=tmp_path)
+    assert (base.returncode, tuned.returncode) == (0, 0), tuned.stderr
+    out = launch("export", "run=tuned", "out=plain.safetensors", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    exported = load_file(tmp_path / "plain.safetensors")
+    saved = torch.load(tmp_path / "tuned" / "model.pt", weights_only=True)
+    assert exported.keys() == saved.keys() and not any(map(is_adapter, saved))
+    for name, weight in exported.items():
+        torch.testing.assert_close(weight, saved[name])
+    again = launch(*lora_of, "resume=auto", "steps=5", cwd=tmp_path)
+    assert "after 3 steps" in again.stdout, again.stderr
 
 
 @pytest.mark.slow
