@@ -119,6 +119,7 @@ def test_the_list_has_ten(capsys: pytest.CaptureFixture) -> None:
         (["mean-of-mean"], "no such fault; there are mean-of-means"),
         (["data-overlap", "strategy=single"], "it needs layout.dp_replicate or layout.dp_shard"),
         (["tied-head-lost", "model.tied=false"], "it needs layout.tp above 1 and model.tied=true"),
+        (["none", "--diagnose", "finetune=lora"], "a diagnosis is of a run from its first weights"),
         (["validation-in-train-mode", "model.dropout=0"], "it needs model.dropout above 0"),
     ],
 )

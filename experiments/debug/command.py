@@ -63,6 +63,8 @@ def explain(name: str, config: TrainConfig, options: list[str]) -> int:
 
     if config.device == Device.cuda:
         raise Refused("device=cuda: a diagnosis runs on device=cpu")
+    if config.resume or config.init or config.finetune.on:
+        raise Refused("resume, init, finetune: a diagnosis is of a run from its first weights on")
     diagnosis = diagnose(Program(name, config))
     sound = folder = None
     if "--explain" in options:

@@ -17,9 +17,10 @@ from experiments.debug.observe import Gradients, Seen, watch
 from experiments.debug.probes import JUMP, RAMP_STEPS, Probes, ask, first_half, rise
 from experiments.parity import Trajectory, compare
 
+TWICE = 0.25  # of the sequences: windows at random places may be the same one by chance
 GRADIENT = 1e-3  # relative: a hundred times what a change of order makes in fp32
-GROWTH = 1.8  # of the gradient's norm from one block to the one before it
-HEADS = 1e-3  # relative; bf16 is not used here
+GROWTH = 1.8  # of the largest gradient, from one block's output to the one before it
+HEADS = 1e-3  # relative, in fp32
 LEAK = 1e-4  # relative
 START = 1e-6  # of a weight, against 0.02 of their spread
 SAME = 1e-9  # relative
@@ -93,7 +94,7 @@ def of_ranks(seen: Seen, probes: Probes) -> Iterator[Finding]:
     yield Finding(
         "sequences read by two shares of the batch",
         twice,
-        0.25,  # windows at random places may be the same one by chance
+        TWICE,
         f"{twice:.0%} of {len(read)}",
         "data-overlap",
     )

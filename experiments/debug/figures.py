@@ -115,7 +115,7 @@ def watch_all(runs: list[tuple[str, TrainConfig]]) -> list[Seen]:
     seen = []
     for name, config in runs:
         seen.append(planted(name, watch, config))
-        if len(runs) > 1:
+        if len(runs) > 1 and seen[-1].start:  # rank 0
             print(f"watched: {name}, {config.layout.label}", file=sys.stderr, flush=True)
     return seen
 
