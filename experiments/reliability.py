@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments import (
-    environment,
     reliability_kills,
     reliability_runs,
     reliability_state,
     reliability_steps,
 )
+from experiments.document import heading
 
 COMMAND = "./launch.sh python -m experiments.reliability > docs/reliability.md"
 FEW = 0.1  # of the trials
@@ -49,16 +49,14 @@ def main(arguments: list[str]) -> int:
     if unknown:
         print(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}", file=sys.stderr)
         return 2
-    facts = environment.facts()
-    print(f"# Reliability\n\nMade by `{COMMAND}` on {time.strftime('%Y-%m-%d')}")
-    print(f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).")
+    print(heading("Reliability", COMMAND).rstrip())
     for name in names or PARTS:
         title, part = PARTS[name]
         print(f"\n## {title}\n")
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             for line in part(Path(folder).resolve(), share):
-                print(line.rstrip(), flush=True)
+                print(line.rstrip(" "), flush=True)
         print(f"\n`{name}`: {time.monotonic() - start:,.0f} s.", flush=True)
     return 0
 

@@ -74,6 +74,8 @@ def hold(folder: Path) -> None:
     except BlockingIOError:
         os.close(number)
         raise ValueError(f"run.dir={folder}: another launch is at work in it") from None
+    except OSError:  # a file system without locks: nothing is known of others
+        os.close(number)
 
 
 def sweep_folder() -> Path:
