@@ -18,6 +18,8 @@ VERBS = {
     "simulate": ("experiments.simulate", "command"),
     "search": ("experiments.search", "command"),
     "score": ("experiments.score", "command"),
+    "compare": ("experiments.compare", "command"),
+    "report": ("experiments.report", "command"),
     "calibrate": ("experiments.calibrate", "command"),
     "debug": ("experiments.debug.command", "command"),
     "export": ("experiments.export", "command"),

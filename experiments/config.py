@@ -56,6 +56,7 @@ class Nonfinite(str, Enum):
 class Logger(str, Enum):
     none = "none"
     wandb = "wandb"
+    tensorboard = "tensorboard"
 
 
 class WandbMode(str, Enum):

@@ -78,11 +78,6 @@ def hold(folder: Path) -> None:
         os.close(number)
 
 
-def sweep_folder() -> Path:
-    """Where the jobs of a sweep leave their run folders."""
-    return RUNS / time.strftime("sweep-%Y%m%d-%H%M%S")
-
-
 def _make(folder: Path, exist_ok: bool = True) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
