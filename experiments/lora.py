@@ -29,7 +29,7 @@ MEGA = 1e6
 
 
 def run(*overrides: str) -> dict[str, Any]:
-    """The ledger of a run."""
+    """The ledger of a run; an override may be several, with spaces between them."""
     command = [str(ROOT / "launch.sh"), *SMALL.split(), "--json"]
     given = [part for override in overrides for part in override.split()]
     done = subprocess.run([*command, *given], stdout=subprocess.PIPE, check=True, text=True)
@@ -56,10 +56,10 @@ def costs(folder: Path) -> Iterator[str]:
     sent = ("all_reduce", "all_gather", "reduce_scatter")
     yield table(*heads, *(f"{name}, MB" for name in sent))
     yield rule(len(heads) + len(sent))
-    for strategy in ("strategy=ddp layout.dp_replicate=2", "strategy=fsdp layout.dp_shard=2"):
+    for strategy in ("ddp", "fsdp"):
         for name, given in (("all weights", ""), ("adapters", LORA)):
-            where = folder / f"{strategy.split()[0]}-{name.split()[0]}"
-            ledger = run(strategy, given, "steps=6", f"run.dir={where}")
+            where = folder / f"{strategy}-{name.split()[0]}"
+            ledger = run(f"strategy={strategy} {given} steps=6 run.dir={where}")
             rows, memory = ledger["step"]["communication"], ledger["step"]["memory_bytes"]
             payload = {
                 kind: sum(r["payload_bytes"] for r in rows if r["collective"] == kind)
@@ -67,7 +67,7 @@ def costs(folder: Path) -> Iterator[str]:
             }
             numbers = ledger["training"]["trainable_parameters"]
             yield table(
-                strategy.split()[0].partition("=")[2],
+                strategy,
                 name,
                 f"{numbers:,}",
                 *(f"{memory[part] / MEGA:.3f}" for part in ("gradients", "optimizer")),
@@ -86,15 +86,15 @@ def learning(folder: Path) -> Iterator[str]:
     yield ""
     yield table("strategy", "loss of the first step", "of the last", "held-out loss")
     yield rule(4)
-    for strategy in ("strategy=single", "strategy=ddp layout.dp_replicate=2 micro_batch_size=4"):
+    for strategy in ("single", "ddp"):
         ledger = run(
-            f"{strategy} {LORA} finetune.targets=[q,k,v,out,mlp] resume={base}",
+            f"strategy={strategy} {LORA} finetune.targets=[q,k,v,out,mlp] resume={base}",
             f"data=text data.path={text} optimizer.lr=5e-3 steps={MORE_STEPS}",
-            f"run.dir={folder / strategy.split()[0]}",
+            f"run.dir={folder / strategy}",
         )
         training = ledger["training"]
         losses = training["losses"][0], training["losses"][-1], training["validation_loss"]
-        yield table(strategy.split()[0].partition("=")[2], *(f"{loss:.3f}" for loss in losses))
+        yield table(strategy, *(f"{loss:.3f}" for loss in losses))
 
 
 @torch.no_grad()
@@ -117,7 +117,8 @@ def merging() -> Iterator[str]:
 
 def main() -> None:
     print(f"# Adapters\n\nMade by `{COMMAND}` (torch {torch.__version__}, fp32).\n")
-    print(f"Rows are of runs of `{SMALL}`, which `{LORA}` gives adapters beside q, k, v and out.\n")
+    print(f"Rows are of runs of `{SMALL}`;")
+    print(f"`{LORA}` gives them adapters beside q, k, v and out.\n")
     with tempfile.TemporaryDirectory() as name:
         for title, lines in (
             ("Numbers", of_a_projection(4096, 8)),

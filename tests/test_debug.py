@@ -73,7 +73,7 @@ def test_a_bug_that_nobody_catalogued_is_named_by_what_it_does() -> None:
         ("exploding-gradients", SHORT),
         ("validation-in-train-mode", SHORT),
         ("mean-of-means", SHORT),
-        ("no-warm-up", ""),
+        pytest.param("no-warm-up", "", marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_of_one_process_is_named(name: str, given: str) -> None:
