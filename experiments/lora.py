@@ -118,7 +118,8 @@ def merging() -> Iterator[str]:
 def main() -> None:
     print(f"# Adapters\n\nMade by `{COMMAND}` (torch {torch.__version__}, fp32).\n")
     print(f"Rows are of runs of `{SMALL}`;")
-    print(f"`{LORA}` gives them adapters beside q, k, v and out.\n")
+    print(f"`{LORA}` gives them adapters beside q, k, v and out. Memory is that of the")
+    print("ledger: what is held at the moment of the peak, on the fullest rank.\n")
     with tempfile.TemporaryDirectory() as name:
         for title, lines in (
             ("Numbers", of_a_projection(4096, 8)),
