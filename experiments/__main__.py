@@ -22,6 +22,7 @@ VERBS = {
     "report": ("experiments.report", "command"),
     "calibrate": ("experiments.calibrate", "command"),
     "check": ("experiments.check", "command"),
+    "debug": ("experiments.debug.command", "command"),
     "export": ("experiments.export", "command"),
 }
 

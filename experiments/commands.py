@@ -75,6 +75,7 @@ class Command:
     torchrun: launch.Torchrun
     as_json: bool
     sweep: Points | None = None  # of the sweep that it belongs to
+    fault: str | None = None  # of `debug`
     rows: list[Row] = field(default_factory=list)
     status: int = 0
     logging: LoggingConfig = field(default_factory=LoggingConfig)  # of the last job of a sweep
@@ -112,7 +113,7 @@ class Command:
             folder = self.sweep.place(overrides, len(self.rows) - 1, first, dry)
             config.logging.group = config.logging.group or self.sweep.folder.name
             self.logging = config.logging
-        job = launch.prepare_job(config, overrides, self.torchrun, folder)
+        job = launch.prepare_job(config, overrides, self.torchrun, folder, self.fault)
         row.folder = job.folder
         if config.launch == Launch.dry:
             variables = [f"{name}={value}" for name, value in job.environ.items()]
@@ -147,10 +148,15 @@ def train(argv: list[str]) -> int:
         return sweep(jobs, torchrun, as_json)
     command = Command(torchrun, as_json)
     run_hydra("train", rest, command)
+    return print_rows(command)
+
+
+def print_rows(command: Command) -> int:
+    """What is left to be said of a single job; its exit status."""
     for row in command.rows:
         if row.status == "refused":
             print(f"launch.sh: {row.reason}", file=sys.stderr)
-        elif as_json and row.status in ("done", "dry"):
+        elif command.as_json and row.status in ("done", "dry"):
             print(json.dumps(row.ledger() or row.said(), indent=1))
     return command.status
 

@@ -35,6 +35,7 @@ class Launched:
     corpus: str  # folder
     started: float  # time.time() when the user's command began
     run: str = field(default_factory=lambda: uuid.uuid4().hex)  # no other run has this name
+    fault: str | None = None  # of `debug`: what the ranks are to do wrongly
 
 
 def make_folder(
