@@ -8,6 +8,7 @@
 #   ./launch.sh replay RUN cluster=NAME   a recorded run (trace=true), on another network
 #   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
 #   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs
+#   ./launch.sh lab nodes=4 rate=1gbit    many nodes on this machine, over links that slow (Linux)
 #   ./launch.sh python ARGS       the Python that has the packages
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

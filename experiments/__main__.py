@@ -19,6 +19,7 @@ VERBS = {
     "search": ("experiments.search", "command"),
     "score": ("experiments.score", "command"),
     "calibrate": ("experiments.calibrate", "command"),
+    "lab": ("experiments.lab", "command"),
 }
 
 

@@ -89,12 +89,16 @@ class Command:
         row.status, row.reason = "refused", str(error)
         self.status = max(self.status, 2)
 
+    def prepare(self, config: TrainConfig, overrides: list[str], folder: Path | None) -> launch.Job:
+        """Check all that can be checked, and make the run folder. Raises ValueError, Refused."""
+        return launch.prepare_job(config, overrides, self.torchrun, folder)
+
     def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
         folder = Path(config.run.dir) if config.run.dir else None
         if self.sweep:
             folder = self.sweep / str(len(self.rows) - 1)
             config.logging.group = config.logging.group or self.sweep.name
-        job = launch.prepare_job(config, overrides, self.torchrun, folder)
+        job = self.prepare(config, overrides, folder)
         row.folder = job.folder
         if config.launch == Launch.dry:
             variables = [f"{name}={value}" for name, value in job.environ.items()]
@@ -126,7 +130,7 @@ def train(argv: list[str]) -> int:
         return train_as_rank(rest)
     torchrun, jobs = launch.Torchrun(options), jobs_of(rest)
     if jobs is not None:
-        return sweep(jobs, torchrun, as_json)
+        return sweep(jobs, Command(torchrun, as_json))
     command = Command(torchrun, as_json)
     run_hydra("train", rest, command)
     for row in command.rows:
@@ -137,11 +141,11 @@ def train(argv: list[str]) -> int:
     return command.status
 
 
-def sweep(jobs: list[list[str]], torchrun: launch.Torchrun, as_json: bool) -> int:
+def sweep(jobs: list[list[str]], command: Command) -> int:
     """One fresh launch a job. A job that is refused or fails is a row and not the end."""
     given = [a.partition("=")[2] for a in jobs[0] if a.startswith(("run.dir=", "hydra.sweep.dir="))]
     folder = Path(given[0].strip("'\"")) if given else run_folder.sweep_folder()
-    command = Command(torchrun, as_json, folder)
+    command.sweep = folder
     for argv in jobs:
         try:
             run_hydra("train", argv, command)
@@ -151,7 +155,7 @@ def sweep(jobs: list[list[str]], torchrun: launch.Torchrun, as_json: bool) -> in
             command.refuse(row, error)
         if command.status > 128:  # a signal ends the sweep too
             break
-    if as_json:
+    if command.as_json:
         print(json.dumps({"jobs": [row.said() for row in command.rows]}, indent=1))
     elif command.rows:  # none with --cfg and its like
         console.print_sweep(
@@ -171,10 +175,13 @@ def train_as_rank(argv: list[str]) -> int:
     run_hydra("train", argv, composed.append)
     if not composed:  # --help and its like
         return 0
-    gpus = environment.gpu_count()
-    nodes = -(-rank.world_size // gpus) if gpus else 1
     wanted = to_config(composed[0], TrainConfig)
+    gpus = environment.gpu_count()
+    # a scheduler that says RANK and WORLD_SIZE may not say how many nodes there are
+    nodes = max(rank.nodes, -(-rank.world_size // gpus) if gpus else 1)
     config = environment.settle(wanted, rank.world_size, gpus, nodes)
+    if rank.rank == 0 and nodes > 1:
+        environment.warn_of_placement(config.layout, rank.world_size // nodes)
     corpus = prepare(config.data)
     check_vocabulary(corpus, config.model.vocab_size)
     corpus.check_length(config.seq_len)

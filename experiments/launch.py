@@ -22,6 +22,7 @@ class Torchrun:
     """torchrun's own options, passed through: several nodes are its business."""
 
     options: list[str] = field(default_factory=list)
+    on_one_machine: bool = False  # all nodes are here (experiments/lab.py)
 
     @property
     def nodes(self) -> int:
@@ -65,16 +66,20 @@ def prepare_job(
     `folder` None: one is picked. Raises ValueError with one line. Nothing is written where the
     input is refused.
     """
-    nodes = torchrun.nodes
-    config = environment.settle(config, None, environment.gpu_count(), nodes)
+    nodes, here = torchrun.nodes, torchrun.on_one_machine
+    a_node = 1 if here else None
+    config = environment.settle(config, None, environment.gpu_count(), nodes, a_node)
     world_size = config.layout.world_size
     if world_size % nodes:
-        raise ValueError(f"--nnodes={nodes}: the layout's {world_size} ranks do not divide")
-    environment.check_memory(config, world_size // nodes)
+        key = "nodes" if here else "--nnodes"
+        raise ValueError(f"{key}={nodes}: the layout's {world_size} ranks do not divide")
+    if nodes > 1 and torchrun.is_first_node:
+        environment.warn_of_placement(config.layout, world_size // nodes)
+    environment.check_memory(config, world_size if here else world_size // nodes)
     corpus = prepare(config.data)
     check_vocabulary(corpus, config.model.vocab_size)
     corpus.check_length(config.seq_len)
-    if nodes > 1 and not config.run.dir:
+    if nodes > 1 and not here and not config.run.dir:
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
     folder = make_folder(folder, config.layout, shared=not torchrun.is_first_node)
     if torchrun.is_first_node:
@@ -86,13 +91,16 @@ def prepare_job(
 
 
 def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list[str]:
-    """The line that starts the ranks. Rank 0 of this node keeps the terminal, the rest a file."""
+    """The line that starts a node's ranks. Its first one keeps the terminal, the rest a file each;
+    nodes that share a terminal leave it to the first of them."""
     options = [*torchrun.options]
     if torchrun.stands_alone:
         options += ["--standalone"]
     options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}"]
-    if local_ranks > 1:
-        options += ["--redirects=" + ",".join(f"{i}:3" for i in range(1, local_ranks))]
+    quiet = torchrun.on_one_machine and not torchrun.is_first_node
+    to_files = range(0 if quiet else 1, local_ranks)
+    if to_files:
+        options += ["--redirects=" + ",".join(f"{i}:3" for i in to_files)]
     worker = ["-m", "experiments.worker", str(folder)]
     return [sys.executable, "-m", "torch.distributed.run", *options, *worker]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 from types import FrameType
+from typing import Protocol
 
 GRACE_S = 10  # between asking the ranks to end and making them
 
@@ -29,12 +29,20 @@ def end(status: int) -> None:
     os._exit(status)
 
 
+class Endable(Protocol):
+    """A process, or several that end together."""
+
+    def send_signal(self, sig: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 class Forwarding:
     """While open, the first signal to this process ends `process`, and a second one kills it."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self, process: subprocess.Popen) -> None:
+    def __init__(self, process: Endable) -> None:
         self.process = process
         self.received = 0
 
