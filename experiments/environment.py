@@ -65,17 +65,19 @@ def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
 
 
 def rendezvous(nodes: int = 1, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT for ranks that SLURM started, which sets neither.
+    """What of MASTER_ADDR and MASTER_PORT is missing: SLURM sets neither.
 
     One node needs no name that can be looked up.
     """
-    if "MASTER_ADDR" in environ:
+    if {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return {}
     job = int(environ.get("SLURM_JOB_ID", "0"))
-    host = first_host(environ["SLURM_STEP_NODELIST"]) if nodes > 1 else "127.0.0.1"
-    alone = {} if nodes > 1 or "GLOO_SOCKET_IFNAME" in environ else SINGLE_NODE
-    port = environ.get("MASTER_PORT", str(15000 + job % 20000))
-    return {"MASTER_ADDR": host, "MASTER_PORT": port, **alone}
+    wanted = {"MASTER_PORT": str(15000 + job % 20000)}
+    if nodes > 1:
+        wanted["MASTER_ADDR"] = first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    else:
+        wanted |= {"MASTER_ADDR": "127.0.0.1", **SINGLE_NODE}
+    return {name: value for name, value in wanted.items() if name not in environ}
 
 
 def first_host(nodelist: str) -> str:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from experiments.shaped_links import Links
 from simulator.hardware import Cluster, Level
 
-# Of a frame's 1514 bytes, as tbf counts them, 1448 are payload of TCP (RFC 894, RFC 7323)
-PAYLOAD = 1448 / 1514
+# Payload's share of what a link sends while as much comes the other way: two frames of 1514 bytes
+# (as tbf counts them) hold 1448 of it each, and an acknowledgement of two frames takes 66 (RFC 894,
+# RFC 5681 section 4.2, RFC 7323)
+PAYLOAD = 2 * 1448 / (2 * 1514 + 66)
 LABS_OWN = "derived: ./launch.sh lab, "
 
 

@@ -31,6 +31,7 @@ TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter":
 PLACES = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 BURST_S = 1e-3  # a link that was idle may send so long at once; more would hide its rate
 SMALLEST_BURST = 10 * 1514  # bytes: ten frames
+CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"  # of the namespace that one is in
 QUEUE = 4 * 2**20  # bytes that wait in front of a link before it drops what comes
 NOTICE_S = 20.0  # so long may the other nodes take to notice that one has failed
 REFUSED = 2  # this module's exit status where the network cannot be built
@@ -131,6 +132,9 @@ class Network:
         _do("ip", "addr", "add", f"{links.address(node)}/24", "dev", DEVICE, on=on)
         _do("ip", "link", "set", DEVICE, "up", on=on)
         _do("ip", "link", "set", "lo", "up", on=on)
+        # the same on every machine: reno is in every kernel; bbr, some systems' default, probes for
+        # a rate that is known, and cubic may be forbidden here
+        _do("sh", "-c", f"echo reno > {CONTROL}", on=on)
         if links.rate:
             burst = max(int(links.rate / 8 * BURST_S), SMALLEST_BURST)
             shape = ("rate", f"{links.rate:.0f}", "burst", str(burst), "limit", str(QUEUE + burst))
