@@ -33,6 +33,7 @@ TORCHRUN_OPTIONS = (
     "--node_rank",
     "--rdzv",
     "--master",
+    "--local-addr",
     "--max-restarts",
 )
 
@@ -112,7 +113,7 @@ class Command:
             print(f"launch.sh: stopped; what was measured is in {job.folder}", file=sys.stderr)
             return status
         if status:
-            row.status, row.reason = "failed", failure(job.folder)
+            row.status, row.reason = "failed", failure(job.folder, job.log)
             print(f"launch.sh: the run failed: {row.reason}", file=sys.stderr)
             return 1
         return 0

@@ -76,7 +76,7 @@ class LabCommand(Command):
             yaml_of(profile_of_run(links, job.folder, self.lab.machine))
         )
         environ = {**job.environ, "GLOO_SOCKET_IFNAME": DEVICE}
-        return launch.Job(job.folder, shaped_links.command(spec), environ)
+        return launch.Job(job.folder, shaped_links.command(spec), environ, job.log)
 
 
 def torchrun(links: Links, node: int) -> launch.Torchrun:

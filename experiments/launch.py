@@ -39,6 +39,13 @@ class Torchrun:
         return number in (None, "0")
 
     @property
+    def log(self) -> str:
+        """The file for its messages: nodes may share a run folder."""
+        return (
+            "torchrun.log" if self.is_first_node else f"torchrun-{self._value('--node-rank')}.log"
+        )
+
+    @property
     def stands_alone(self) -> bool:
         """One node, and the user named no rendezvous: torchrun finds a free port by itself."""
         elsewhere = ("--rdzv", "--master")
@@ -56,6 +63,7 @@ class Job:
     folder: Path
     command: list[str]
     environ: dict[str, str]
+    log: Path  # what the command says on standard error
 
 
 def prepare_job(
@@ -87,7 +95,7 @@ def prepare_job(
         started = psutil.Process().create_time()
         write_config(folder, config, Launched(overrides, str(corpus.folder), started))
     command = torchrun_command(folder, world_size // nodes, torchrun)
-    return Job(folder, command, environment.of_a_rank(nodes))
+    return Job(folder, command, environment.of_a_rank(nodes), folder / "logs" / torchrun.log)
 
 
 def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list[str]:
@@ -112,7 +120,7 @@ def run(job: Job, quiet: bool) -> int:
     the ranks in order. Its own messages, a traceback of 300 lines for any failure, go to a file.
     """
     environ = {**os.environ, **job.environ}
-    with open(job.folder / "logs" / "torchrun.log", "wb") as log:
+    with open(job.log, "wb") as log:
         process = subprocess.Popen(
             job.command,
             env=environ,

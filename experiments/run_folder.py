@@ -119,7 +119,7 @@ def write_error(folder: Path, rank: int, error: BaseException) -> None:
         print(said["error"], file=sys.stderr)
 
 
-def failure(folder: Path) -> str:
+def failure(folder: Path, log: Path) -> str:
     """One line for a run that failed: the first rank that did, and where its traceback is."""
     reports = []
     for path in (folder / "logs").glob("rank-*.error.json"):
@@ -128,6 +128,6 @@ def failure(folder: Path) -> str:
         except (OSError, ValueError):  # the disk was full: half a file says nothing
             continue
     if not reports:
-        return f"a rank died without a word; see {folder / 'logs' / 'torchrun.log'}"
+        return f"a rank died without a word; see {log}"
     first = min(reports, key=lambda report: report["time"])
     return f"rank {first['rank']}: {first['error']} (traceback: {first['traceback']})"

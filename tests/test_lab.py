@@ -20,7 +20,7 @@ from experiments.lab import delay_of, rate_of
 from experiments.lab_profile import PAYLOAD, profile_of
 from experiments.shaped_links import Links, Missing
 from simulator.hardware import numbers
-from tests.launching import SMALL, launch, start, wait_until
+from tests.launching import ROOT, SMALL, environment, launch, start, wait_until
 
 LAPTOP = clusters.load("laptop")
 SLOW = 5e6  # bits/s
@@ -179,3 +179,24 @@ def test_a_node_that_fails_ends_the_others(namespaces: None, tmp_path: Path) -> 
     prefix = shaped_links.command()[: -len([sys.executable, "-m", "module"])]
     done = subprocess.run([*prefix, sys.executable, "-c", program, str(spec)], timeout=60)
     assert done.returncode == 7
+
+
+@pytest.mark.slow
+def test_a_torchrun_on_each_of_two_hosts(namespaces: None, tmp_path: Path) -> None:
+    """As README.md says for several nodes: each has an address of its own, and is told one."""
+    links, spec = Links(2, None), tmp_path / "spec.json"
+    shared = [str(ROOT / "launch.sh"), "--nnodes=2", "--master-port=29500", *SMALL]
+    shared += [f"--master-addr={links.address(0)}", "run.dir=shared", "layout.tp=2"]
+    lines = [[*shared, f"--node-rank={i}", "layout.dp_replicate=2"] for i in range(2)]
+    shaped_links.write(spec, links, lines)
+    done = subprocess.run(
+        shaped_links.command(spec),
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ledgers.read(tmp_path / "shared" / "ledger.json")["layout"]["world_size"] == 4
+    assert "crosses nodes" not in done.stderr, "two ranks a node: tp stays inside"
