@@ -5,6 +5,7 @@
 #   ./launch.sh generate run=DIR  text from a trained run
 #   ./launch.sh score             predictions against published measurements
 #   ./launch.sh calibrate to=FILE this machine as a cluster profile
+#   ./launch.sh check             a few layouts on this machine, predicted and measured
 #   ./launch.sh replay RUN cluster=NAME   a recorded run (trace=true), on another network
 #   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
 #   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs

@@ -20,6 +20,7 @@ VERBS = {
     "score": ("experiments.score", "command"),
     "calibrate": ("experiments.calibrate", "command"),
     "lab": ("experiments.lab", "command"),
+    "check": ("experiments.check", "command"),
 }
 
 

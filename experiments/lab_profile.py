@@ -5,50 +5,93 @@ from __future__ import annotations
 from dataclasses import replace
 
 from experiments.shaped_links import Links
-from simulator.hardware import Cluster, Level
+from simulator.hardware import Cluster, Device, Level, Link, OperatorSpeed, numbers, tables
 
 # Payload's share of what a link sends while as much comes the other way: two frames of 1514 bytes
 # (as tbf counts them) hold 1448 of it each, and an acknowledgement of two frames takes 66 (RFC 894,
 # RFC 5681 section 4.2, RFC 7323)
 PAYLOAD = 2 * 1448 / (2 * 1514 + 66)
+# What gloo sends beyond a ring's bytes, as a factor (costs/messages.py: gloo_bytes)
+MORE_THAN_A_RING = {"reduce_scatter": 2.0}
 LABS_OWN = "derived: ./launch.sh lab, "
 
 
 def profile_of(links: Links, ranks: int, cores: int, machine: Cluster) -> Cluster:
     """`ranks` devices of `machine`, which has `cores` of them, on the lab's nodes.
 
-    Ranks that share a core have a part of it each. A message takes as long as its link or as the
-    machine's own copying, whichever is longer; the core that computes does that copying, and only
-    what the link takes longer leaves it free.
+    Ranks that share a core have a part of it each, and what a machine loses where all of its cores
+    compute, these ranks lose too, although each is a node. A message takes as long as its link or
+    as the machine's own copying, whichever is longer; the core that computes does that copying, and
+    only what the link takes longer leaves it free.
     """
     part = min(1.0, cores / ranks)
-    device, own = machine.device, machine.in_node
-    inside = replace(own, bandwidth=own.bandwidth * part, latency=own.latency / part)
-    wire = links.rate / 8 * PAYLOAD if links.rate else inside.rate
-    between = Level(
-        bandwidth=min(wire, inside.rate), latency=inside.latency + links.delay, efficiency=1.0
-    )
-    bandwidth = device.memory_bandwidth * part
-    shared = replace(device, clock=device.clock * part, memory_bandwidth=bandwidth)
+    inside = slower_level(machine.in_node, part)
+    between = between_nodes(links, inside)
+    whole = part / machine.crowded(min(ranks, machine.node_size))
     made = replace(
         machine,
         name=f"lab_{links.nodes}_nodes",
-        device=shared,
+        device=slower_device(machine.device, whole),
         node_size=ranks // links.nodes,
         in_node=inside,
         between_nodes=between,
-        operator_overhead=machine.operator_overhead / part,
+        operator_overhead=machine.operator_overhead / whole,
         overlap=max(0.0, 1 - between.rate / inside.rate),
+        crowding=None,
+        sources={},
     )
     return replace(made, sources=_sources(machine, made))
+
+
+def between_nodes(links: Links, inside: Level) -> Level:
+    """One of the lab's links, where the machine itself moves messages as it does `inside`."""
+
+    def link(name: str) -> Link:
+        own = inside.of(name)
+        wire = links.rate / 8 * PAYLOAD if links.rate else own.rate
+        wire /= MORE_THAN_A_RING.get(name, 1.0) if links.rate else 1.0
+        return Link(min(wire, own.rate), own.latency + links.delay)
+
+    names = sorted({*inside.collectives, *MORE_THAN_A_RING})
+    plain = link("all_reduce")
+    return Level(plain.bandwidth, plain.latency, collectives={name: link(name) for name in names})
+
+
+def slower_level(level: Level, part: float) -> Level:
+    """What is left of it for ranks that have a part of a core each."""
+    table = {
+        name: Link(link.bandwidth * part, link.latency / part)
+        for name, link in level.collectives.items()
+    }
+    latency = level.latency / part
+    return replace(level, bandwidth=level.bandwidth * part, latency=latency, collectives=table)
+
+
+def slower_device(device: Device, part: float) -> Device:
+    """The same device at a part of its speed."""
+    operators = {
+        name: OperatorSpeed(
+            speed.latency / part,
+            *(rate and rate * part for rate in (speed.bandwidth, speed.flops, speed.fill)),
+        )
+        for name, speed in device.operators.items()
+    }
+    bandwidth = device.memory_bandwidth * part
+    return replace(
+        device, clock=device.clock * part, memory_bandwidth=bandwidth, operators=operators
+    )
 
 
 def _sources(machine: Cluster, made: Cluster) -> dict[str, str]:
     """Where each number is from: the machine's own source, where it is the machine's number."""
     share = f"{LABS_OWN}of {machine.name}'s, by the cores that there are for the ranks"
     link = f"{LABS_OWN}its links' rate and delay, and {machine.name}'s own limits"
-    lab = {"node_size": link, "overlap": link, "operator_overhead": share}
-    lab |= {"device.clock": share, "device.memory_bandwidth": share}
-    for key in ("bandwidth", "latency", "efficiency", "oversubscription"):
-        lab |= {f"in_node.{key}": share, f"between_nodes.{key}": link}
-    return {**machine.sources, **lab}
+    mine = {"node_size": link, "overlap": link, "operator_overhead": share}
+    mine |= {"device.clock": share, "device.memory_bandwidth": share, "device.operators": share}
+
+    def source(key: str) -> str:
+        if key.startswith("between_nodes."):
+            return link
+        return mine.get(key, share if key.startswith("in_node.") else machine.sources[key])
+
+    return {key: source(key) for key in (*dict(numbers(made)), *tables(made))}

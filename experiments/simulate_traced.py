@@ -18,6 +18,7 @@ from experiments.metering import flops_per_token
 from experiments.plan_config import SimulateConfig
 from simulator.event_times import EventTimes
 from simulator.plans import PRECISIONS
+from simulator.programs import sent_by_the_device
 from simulator.replay import replay
 from simulator.search import peak_flops
 from simulator.timeline import Timeline
@@ -47,7 +48,9 @@ def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]
 
 def trace_rank(config: SimulateConfig, rank: int) -> Traced:
     """In the process that traces."""
-    return trace(config.model, config.layout, config.options, rank, config.optimizer, config.clip)
+    streams = config.cluster.device.asynchronous
+    plan = (config.model, config.layout, config.options, rank)
+    return trace(*plan, config.optimizer, config.clip, streams)
 
 
 def step(config: SimulateConfig, one: Traced, time_s: dict[str, Any]) -> Step:
@@ -72,7 +75,9 @@ def timeline_of(
     config: SimulateConfig, programs: dict[int, Program], like: Callable[[int], int]
 ) -> Timeline:
     """The programs, event by event, on the cluster."""
-    times = EventTimes(config.cluster)
+    times = EventTimes(config.cluster, config.layout.world_size)
+    if not config.cluster.device.asynchronous:
+        programs = {rank: sent_by_the_device(program) for rank, program in programs.items()}
     return replay(programs, times.work, times.message, like)
 
 

@@ -34,7 +34,8 @@ HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can 
 def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     """Seconds of each part of a step (of costs.ledger.TIME_PARTS; `other` is not modelled), and
     `total`."""
-    slow = straggling(work, cluster)
+    crowded = cluster.crowded(work.pp * work.tp * work.cp * work.dp)
+    slow = straggling(work, cluster) * crowded
     block, head = slow * block_seconds(work, cluster), slow * head_seconds(work, cluster)
     sent = block_messages(work, cluster)
     m, pp = work.micro_batches, work.pp
@@ -48,7 +49,7 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
         "compute": m * mean,
         "exposed_communication": m * messages + exposed_data(work, cluster, block),
         "bubble": np.where(pp > 1, idle, 0.0),
-        "optimizer": optimizer_seconds(work, cluster),
+        "optimizer": crowded * optimizer_seconds(work, cluster),
     }
     return {"total": sum(parts.values()), **parts}
 
@@ -87,8 +88,10 @@ def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array 
 
 def block_seconds(work: Work, cluster: Cluster) -> Array:
     """Compute of one block and micro-batch, forward and backward with what is recomputed: the
-    device's, or the host's where it launches operators more slowly than they run."""
-    return np.maximum(busy_seconds(work, cluster), launch_seconds(work, cluster))
+    device's, or the host's where it launches operators more slowly than they run; both where the
+    device is the host."""
+    busy, launches = busy_seconds(work, cluster), launch_seconds(work, cluster)
+    return np.maximum(busy, launches) if cluster.device.asynchronous else busy + launches
 
 
 def launch_seconds(work: Work, cluster: Cluster) -> Array:
@@ -167,6 +170,8 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
     idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
     hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
+    if not cluster.device.asynchronous:
+        hidden = np.zeros_like(ring)  # sending is this device's work too
     ep = group(work.ep, work.tp * work.cp, cluster.node_size)
     slots = (4 + 2 * work.recomputed) * collectives.seconds(
         "all_to_all", work.routed_bytes, ep, cluster
@@ -202,6 +207,8 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
     once = scatter + np.where(work.shards > 1, gather, gather_gradients)
     always = scatter + 2 * work.micro_batches * gather
     sent = np.where(work.gathers_weights > 0, always, once)
+    if not cluster.device.asynchronous:
+        return sent  # sending is this device's work too
     room = work.layers * block
     hides = np.where(
         work.gathers_weights > 0,

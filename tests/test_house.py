@@ -35,6 +35,7 @@ FILES_THAT_MAY_MORE = {
     "simulator/silent_world.py": {"torch", "parallel", "minigpt", "costs"},
     "simulator/trace_recorder.py": {"torch", "costs"},
     "simulator/trace_operators.py": {"torch", "costs"},
+    "simulator/trace_streams.py": {"torch"},
     "parallel/through_accelerate.py": {"accelerate"},
 }
 PURE = (

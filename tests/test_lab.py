@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import psutil
 import pytest
 
 from costs import ledger as ledgers
+from costs.messages import gloo_bytes
 from experiments import clusters, shaped_links
 from experiments.__main__ import main
 from experiments.lab import delay_of, rate_of
-from experiments.lab_profile import PAYLOAD, profile_of
+from experiments.lab_profile import PAYLOAD, profile_of, slower_device
 from experiments.shaped_links import Links, Missing
-from simulator.hardware import numbers
+from simulator.collectives import Group, seconds
+from simulator.hardware import OperatorSpeed, numbers, tables
 from tests.launching import ROOT, SMALL, environment, launch, start, wait_until
 
 LAPTOP = clusters.load("laptop")
@@ -103,19 +106,33 @@ def test_what_the_kernel_does_not_take_is_one_line(namespaces: None) -> None:
 def test_the_profile_has_the_links_and_the_machines_own_limits() -> None:
     slow = profile_of(Links(2, 1e8, 3e-3), 2, 2, LAPTOP)
     assert slow.between_nodes.rate == pytest.approx(1e8 / 8 * PAYLOAD)
-    assert slow.between_nodes.latency == pytest.approx(LAPTOP.in_node.latency + 3e-3)
-    assert slow.device == LAPTOP.device and slow.node_size == 1
-    assert slow.overlap == pytest.approx(1 - slow.between_nodes.rate / LAPTOP.in_node.rate)
+    latency = LAPTOP.in_node.of("all_reduce").latency
+    assert slow.between_nodes.latency == pytest.approx(latency + 3e-3)
+    assert slow.node_size == 1
+    assert slow.overlap == pytest.approx(1 - slow.between_nodes.rate / slow.in_node.rate)
     fast = profile_of(Links(2, 1e12), 2, 2, LAPTOP)
-    assert fast.between_nodes.rate == LAPTOP.in_node.rate and fast.overlap == 0
-    assert set(fast.sources) == {key for key, _ in numbers(fast)}
+    assert fast.between_nodes.rate == LAPTOP.in_node.of("all_reduce").rate and fast.overlap == 0
+    assert set(fast.sources) == {*dict(numbers(fast)), *tables(fast)}
+
+
+@pytest.mark.parametrize("collective", ["all_reduce", "all_gather", "reduce_scatter", "send"])
+def test_a_slow_link_carries_what_gloo_sends(collective: str) -> None:
+    """A large message takes what gloo makes a rank send, over the rate of its link."""
+    cluster = profile_of(Links(4, 1e6), 4, 4, LAPTOP)
+    payload, n = 10**8, 2 if collective == "send" else 4
+    found = float(seconds(collective, payload, Group(n, 1), cluster))
+    sent = gloo_bytes(collective, payload, n)
+    assert found == pytest.approx(sent / (1e6 / 8 * PAYLOAD), rel=1e-3)
 
 
 def test_ranks_that_share_a_core_have_a_part_of_it() -> None:
-    half = profile_of(Links(4, None), 8, 4, LAPTOP)
+    whole, half = (profile_of(Links(4, None), ranks, 4, LAPTOP) for ranks in (4, 8))
     assert half.node_size == 2
-    assert half.device.flops("fp32") == pytest.approx(LAPTOP.device.flops("fp32") / 2)
-    assert half.operator_overhead == pytest.approx(LAPTOP.operator_overhead * 2)
+    assert half.device.flops("fp32") == pytest.approx(whole.device.flops("fp32") / 2)
+    assert half.operator_overhead == pytest.approx(whole.operator_overhead * 2)
+    speed = OperatorSpeed(1e-6, flops=1e9)
+    device = slower_device(replace(LAPTOP.device, operators={"mm": speed}), 0.5)
+    assert device.operators["mm"].seconds(1e6, 0) == pytest.approx(2 * speed.seconds(1e6, 0))
 
 
 @pytest.mark.slow
