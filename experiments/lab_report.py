@@ -4,8 +4,8 @@
                                                                   namespaces
 
 DDP and FSDP train on two nodes of one rank over links of several rates (experiments/lab.py). The
-prediction knows nothing of them: it is a run on links as fast as the machine, replayed with the
-messages of the lab's cluster profile (simulator/replay.py). Rates take turns, in rounds.
+prediction knows nothing of them: it is a run on links as fast as the machine, replayed over the
+lab's cluster profile (experiments/lab.py: seconds_over). Rates take turns, in rounds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from costs import ledger as ledgers
 from experiments import environment
 from experiments.benchmark import rule, table
 from experiments.calibrate import measured as calibrated
-from experiments.lab import profile_of_run, rate_of
-from experiments.replay import recorded, replayed
+from experiments.lab import profile_of_run, rate_of, seconds_over
 from experiments.shaped_links import Links
 from simulator.hardware import Cluster
 
@@ -39,7 +38,7 @@ NODES = 2
 STRATEGIES = ("ddp", "fsdp")
 RATES = ("100mbit", "1gbit", "10gbit")
 ROUNDS = 3
-STEPS = 24
+STEPS = 16
 MODEL = ("sample.tokens=0", "validation.batches=0", "run.save=false", f"steps={STEPS}")
 BAR = 0.10
 CURVE = np.logspace(7, 11, 60)  # bits/s
@@ -89,8 +88,7 @@ def measure(folder: Path, machine: Cluster) -> dict[str, Found]:
 
 def predicted(fast: Path, rate: float | None, machine: Cluster) -> float:
     """Seconds of the recorded run's step over links of another rate."""
-    cluster = profile_of_run(Links(NODES, rate), fast, machine)
-    return replayed(fast, recorded(fast), cluster).there.total
+    return seconds_over(fast, profile_of_run(Links(NODES, rate), fast, machine))
 
 
 def crossover(its: Found) -> float:
@@ -182,8 +180,9 @@ def main() -> None:
     print(
         f"{NODES} nodes of one rank on this machine, each a network namespace behind a link of the "
         "given rate (`./launch.sh lab`); the default model, fp32. The prediction is the run on "
-        "links as fast as the machine, replayed with the messages of the lab's cluster profile: "
-        "the machine's calibration and the rate. Steps are medians of "
+        "links as fast as the machine, replayed over the lab's cluster profile, which is the "
+        "machine's calibration and the rate: a message takes what the profile says, or what it "
+        "took on fast links, whichever is longer. Steps are medians of "
         f"{ROUNDS} rounds in which the rates take turns. Bar: an error of {BAR:.0%}.\n"
     )
     print("\n".join(rows(found)))

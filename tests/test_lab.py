@@ -115,7 +115,7 @@ def test_the_profile_has_the_links_and_the_machines_own_limits() -> None:
     assert set(fast.sources) == {*dict(numbers(fast)), *tables(fast)}
 
 
-@pytest.mark.parametrize("collective", ["all_reduce", "all_gather", "reduce_scatter", "send"])
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter", "send"])
 def test_a_slow_link_carries_what_gloo_sends(collective: str) -> None:
     """A large message takes what gloo makes a rank send, over the rate of its link."""
     cluster = profile_of(Links(4, 1e6), 4, 4, LAPTOP)
@@ -123,6 +123,14 @@ def test_a_slow_link_carries_what_gloo_sends(collective: str) -> None:
     found = float(seconds(collective, payload, Group(n, 1), cluster))
     sent = gloo_bytes(collective, payload, n)
     assert found == pytest.approx(sent / (1e6 / 8 * PAYLOAD), rel=1e-3)
+
+
+@pytest.mark.parametrize("nodes, longer", [(2, 1.5), (4, 1.0)])
+def test_an_all_gather_of_two_ranks_takes_longer_than_its_bytes(nodes: int, longer: float) -> None:
+    cluster = profile_of(Links(nodes, 1e6), nodes, nodes, LAPTOP)
+    found = float(seconds("all_gather", 10**8, Group(nodes, 1), cluster))
+    ring = gloo_bytes("all_gather", 10**8, nodes) / (1e6 / 8 * PAYLOAD)
+    assert found == pytest.approx(longer * ring, rel=1e-3)
 
 
 def test_ranks_that_share_a_core_have_a_part_of_it() -> None:
