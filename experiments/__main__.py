@@ -18,9 +18,12 @@ VERBS = {
     "simulate": ("experiments.simulate", "command"),
     "search": ("experiments.search", "command"),
     "score": ("experiments.score", "command"),
+    "compare": ("experiments.compare", "command"),
+    "report": ("experiments.report", "command"),
     "calibrate": ("experiments.calibrate", "command"),
     "lab": ("experiments.lab", "command"),
     "check": ("experiments.check", "command"),
+    "export": ("experiments.export", "command"),
 }
 
 

@@ -1,4 +1,4 @@
-"""./launch.sh check [cluster=FILE] [--json]: a few layouts on this machine, predicted and measured.
+"""./launch.sh check [cluster=FILE] [--json]: layouts on this machine, predicted and measured.
 
 Each layout trains for some steps on two ranks. Beside its step's time and its peak of memory stand
 those of the same program traced, and those of the closed forms, on a profile of this machine, which
@@ -29,7 +29,7 @@ from simulator.hardware import Cluster
 TIME_BAR, MEMORY_BAR = 0.15, 0.03
 KINDS = {"single": "fp32", "ddp": "ddp", "fsdp": "fsdp", "tp": "tp", "pp": "pp"}  # of the contest
 ROUNDS = 3  # in which layouts take turns
-STEPS = 12  # of each turn; the ledger shows the median of the last ones
+STEPS = 8  # of each turn; the ledger shows the median of the last four
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,21 @@ def command(argv: list[str]) -> int:
     given = dict(a.partition("=")[::2] for a in argv if a != "--json")
     if set(given) - {"cluster"} or not all(given.values()):
         raise Refused(f"{next(a for a in argv if a != '--json')}: check takes cluster=FILE, --json")
-    found = check(clusters.read(Path(given["cluster"])) if given else None)
+    found = check(profile(given["cluster"]) if given else None)
     if "--json" in argv:
         print(json.dumps({"layouts": [said(one) for one in found]}, indent=1))
     else:
         show(found)
     return 0
+
+
+def profile(name: str) -> Cluster:
+    """A cluster of configs/cluster by its name, or one in a file. Raises Refused, one line."""
+    if name in clusters.names():
+        return clusters.load(name)
+    if not Path(name).is_file():
+        raise Refused(f"cluster={name}: no such file; ./launch.sh calibrate to={name} writes it")
+    return clusters.read(Path(name))
 
 
 def check(cluster: Cluster | None = None) -> list[Checked]:

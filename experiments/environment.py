@@ -64,6 +64,11 @@ def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
     return Rank(rank, local_rank, world_size, max(1, nodes))
 
 
+def restarts(environ: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun --max-restarts has started this rank's job anew."""
+    return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def rendezvous(nodes: int = 1, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What of MASTER_ADDR and MASTER_PORT is missing: SLURM sets neither.
 

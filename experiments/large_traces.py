@@ -28,9 +28,9 @@ LARGE: dict[str, list[str]] = {
         "gradient_accumulation_steps=8",
     ],
     "405B, tp8 x fsdp256": ["model=llama3_405b", "layout.tp=8", "layout.dp_shard=256", FULL],
-    "405B, pp16 x fsdp8 x tp8": [
-        *("model=llama3_405b", "layout.pp=16", "layout.dp_shard=8", "layout.tp=8", FULL),
-        "gradient_accumulation_steps=16",
+    "405B, pp8 x fsdp16 x tp8": [
+        *("model=llama3_405b", "layout.pp=8", "layout.dp_shard=16", "layout.tp=8", FULL),
+        "gradient_accumulation_steps=8",
     ],
 }
 COMMON = ["micro_batch_size=1", "seq_len=8192", f"cluster={CLUSTER}", "precision=bf16"]

@@ -189,5 +189,6 @@ def rates_of(samples: list[Sample]) -> Rates:
     line = _line(products)
     assert line.flops is not None
     half_size = line.flops / line.fill if line.fill else 0.0
-    spent = sum(sample.seconds for sample in attention)
-    return Rates(line.flops, half_size, sum(s.flops for s in attention) / 2 / spent)
+    # as simulator.estimate.flash_seconds has it: rows and columns of scores fill tiles
+    filled = [s.flops / 2 * (1 + half_size * (1 / s.sides[0] + 1 / s.sides[2])) for s in attention]
+    return Rates(line.flops, half_size, sum(filled) / sum(s.seconds for s in attention))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from types import FrameType
-from typing import Protocol
+
+import psutil
 
 GRACE_S = 10  # between asking the ranks to end and making them
+RANK, TORCHRUN = "experiments.worker", "torch.distributed.run"  # modules
+SAVE_S = 25  # between asking the ranks to save and ending them: SLURM's KillWait is 30
 
 
 def die_with_parent() -> None:
@@ -29,25 +33,23 @@ def end(status: int) -> None:
     os._exit(status)
 
 
-class Endable(Protocol):
-    """A process, or several that end together."""
-
-    def send_signal(self, sig: int) -> None: ...
-
-    def kill(self) -> None: ...
-
-
 class Forwarding:
-    """While open, the first signal to this process ends `process`, and a second one kills it."""
+    """While open, the first signal to this process ends `process`, and a second one kills it.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    A scheduler's SIGTERM or SIGUSR1 (SLURM: --signal=USR1@60) lets the ranks, which are below
+    `process`, save first; a terminal's Ctrl-C and hang-up do not wait for that.
+    """
 
-    def __init__(self, process: Endable) -> None:
+    SAVE = (signal.SIGTERM, signal.SIGUSR1)
+    END = (signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
         self.received = 0
 
     def __enter__(self) -> Forwarding:
-        self.saved = {number: signal.signal(number, self._forward) for number in self.SIGNALS}
+        numbers = (*self.SAVE, *self.END)
+        self.saved = {number: signal.signal(number, self._forward) for number in numbers}
         self.saved[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda *_: self.process.kill())
         return self
 
@@ -60,5 +62,45 @@ class Forwarding:
         if self.received:
             self.process.kill()  # the ranks die with it: die_with_parent
         self.received = self.received or number
-        self.process.send_signal(signal.SIGTERM)
-        signal.alarm(GRACE_S)
+        ranks = ranks_below(self.process.pid) if number in self.SAVE else []
+        if ranks:
+            # to each rank, and not to torchrun, which would end them before the step is over
+            for rank in ranks:
+                rank.send_signal(signal.SIGUSR1)
+            signal.alarm(SAVE_S)
+        else:
+            self.process.send_signal(signal.SIGTERM)
+            signal.alarm(GRACE_S)
+
+
+def ranks_below(parent: int) -> list[psutil.Process]:
+    """The ranks that were started by `parent`, or by what it started: a torchrun or several."""
+    found = []
+    for process in children(parent, recursive=True):
+        try:
+            line = process.cmdline()
+        except psutil.Error:
+            continue
+        if RANK in line and TORCHRUN not in line:  # torchrun's own line names both
+            found.append(process)
+    return found
+
+
+def children(parent: int, recursive: bool = False) -> list[psutil.Process]:
+    """The processes that `parent` started itself (`recursive`: or they did), if still there."""
+    try:
+        return psutil.Process(parent).children(recursive)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end_stopped_siblings() -> None:
+    """End ranks of this machine that are stopped (SIGSTOP): they would take no SIGTERM, and
+    torchrun would wait for them."""
+    for rank in children(os.getppid()):
+        try:
+            if rank.status() == psutil.STATUS_STOPPED:
+                rank.send_signal(signal.SIGTERM)  # pending: the first that it sees
+                rank.send_signal(signal.SIGCONT)
+        except psutil.Error:
+            continue

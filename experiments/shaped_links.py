@@ -17,13 +17,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from experiments.loopback import namespace
-from experiments.process import GRACE_S, Forwarding, die_with_parent
+from experiments.process import GRACE_S, die_with_parent
 
 DEVICE = "eth0"  # of each node
 BRIDGE = "lab"
@@ -175,16 +174,15 @@ def _hold_namespace() -> subprocess.Popen:
 
 
 class Together:
-    """One process a node, that end together. Looks like one process to Forwarding."""
+    """One process a node, that end together."""
 
     def __init__(self, processes: list[subprocess.Popen]) -> None:
         self.processes = processes
 
-    def send_signal(self, sig: int) -> None:
-        self._each(lambda process: process.send_signal(sig))
-
-    def kill(self) -> None:
-        self._each(lambda process: process.kill())
+    def send_signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
 
     def wait(self) -> int:
         """The first status that is not 0. A node that failed takes the others with it."""
@@ -201,11 +199,6 @@ class Together:
                 deadline = time.monotonic() + GRACE_S
             time.sleep(0.02)
 
-    def _each(self, do: Callable[[subprocess.Popen], None]) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                do(process)
-
 
 def run(links: Links, commands: list[list[str]]) -> int:
     """Run one command on each node until all have ended. Returns the first status that is not 0."""
@@ -215,8 +208,10 @@ def run(links: Links, commands: list[list[str]]) -> int:
             for node, line in enumerate(commands)
         ]
         together = Together(processes)
-        with Forwarding(together):
-            return together.wait()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # whoever started this one kills it if that takes too long
+            signal.signal(number, lambda *_: together.send_signal(signal.SIGTERM))
+        return together.wait()
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -33,9 +34,10 @@ def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]
     layout = config.layout
     stride = layout.world_size // layout.pp
     ranks = [place * stride for place in range(layout.pp)] if config.rank is None else [config.rank]
-    # a process of its own: the world of a trace is global
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        found = dict(zip(ranks, process.map(trace_rank, [config] * len(ranks), ranks), strict=True))
+    # processes of their own: the world of a trace is global
+    count = min(len(ranks), os.cpu_count() or 1)
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        found = dict(zip(ranks, pool.map(trace_rank, [config] * len(ranks), ranks), strict=True))
     if config.rank is not None:
         return "traced", [step(config, found[config.rank], dict.fromkeys(("total", *TIME_PARTS)))]
     programs = {rank: one.program for rank, one in found.items()}

@@ -12,10 +12,10 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 
-from experiments import clusters, environment
+from experiments import clusters
 from experiments.agreement import Agreement, agreements, plans_of
-from experiments.benchmark import rule, table
 from experiments.check import MEMORY_BAR, TIME_BAR, check, configurations, progress
+from experiments.document import heading, rule, table
 from experiments.given_back import given_back
 from experiments.large_traces import CLUSTER, both_ways, simulate
 from minigpt.config import ModelConfig
@@ -180,9 +180,9 @@ def plans_a_second() -> float:
     plans, cluster = one[[0] * CHUNK], clusters.load(CLUSTER)
     taken = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()  # of one core, however busy the machine is
         predict(plans, cluster)
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return CHUNK / statistics.median(taken)
 
 
@@ -192,9 +192,7 @@ SECTIONS: list[Callable[[], Iterator[str]]] = [ranks, seconds, large, speed]
 
 def main(names: list[str]) -> None:
     """Print the document, or the sections that are asked for."""
-    facts = environment.facts()
-    print(f"# How near the simulator is\n\nMade by `{COMMAND}` on {time.strftime('%Y-%m-%d')}")
-    print(f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).\n")
+    print(heading("How near the simulator is", COMMAND))
     for section in SECTIONS:
         if not names or section.__name__ in names:
             for line in section():

@@ -10,6 +10,7 @@ from simulator.hardware import Cluster
 
 # Names of costs/program.py -> of a device's peaks; fp16 is as fast as bf16
 PEAKS = {"float32": "fp32", "float64": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+LOW = ("bfloat16", "float16")  # a cluster's table of operators was measured without them
 
 
 class EventTimes:
@@ -35,7 +36,7 @@ class EventTimes:
     def _work(self, work: Work) -> float:
         device = self.cluster.device
         launches = work.operators * self.cluster.operator_overhead
-        known = device.operators.get(work.name)
+        known = device.operators.get(work.name) if work.dtype not in LOW else None
         if known:
             busy = known.seconds(work.flops, work.bytes, work.shape[1:])
         else:
@@ -49,8 +50,11 @@ class EventTimes:
             return 0.0
         peak = device.flops(PEAKS.get(work.dtype, "fp32"))
         if work.name == "attention" or "scaled_dot_product" in work.name:
-            # counted in full, and a causal kernel leaves half out (simulator/estimate.py)
-            return work.flops / 2 / (peak * share.attention)
+            # counted in full, and a causal kernel leaves half out; rows and columns of scores fill
+            # tiles (simulator/estimate.py)
+            rows, _, columns = work.shape[1:]
+            slow = 1 + share.half_size * (1 / rows + 1 / columns)
+            return work.flops / 2 / (peak * share.attention) * slow
         # the time that a kernel needs to fill, for each dimension (simulator/estimate.py)
         slow = 1 + share.half_size * sum(1 / size for size in work.shape[1:] if size)
         return work.flops / (peak * share.matmul) * slow

@@ -50,7 +50,7 @@ def test_what_the_closed_forms_take_follows_from_the_same_samples() -> None:
     rates = rates_of(SAMPLES)
     assert rates.products == pytest.approx(1e11, rel=0.01)
     assert rates.half_size == pytest.approx(1e11 / 5e9, rel=0.01)
-    assert rates.attention == pytest.approx(2e10)
+    assert rates.attention == pytest.approx(2e10 * (1 + 20 * 2 / 512), rel=0.01)
 
 
 def test_lines_of_messages_are_found_again() -> None:
