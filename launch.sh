@@ -10,6 +10,7 @@
 #   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
 #   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs
 #   ./launch.sh debug [NAME]      runs that are broken on purpose, and what finds out (--diagnose)
+#   ./launch.sh lab nodes=4 rate=1gbit    many nodes on this machine, over links that slow (Linux)
 #   ./launch.sh export run=DIR out=FILE   its weights as one .safetensors file
 #   ./launch.sh compare RUN RUN...        runs side by side: what differs, and what that changed
 #   ./launch.sh report RUN...             the same as one HTML file, with timelines

@@ -21,6 +21,7 @@ VERBS = {
     "compare": ("experiments.compare", "command"),
     "report": ("experiments.report", "command"),
     "calibrate": ("experiments.calibrate", "command"),
+    "lab": ("experiments.lab", "command"),
     "check": ("experiments.check", "command"),
     "debug": ("experiments.debug.command", "command"),
     "export": ("experiments.export", "command"),

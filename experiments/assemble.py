@@ -42,7 +42,7 @@ def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
         device = torch.device("cuda", rank.local_rank)
         torch.cuda.set_device(device)
     if rank.world_size > 1:
-        os.environ.update(rendezvous())
+        os.environ.update(rendezvous(rank.nodes))
         backend = config.backend.value
         if config.backend == Backend.gloo and device.type == "cpu":
             backend = communication.BACKEND  # gloo, and every call is recorded

@@ -78,6 +78,12 @@ class Layout:
         ]
         return "-".join(named) or "single"
 
+    def leaves_node(self, axis: str, ranks_a_node: int) -> bool:
+        """Whether neighbours on an axis are on different nodes, which take the ranks in order."""
+        inside = MESH_AXES[MESH_AXES.index(axis) :]
+        together = math.prod(getattr(self, name) for name in inside)
+        return getattr(self, axis) > 1 and ranks_a_node % together != 0
+
     def resolve(self, world_size: int) -> Layout:
         """Put a number in the place of -1.
 
