@@ -8,6 +8,8 @@
 #   ./launch.sh replay RUN cluster=NAME   a recorded run (trace=true), on another network
 #   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
 #   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs
+#   ./launch.sh ask [QUESTION]    questions of system design, answered with measured numbers
+#   ./launch.sh playground        a local page with sliders: memory, time, timeline
 #   ./launch.sh python ARGS       the Python that has the packages
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -16,7 +18,10 @@ extra="" # what of pyproject.toml's optional dependencies this command needs
 modules="torch numpy hydra omegaconf rich wandb tokenizers psutil matplotlib"
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
     extra="[dev]"
-    modules="$modules pytest hypothesis ruff mypy simpy accelerate"
+    modules="$modules pytest hypothesis ruff mypy simpy accelerate nicegui playwright"
+elif [ "${1:-}" = playground ]; then
+    extra="[playground]"
+    modules="$modules nicegui"
 elif [[ " $*" == *" strategy="*accelerate* || " $*" == *" impl="*accelerate* ]]; then
     extra="[accelerate]"
     modules="$modules accelerate"

@@ -19,6 +19,8 @@ VERBS = {
     "search": ("experiments.search", "command"),
     "score": ("experiments.score", "command"),
     "calibrate": ("experiments.calibrate", "command"),
+    "ask": ("experiments.ask", "command"),
+    "playground": ("experiments.playground", "command"),
 }
 
 

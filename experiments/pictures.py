@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 
 from costs.ledger import MEMORY_PARTS
 from costs.trace import COMMUNICATION, COMPUTE, WAIT, MemorySample, Slice, lanes
+from simulator.timeline import Timeline
 
 COLOURS = {
     "data": "#8c8c8c",
@@ -103,6 +104,29 @@ def draw_memory(
         area.tick_params(labelbottom=False)
     _legend(figure, {part: MEMORY_COLOURS[part] for part in MEMORY_PARTS})
     _save(figure, path)
+
+
+def draw_schedules(timelines: dict[str, Timeline], path: Path) -> None:
+    """One step under each schedule, one below the other on one scale: passes and idle time."""
+    ranks = max(len(timeline.programs) for timeline in timelines.values())
+    end = max(timeline.total for timeline in timelines.values())
+    figure, panels = _figure([ranks * 0.3 + 0.15 for _ in timelines], "")
+    shown: set[str] = set()
+    for axes, (name, timeline) in zip(panels, timelines.items(), strict=True):
+        for row, rank in enumerate(sorted(timeline.programs)):
+            waits = [s for s in timeline.slices(rank) if s.kind == WAIT]
+            own = [*timeline.passes(rank), *waits]
+            shown |= _draw_compute(axes, own, row + 0.05, 0.9, end)
+        axes.set_ylim(len(timeline.programs), -0.3)
+        axes.set_yticks([])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        _finish_time_axis(axes, end)
+    for axes in panels[:-1]:
+        axes.set_xlabel("")
+        axes.tick_params(labelbottom=False)
+    named = {k: COLOURS[k] for k in COLOURS if k in shown}
+    _legend(figure, {NAMES.get(kind, kind): colour for kind, colour in named.items()})
+    figure.savefig(path, dpi=80)
 
 
 def _draw_compute(

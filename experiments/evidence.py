@@ -1,0 +1,237 @@
+"""What answers rest on: ledgers of real runs, kept by the hash of their configuration, and of
+simulations, which take milliseconds and are made anew.
+
+A run is looked for in runs/ask and started where it is not there; `again` starts all of them anew.
+It is kept for this machine, Python and torch, not for a version of this program: after a change of
+what is measured, ask with --again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from costs import ledger as ledgers
+from experiments import environment, launch, run_folder
+from experiments.compose import GROUPS, SCHEMAS, run_hydra, to_config
+from experiments.quantity import FORMULA, MEASURED, SHARE, Quantity
+
+KEPT = Path("runs") / "ask"
+# of every measured run: what costs time and is not asked for, and the same processor everywhere
+PLAIN = ("device=cpu", "backend=gloo", "validation.batches=0", "sample.tokens=0", "run.save=false")
+SAME_MACHINE = ("torch", "python", "processor", "cores")
+
+
+class RunFailed(RuntimeError):
+    """A run that an answer needs did not end well."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A ledger, or what else was found out, and where it is kept."""
+
+    name: str  # what it is called in an answer
+    ledger: dict[str, Any]
+    run: str  # its folder, or the command that prints it
+    source: str
+
+    def at(self, where: str, unit: str, label: str = "") -> Quantity:
+        """The number at a place of the ledger. Raises ValueError where it was not measured.
+
+        `where`: keys with dots; [i] an entry of a list; [key=value,...] the sum over the entries
+        that match, [] over all.
+        """
+        value = value_at(self.ledger, where)
+        if value is None:
+            raise ValueError(f"{self.run}: {where} was not measured")
+        label = label or where.removeprefix("step.").replace("_", " ")
+        return Quantity(f"{self.name}: {label}", value, unit, self.source, self.run, where)
+
+    def memory(self, part: str = "peak", rank: int | None = None) -> Quantity:
+        place = "step" if rank is None else f"ranks[{rank}]"
+        return self.at(f"{place}.memory_bytes.{part}", "B", f"memory, {part}")
+
+    def seconds(self, part: str = "total") -> Quantity:
+        return self.at(f"step.time_s.{part}", "s", f"seconds, {part.replace('_', ' ')}")
+
+    def payload(self, rank: int | None = None, **match: str) -> Quantity:
+        """Bytes that a rank hands over in a step, of the rows that match (axis, phase ...)."""
+        return self._sent("payload_bytes", rank, match)
+
+    def wire(self, rank: int | None = None, **match: str) -> Quantity:
+        """Bytes that a ring sends."""
+        return self._sent("wire_bytes", rank, match)
+
+    def _sent(self, what: str, rank: int | None, match: dict[str, str]) -> Quantity:
+        place = "step" if rank is None else f"ranks[{rank}]"
+        rows = ",".join(f"{key}={value}" for key, value in match.items())
+        label = " ".join([what.replace("_", " "), *match.values()])
+        return self.at(f"{place}.communication[{rows}].{what}", "B", label)
+
+    @property
+    def mfu(self) -> Quantity:
+        return self.at("step.mfu", SHARE, "MFU")
+
+    @property
+    def speed(self) -> Quantity:
+        return self.at("step.tokens_per_s", "tokens/s", "speed")
+
+    @property
+    def losses(self) -> list[float]:
+        return self.ledger["training"]["losses"]
+
+
+def value_at(ledger: Any, where: str) -> float | None:
+    """See Run.at. Raises KeyError or IndexError where there is no such place."""
+    head = re.match(r"([A-Za-z_0-9]+)|\[([^\]]*)\]", where)
+    if not head:
+        return ledger
+    rest = where[head.end() :].removeprefix(".")
+    key, inside = head.groups()
+    if key is not None:
+        return value_at(ledger[key], rest)
+    if re.fullmatch(r"-?\d+", inside):
+        return value_at(ledger[int(inside)], rest)
+    if ledger is None:
+        return None
+    wanted = dict(pair.split("=") for pair in inside.split(",") if pair)
+    rows = [row for row in ledger if all(str(row[k]) == v for k, v in wanted.items())]
+    values = [value_at(row, rest) for row in rows]
+    return None if None in values else sum(values)
+
+
+@cache
+def _base(command: str, groups: tuple[str, ...]) -> DictConfig:
+    composed: list[DictConfig] = []
+    run_hydra(command, list(groups), composed.append)
+    return composed[0]
+
+
+def composed(command: str, overrides: tuple[str, ...]) -> Any:
+    """The configuration that a command line makes. Hydra composes the groups once; keys go on top,
+    as they do on a command line. Raises Refused."""
+    groups = tuple(o for o in overrides if o.partition("=")[0] in GROUPS)
+    keys = [o for o in overrides if o not in groups]
+    merged = OmegaConf.merge(_base(command, groups), OmegaConf.from_dotlist(keys))
+    assert isinstance(merged, DictConfig)
+    return to_config(merged, SCHEMAS[command])
+
+
+class Evidence:
+    """Gives questions their runs and simulations, and keeps what it gave: `ledgers`, by `run`."""
+
+    def __init__(self, again: bool = False) -> None:
+        self.again = again
+        self.ledgers: dict[str, dict[str, Any]] = {}
+        self.fresh: set[Path] = set()  # measured by this process
+
+    def measured(self, name: str, *overrides: str) -> Run:
+        """A real run. Raises RunFailed with the reason."""
+        found = self.attempted(name, *overrides)
+        if isinstance(found, str):
+            raise RunFailed(f"./launch.sh {' '.join(overrides)}: {found}")
+        return found
+
+    def attempted(self, name: str, *overrides: str) -> Run | str:
+        """A real run that may fail: then the reason, one line."""
+        config = environment.settle(composed("train", (*PLAIN, *overrides)), None, gpus=0)
+        folder = KEPT / f"{config.layout.label}-{_digest(config)}"
+        with _alone():
+            if not self._has(folder, "ledger.json", "failed.txt"):
+                _start(config, overrides, folder)
+                self.fresh.add(folder)
+        failed = folder / "failed.txt"
+        if failed.exists():
+            return failed.read_text().strip()
+        return self._keep(Run(name, ledgers.read(folder / "ledger.json"), str(folder), MEASURED))
+
+    def probed(self, name: str, ranks: int, function: Callable[..., dict[str, Any]]) -> Run:
+        """What a function of a module finds out on each of `ranks` ranks: {"ranks": [...]}."""
+        facts = {key: environment.facts()[key] for key in SAME_MACHINE}
+        text = json.dumps([function.__module__, function.__qualname__, ranks, facts])
+        folder = KEPT / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        path = folder / "measured.json"
+        with _alone():
+            if not self._has(folder, path.name):
+                from experiments.ranks import run_ranks
+
+                _say(f"measuring {name}")
+                folder.mkdir(parents=True, exist_ok=True)
+                found = run_ranks(ranks, function)
+                path.write_text(json.dumps({"ranks": found, "environment": facts}, indent=1))
+                self.fresh.add(folder)
+        return self._keep(Run(name, json.loads(path.read_text()), str(folder), MEASURED))
+
+    def simulated(self, name: str, *overrides: str) -> Run:
+        """The closed forms' ledger. Raises Refused for a plan that the rules do not let pass."""
+        from experiments.simulate import simulate
+
+        ledger = simulate(composed("simulate", overrides), Path())
+        return self._keep(Run(name, ledger, _command("simulate", overrides), FORMULA))
+
+    def searched(self, name: str, *overrides: str) -> Run:
+        """What `./launch.sh search --json` prints."""
+        from experiments.search import find, said_of
+
+        config = composed("search", overrides)
+        said = said_of(config, find(config))
+        return self._keep(Run(name, said, _command("search", overrides), FORMULA))
+
+    def _has(self, folder: Path, *files: str) -> bool:
+        """Whether a run is there and may be used."""
+        there = any((folder / name).exists() for name in files)
+        return there and (not self.again or folder in self.fresh)
+
+    def _keep(self, run: Run) -> Run:
+        self.ledgers[run.run] = run.ledger
+        return run
+
+
+def _command(verb: str, overrides: tuple[str, ...]) -> str:
+    return " ".join(["./launch.sh", verb, *overrides])
+
+
+def _digest(config: Any) -> str:
+    """Of the configuration and the machine that it is measured on."""
+    facts = {key: environment.facts()[key] for key in SAME_MACHINE}
+    text = OmegaConf.to_yaml(OmegaConf.structured(config)) + json.dumps(facts)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _start(config: Any, overrides: tuple[str, ...], folder: Path) -> None:
+    """Train, as ./launch.sh does. What failed leaves failed.txt, with the reason."""
+    _say(f"measuring ./launch.sh {' '.join(overrides)}")
+    if folder.exists():  # of a run that was cut off, or is wanted again
+        shutil.rmtree(folder)
+    job = launch.prepare_job(config, list(overrides), launch.Torchrun(), folder)
+    status = launch.run(job, quiet=True)
+    if status > 128:
+        raise KeyboardInterrupt
+    if status:
+        (folder / "failed.txt").write_text(run_folder.failure(folder) + "\n")
+
+
+def _say(text: str) -> None:
+    """To the person who waits; the answer goes to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One that measures at a time: two would take each other's time, and folders."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with open(KEPT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
