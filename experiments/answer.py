@@ -7,13 +7,14 @@ number has its tag.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from experiments.console import DASH
@@ -58,20 +59,32 @@ class Table:
 
     title: str
     head: list[str]
-    rows: list[list[Cell]]
+    rows: Sequence[Sequence[Any]]  # of Cell
 
     def __post_init__(self) -> None:
         for row in self.rows:
             assert len(row) == len(self.head), (self.title, row)
+            assert all(isinstance(cell, Cell) for cell in row), (self.title, row)
 
     @property
     def numbers(self) -> list[Quantity]:
         return [cell for row in self.rows for cell in row if isinstance(cell, Quantity)]
 
     @property
+    def source(self) -> str | None:
+        """Of all numbers, where they have the same."""
+        found = {number.source for number in self.numbers}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def full_title(self) -> str:
+        """With the source of all numbers, where they have the same."""
+        return f"{self.title} ({self.source})" if self.source else self.title
+
+    @property
     def heads(self) -> list[str]:
-        """With the source, where a column has one."""
-        own = (self._source(i) for i in range(len(self.head)))
+        """With the source of the column, where it has one that the title does not say."""
+        own = (None if self.source else self._source(i) for i in range(len(self.head)))
         return [
             f"{name}, {source}" if source else name
             for name, source in zip(self.head, own, strict=True)
@@ -79,18 +92,9 @@ class Table:
 
     def cells(self) -> Iterator[list[str]]:
         """Rows as text."""
-        sources = [self._source(i) for i in range(len(self.head))]
+        said = [bool(self._source(i)) for i in range(len(self.head))]
         for row in self.rows:
-            yield [
-                DASH
-                if cell is None
-                else cell
-                if isinstance(cell, str)
-                else cell.plain
-                if source
-                else str(cell)
-                for cell, source in zip(row, sources, strict=True)
-            ]
+            yield [_text(cell, plain) for cell, plain in zip(row, said, strict=True)]
 
     def _source(self, column: int) -> str | None:
         cells = [row[column] for row in self.rows]
@@ -99,6 +103,12 @@ class Table:
 
     def is_number(self, column: int) -> bool:
         return any(isinstance(row[column], Quantity) for row in self.rows)
+
+
+def _text(cell: Cell, plain: bool) -> str:
+    if isinstance(cell, Quantity):
+        return cell.plain if plain else str(cell)
+    return DASH if cell is None else cell
 
 
 @dataclass(frozen=True)
@@ -175,12 +185,18 @@ def show(console: Console, name: str, question: str, answer: Answer, pictures: P
 
 
 def rich_table(table: Table) -> RichTable:
-    made = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = RichTable(
+        title=table.full_title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for i, name in enumerate(table.heads):
-        right = table.is_number(i)
-        made.add_column(name, justify="right" if right else "left", overflow="fold")
+        number = table.is_number(i)
+        made.add_column(name, justify="right" if number else "left", no_wrap=number)
     for row in table.cells():
-        made.add_row(*(cell.replace("[", "\\[") for cell in row))
+        made.add_row(*(escape(cell) for cell in row))
     return made
 
 
@@ -189,7 +205,7 @@ def markdown(question: str, answer: Answer, place: Callable[[Picture], str]) -> 
     lines = [f"## {question}", ""]
     lines += [f"- {one.text}" for one in answer.conclusion]
     for table in answer.tables:
-        lines += ["", f"**{table.title}**", ""]
+        lines += ["", f"**{table.full_title}**", ""]
         aligned = ["--:" if table.is_number(i) else "---" for i in range(len(table.head))]
         every = [table.heads, aligned, *table.cells()]
         lines += ["| " + " | ".join(row) + " |" for row in every]

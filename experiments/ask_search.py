@@ -43,7 +43,7 @@ def answer(asked: Wanted, evidence: Evidence) -> Answer:
 
 
 def plan_number(found: Run, i: int, where: str, unit: str) -> Quantity:
-    label = f"{found.ledger['plans'][i]['label']}: {where.replace('_', ' ')}"
+    label = f"plan {i + 1}, {found.ledger['plans'][i]['label']}: {where.replace('_', ' ')}"
     return found.at(f"plans[{i}].{where}", unit).named(label)
 
 
@@ -92,6 +92,16 @@ def nothing(found: Run) -> list[Said]:
     ]
 
 
+def shortly(plan: dict[str, Any]) -> list[str]:
+    """For two cells of a table: the layout, and how it is run."""
+    how = [schedule_of(plan)] if plan["schedule"] else []
+    how += [f"zero {plan['zero_stage']}"] if plan["zero_stage"] else []
+    how.append(f"{plan['gradient_accumulation_steps']} x {plan['micro_batch_size']}")
+    checkpointing = plan["activation_checkpointing"]
+    how += [checkpointing] if checkpointing != "none" else []
+    return [plan["label"], ", ".join(how)]
+
+
 def described(plan: dict[str, Any]) -> str:
     """In words: layout, schedule, batch, checkpointing."""
     how = [plan["label"]]
@@ -110,7 +120,7 @@ def plans_table(found: Run) -> Table:
     for i, plan in enumerate(found.ledger["plans"][:TOP]):
         rows.append(
             [
-                described(plan),
+                *shortly(plan),
                 plan_number(found, i, "time_s", "s"),
                 plan_number(found, i, "mfu", SHARE),
                 plan_number(found, i, "memory_bytes", "B"),
@@ -118,5 +128,8 @@ def plans_table(found: Run) -> Table:
                 part(found, i, "bubble"),
             ]
         )
-    head = ["plan", "step", "MFU", "memory", "exposed", "bubble"]
-    return Table("The fastest plans that fit", head, rows)
+    head = ["layout", "how", "step", "MFU", "memory", "exposed", "bubble"]
+    title = (
+        "The fastest plans that fit: schedule, ZeRO stage, micro-batches x sequences, checkpointing"
+    )
+    return Table(title, head, rows)

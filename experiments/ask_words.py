@@ -38,10 +38,12 @@ def words_of(text: str) -> list[str]:
 def nearest(text: str, questions: dict[str, str]) -> list[str]:
     """Names of questions, the likeliest first; none where no word is shared.
 
-    `questions`: name -> all words that speak of it. A word counts more the fewer questions have it
-    (Sparck Jones 1972), and the same for words that are written nearly alike.
+    `questions`: name -> words that speak of it. A word counts more the fewer questions have it
+    (Sparck Jones 1972), twice where it is in the name, and nearly as much where it is written
+    nearly alike.
     """
-    known = {name: words_of(f"{name} {about}") for name, about in questions.items()}
+    named = {name: words_of(name) for name in questions}
+    known = {name: [*named[name], *words_of(about)] for name, about in questions.items()}
     scores: dict[str, float] = {}
     for asked in set(words_of(text)):
         likeness = {name: _likeness(asked, words) for name, words in known.items()}
@@ -49,7 +51,8 @@ def nearest(text: str, questions: dict[str, str]) -> list[str]:
         for name, value in likeness.items():
             if value:
                 rarity = math.log(1 + len(known) / have)
-                scores[name] = scores.get(name, 0.0) + value * rarity
+                twice = 1 + (asked in named[name])
+                scores[name] = scores.get(name, 0.0) + twice * value * rarity
     return sorted(scores, key=lambda name: -scores[name])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ class Lines:
     title: str
     x: str
     y: str
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]]
-    points: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     log_x: bool = False
     log_y: bool = False
     level: tuple[float, str] | None = None  # a horizontal line, and what it is
@@ -55,7 +55,10 @@ def draw(path: Path, *panels: Bars | Lines) -> None:
         ratios = {"height_ratios": [n + 3 for n in rows]} if stacked else {}
         grid = figure.subplots(*shape, squeeze=False, gridspec_kw=ratios)
         for axes, panel in zip(grid.ravel(), panels, strict=True):
-            (_draw_bars if isinstance(panel, Bars) else _draw_lines)(axes, panel)
+            if isinstance(panel, Bars):
+                _draw_bars(axes, panel)
+            else:
+                _draw_lines(axes, panel)
             axes.set_title(panel.title, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=DPI)

@@ -16,16 +16,18 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
+from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from costs import ledger as ledgers
 from experiments import environment, launch, run_folder
-from experiments.compose import GROUPS, SCHEMAS, run_hydra, to_config
+from experiments.compose import GROUPS, Refused, configs_of, no_such_key
+from experiments.plan_config import plain
 from experiments.quantity import FORMULA, MEASURED, SHARE, Quantity
 
 KEPT = Path("runs") / "ask"
@@ -109,24 +111,55 @@ def value_at(ledger: Any, where: str) -> float | None:
     wanted = dict(pair.split("=") for pair in inside.split(",") if pair)
     rows = [row for row in ledger if all(str(row[k]) == v for k, v in wanted.items())]
     values = [value_at(row, rest) for row in rows]
-    return None if None in values else sum(values)
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 @cache
-def _base(command: str, groups: tuple[str, ...]) -> DictConfig:
-    composed: list[DictConfig] = []
-    run_hydra(command, list(groups), composed.append)
-    return composed[0]
+def _base(command: str, overrides: tuple[str, ...]) -> Any:
+    """What Hydra makes of them, checked."""
+    return configs_of(command, list(overrides))[0]
 
 
+@cache
 def composed(command: str, overrides: tuple[str, ...]) -> Any:
-    """The configuration that a command line makes. Hydra composes the groups once; keys go on top,
-    as they do on a command line. Raises Refused."""
-    groups = tuple(o for o in overrides if o.partition("=")[0] in GROUPS)
-    keys = [o for o in overrides if o not in groups]
-    merged = OmegaConf.merge(_base(command, groups), OmegaConf.from_dotlist(keys))
-    assert isinstance(merged, DictConfig)
-    return to_config(merged, SCHEMAS[command])
+    """The configuration that a command line makes, checked. Raises Refused or ValueError.
+
+    Hydra composes groups and the model once, which takes a tenth of a second; what nothing else is
+    derived from is put on top of that, as often as there are plans.
+    """
+    first = tuple(o for o in overrides if _comes_first(o.partition("=")[0]))
+    rest = [o for o in overrides if o not in first]
+    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(rest))
+    return changed(_base(command, first), values)
+
+
+def _comes_first(key: str) -> bool:
+    return key in GROUPS or key.startswith("model.")
+
+
+def changed(node: Any, values: dict[str, Any]) -> Any:
+    """A dataclass with other values, by nested keys. Enums are given by name. Raises Refused."""
+    hints, made = get_type_hints(type(node)), {}
+    for key, value in values.items():
+        if key not in hints:
+            raise Refused(no_such_key(key, key, type(node)))
+        old = getattr(node, key)
+        if is_dataclass(old):
+            made[key] = changed(old, value)
+        else:
+            made[key] = _typed(hints[key], value)
+    return replace(node, **made)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """What a schema's field takes."""
+    kind = next((a for a in (hint, *get_args(hint)) if isinstance(a, type)), None)
+    if kind is not None and issubclass(kind, Enum) and value is not None:
+        values = value if isinstance(value, list) else [value]
+        made = [kind(str(one)) for one in values]
+        return made if isinstance(value, list) else made[0]
+    return float(value) if hint in (float, float | None) and value is not None else value
 
 
 class Evidence:
@@ -145,8 +178,11 @@ class Evidence:
         return found
 
     def attempted(self, name: str, *overrides: str) -> Run | str:
-        """A real run that may fail: then the reason, one line."""
-        config = environment.settle(composed("train", (*PLAIN, *overrides)), None, gpus=0)
+        """A real run that may fail, or be refused: then the reason, one line."""
+        try:
+            config = environment.settle(composed("train", (*PLAIN, *overrides)), None, gpus=0)
+        except ValueError as error:
+            return str(error)
         folder = KEPT / f"{config.layout.label}-{_digest(config)}"
         with _alone():
             if not self._has(folder, "ledger.json", "failed.txt"):
@@ -206,7 +242,7 @@ def _command(verb: str, overrides: tuple[str, ...]) -> str:
 def _digest(config: Any) -> str:
     """Of the configuration and the machine that it is measured on."""
     facts = {key: environment.facts()[key] for key in SAME_MACHINE}
-    text = OmegaConf.to_yaml(OmegaConf.structured(config)) + json.dumps(facts)
+    text = json.dumps([plain(config), facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

@@ -83,13 +83,13 @@ class Controls:
     def config(self) -> SimulateConfig:
         """What the command composes, in microseconds. Raises ValueError where it is refused."""
         base = groups(self.model, self.cluster)
-        staged = {"schedule": PipelineSchedule(self.schedule)} if self.pp > 1 else {}
+        staged = PipelineConfig(PipelineSchedule(self.schedule))
         return SimulateConfig(
             model=base.model,
             data=base.data,
             cluster=base.cluster,
             layout=Layout(**{axis: getattr(self, axis) for axis in AXES}),
-            pipeline=PipelineConfig(**staged),
+            pipeline=staged if self.pp > 1 else PipelineConfig(),
             zero_stage=self.zero_stage if self.dp_shard > 1 else SimulateConfig.zero_stage,
             sequence_parallel=self.sequence,
             precision=Precision(self.precision),

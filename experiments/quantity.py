@@ -97,6 +97,7 @@ class Quantity:
 
 def combined(label: str, sign: str, parts: tuple[Quantity, ...], unit: str) -> Quantity:
     """A number that follows from others by one of SIGNS."""
+    assert sign == "/" or all(part.unit == unit for part in parts), f"{label}: units differ"
     runs = dict.fromkeys(run for part in parts for run in part.run.split("; "))
     weakest = max((part.source for part in parts), key=SOURCES.index)
     value = SIGNS[sign]([part.value for part in parts])
@@ -132,7 +133,8 @@ def human(value: float, unit: str) -> str:
     if unit == SHARE:
         return f"{100 * value:.1f} %"
     if unit == TIMES:
-        return f"{value:,.0f} times" if value >= 100 else f"{value:.3g} times"
+        digits = 0 if value >= 100 else 1 if value >= 10 else 2
+        return f"{value:,.{digits}f} times"
     if unit in ("FLOP", "FLOP/s", "B/s", "FLOP/B"):
         return f"{_prefixed(value)}{unit}"
     if unit == "$":

@@ -7,6 +7,7 @@ Bytes are the least that an operator must move: each input read once, each outpu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def _operators() -> dict[str, tuple[Callable[[], Any], float, float]]:
     size = x.numel()
     made: dict[str, tuple[Callable[[], Any], float, float]] = {}
     for n in (32, 128, 512, 1024):
-        a, b = torch.randn(n, n), torch.randn(n, n)
-        made[f"matmul {n}"] = (lambda a=a, b=b: a @ b), 2.0 * n**3, 3.0 * ITEM * n * n
+        square = torch.randn(n, n)
+        made[f"matmul {n}"] = partial(torch.mm, square, square), 2.0 * n**3, 3.0 * ITEM * n * n
     weight = torch.randn(width, width)
     rows = 2.0 * tokens * width * width, ITEM * (2.0 * size + width * width)
     made["projection"] = (lambda: x @ weight), *rows

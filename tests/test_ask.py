@@ -148,7 +148,7 @@ def test_free_words_run_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     best = json.loads(capsys.readouterr().out)["plans"][0]
     assert best["label"] in said["conclusion"]
     values = {number["label"]: number["value"] for number in said["numbers"]}
-    assert values[f"{best['label']}: time s"] == best["time_s"]
+    assert values[f"plan 1, {best['label']}: time s"] == best["time_s"]
     assert {number["source"] for number in said["numbers"]} == {"formula"}
 
 

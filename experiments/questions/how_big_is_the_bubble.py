@@ -104,9 +104,7 @@ def ideal(run: Run) -> Quantity:
     )
     layout, count = run.ledger["layout"], config["gradient_accumulation_steps"]
     value = ideal_bubble(pipeline, layout["pp"], count)
-    return formula(
-        f"{run.name}: ideal bubble", value, SHARE, "parallel/stages.py, ideal_bubble"
-    )
+    return formula(f"{run.name}: ideal bubble", value, SHARE, "parallel/stages.py, ideal_bubble")
 
 
 def law(runs: dict[tuple[str, int], Run]) -> Said:

@@ -100,7 +100,7 @@ def answer(evidence: Evidence) -> Answer:
             *alone(runs),
             together(runs),
             *on_h100(eight, device),
-            say(f"Offload moves activations to the host. {offload}."),
+            say("Offload is for GPUs, and refused here: {why}.", why=offload),
         ],
         tables=[
             memory_table("two ranks of this machine, 16 sequences of 128 a step", runs),
