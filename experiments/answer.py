@@ -21,7 +21,6 @@ from experiments.console import DASH
 from experiments.quantity import Quantity
 
 LEGEND = "[m] measured, [t] traced, [p] published by others, [f] by formula"
-Cell = Quantity | str | None
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,9 @@ class Said:
 
     text: str
     numbers: tuple[Quantity, ...] = ()
+
+
+Cell = Quantity | Said | str | None
 
 
 def say(template: str, **values: Any) -> Said:
@@ -68,12 +70,16 @@ class Table:
 
     @property
     def numbers(self) -> list[Quantity]:
-        return [cell for row in self.rows for cell in row if isinstance(cell, Quantity)]
+        """In its cells, and in sentences there."""
+        cells = [cell for row in self.rows for cell in row]
+        said = [number for cell in cells if isinstance(cell, Said) for number in cell.numbers]
+        return [cell for cell in cells if isinstance(cell, Quantity)] + said
 
     @property
     def source(self) -> str | None:
         """Of all numbers, where they have the same."""
-        found = {number.source for number in self.numbers}
+        cells = [cell for row in self.rows for cell in row]
+        found = {cell.source for cell in cells if isinstance(cell, Quantity)}
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -108,6 +114,8 @@ class Table:
 def _text(cell: Cell, plain: bool) -> str:
     if isinstance(cell, Quantity):
         return cell.plain if plain else str(cell)
+    if isinstance(cell, Said):
+        return cell.text
     return DASH if cell is None else cell
 
 
@@ -194,7 +202,9 @@ def rich_table(table: Table) -> RichTable:
     )
     for i, name in enumerate(table.heads):
         number = table.is_number(i)
-        made.add_column(name, justify="right" if number else "left", no_wrap=number)
+        made.add_column(
+            name, justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
     for row in table.cells():
         made.add_row(*(escape(cell) for cell in row))
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, SHAPE, agreement, on_laptop
+from experiments.ask_runs import SECONDS, agreement, on_laptop
 from experiments.compose import Refused
 from experiments.evidence import Evidence, Run, composed
 from experiments.quantity import SHARE, Quantity, formula, mean
@@ -25,7 +25,13 @@ WORDS = "pipeline gpipe 1f1b interleaved zero bubble dualpipe idle stages schedu
 
 SCHEDULES = tuple(schedule.value for schedule in PipelineSchedule)
 # eight blocks, so that two stages a rank have two each
-DEEP = (*SHAPE, "model.n_layer=8", "model.d_model=128", "layout.pp=2", "micro_batch_size=2")
+DEEP = (
+    "strategy=single",
+    "data=generated",
+    "model.n_layer=8",
+    "layout.pp=2",
+    "micro_batch_size=2",
+)
 STEPS = "steps=12"
 MEASURED = (2, 4, 8)  # micro-batches
 BASE = "1f1b"

@@ -119,7 +119,7 @@ def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
     other = "" if best == order[0] else f" ({order[0]} sends less, but does not fit)"
     said.append(
         say(
-            "Best is to mix: {best} sends {x}, {ratio} less than {worst}{other}. What sends often "
+            "Best is to mix: {best} sends {x}{other}; {worst} sends {ratio} as much. What sends often "
             "stays in the node; what sends least goes between.",
             best=best,
             x=there[best],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from experiments.answer import Answer, Said, Table, say
 from experiments.ask_runs import (
     SECONDS,
@@ -32,7 +34,7 @@ SPLIT = {
     "PP (1F1B)": "depth",
     "CP (ring)": "the sequence",
 }
-STATES = ("parameters", "gradients", "optimizer")
+SHARED = ("parameters", "optimizer", "activations")
 # Llama 3 8B, 64 sequences of 4,096 a step, on 8 H100 of one node and on 8 nodes of one each
 LLAMA = ("model=llama3_8b", "cluster=h100", "seq_len=4096", "activation_checkpointing=full")
 APART = "cluster.node_size=1"
@@ -67,7 +69,7 @@ def answer(evidence: Evidence) -> Answer:
     }
     return Answer(
         conclusion=[*best_when(near, far), memory_order(runs), bytes_order(runs)],
-        tables=[measured_table(runs), simulated_table(near, far)],
+        tables=[measured_table(runs), simulated_table(near, far), best_table(evidence, near, far)],
         carries_over=agreement(list(runs.values()), twins),
         does_not=[
             say(
@@ -110,21 +112,15 @@ def bytes_order(runs: dict[str, Run]) -> Said:
 
 def best_when(near: dict[str, Run], far: dict[str, Run]) -> list[Said]:
     """What the formulas say of Llama 3 8B: who fits, and who is fastest in a node and across."""
-    limit = near["DDP"].at("environment.device_memory_bytes", "B", "memory of an H100")
-    most = formula(
-        "parameters that fit one H100 in fp32 AdamW",
-        limit.value / BYTES_OF_A_PARAMETER,
-        COUNT,
-        limit.run,
-        f"({limit.where}) / {BYTES_OF_A_PARAMETER:g} bytes a parameter",
-    )
+    limit, most = device(near), most_parameters(near)
     said = [
         say(
             "DDP while everything fits each device: {each:g} bytes a parameter make {most} "
-            "parameters on an H100 before any activation; 8B in DDP takes {peak} of {limit}.",
+            "parameters on an H100 before any activation; 8B in DDP takes {peak}, {fits} {limit}.",
             each=BYTES_OF_A_PARAMETER,
             most=most,
             peak=near["DDP"].memory(),
+            fits="within" if near["DDP"].memory().value <= limit.value else "more than",
             limit=limit,
         )
     ]
@@ -165,6 +161,64 @@ def best_when(near: dict[str, Run], far: dict[str, Run]) -> list[Said]:
     return said
 
 
+def device(near: dict[str, Run]) -> Quantity:
+    return near["DDP"].at("environment.device_memory_bytes", "B", "memory of an H100")
+
+
+def most_parameters(near: dict[str, Run]) -> Quantity:
+    """What fits one device without any activation, in fp32 with AdamW."""
+    each = formula("fp32 weight, gradient, two moments", BYTES_OF_A_PARAMETER, "B", "4 x 4 bytes")
+    ratio = device(near) / each
+    return replace(ratio, unit=COUNT, label="parameters that fit one H100")
+
+
+def best_table(evidence: Evidence, near: dict[str, Run], far: dict[str, Run]) -> Table:
+    """When each is the one to take, with the number that says so."""
+    large = evidence.simulated("70B", "model=llama3_70b", "cluster=h100", "layout.dp_replicate=8")
+    states = large.memory("parameters") + large.memory("gradients") + large.memory("optimizer")
+    slower = {name: far[name].seconds() / near[name].seconds() for name in near}
+    ddp, tp, pp = near["DDP"], near["TP + sequence"], near["PP (1F1B)"]
+    optimizer = (ddp.memory("optimizer") / ddp.memory()).as_share()
+    when = {
+        "DDP": say(
+            "all states fit a device: up to {n} parameters on an H100", n=most_parameters(near)
+        ),
+        "ZeRO-2": say(
+            "the model fits but its optimizer does not: {o} of DDP's peak for 8B; {t} a step in "
+            "the node, DDP's {d}",
+            o=optimizer,
+            t=near["ZeRO-2"].seconds(),
+            d=ddp.seconds(),
+        ),
+        "FSDP (ZeRO-3)": say(
+            "the model does not fit, and the network hides its gathers: 70B's states are {n} "
+            "H100's memory; leaving the node costs {s}",
+            n=states / device(near),
+            s=slower["FSDP (ZeRO-3)"],
+        ),
+        "TP + sequence": say(
+            "a layer or its activations are too large, within a node: it holds {m} of DDP's "
+            "activations, and leaving the node costs {s}",
+            m=(tp.memory("activations") / ddp.memory("activations")).as_share(),
+            s=slower["TP + sequence"],
+        ),
+        "PP (1F1B)": say(
+            "the network between nodes is slow and micro-batches are many: it sends {b} of FSDP's "
+            "bytes, and idles {i} of the step with 64 of them",
+            b=(pp.wire() / near["FSDP (ZeRO-3)"].wire()).as_share(),
+            i=(pp.seconds("bubble") / pp.seconds()).as_share(),
+        ),
+        "CP (ring)": say(
+            "sequences are long: activations are {a} of DDP's, while its states are not cut "
+            "({m} a device)",
+            a=(near["CP (ring)"].memory("activations") / ddp.memory("activations")).as_share(),
+            m=near["CP (ring)"].memory(),
+        ),
+    }
+    rows = [[name, said] for name, said in when.items()]
+    return Table("Best used when (Llama 3 8B on 8 H100, as above)", ["strategy", "when"], rows)
+
+
 def held(run: Run, alone: Run, part: str) -> Quantity:
     """A rank's part of what one process holds."""
     return (run.memory(part) / alone.memory(part)).as_share().named(f"{run.name}: {part} held")
@@ -176,15 +230,17 @@ def measured_table(runs: dict[str, Run]) -> Table:
         [
             name,
             SPLIT[name],
-            *[held(run, alone, part) for part in (*STATES, "activations")],
+            *[held(run, alone, part) for part in SHARED],
+            run.memory("gradients"),
             ((alone.memory() - run.memory()) / alone.memory()).as_share(),
             run.payload(),
         ]
         for name, run in runs.items()
     ]
-    head = ["strategy", "splits", "weights", "grads", "optimizer", "activ.", "saved", "sent"]
+    head = ["strategy", "splits", "weights", "optim.", "activ.", "gradients", "saved", "sent"]
     title = (
-        "Two ranks, 16 sequences a step: what a rank holds of one process's, and sends in a step"
+        "Two ranks, 16 sequences a step: what a rank holds of one process's when it is fullest, "
+        "and sends in a step"
     )
     return Table(title, head, rows)
 
