@@ -114,9 +114,7 @@ def draw_schedules(timelines: dict[str, Timeline], path: Path) -> None:
     shown: set[str] = set()
     for axes, (name, timeline) in zip(panels, timelines.items(), strict=True):
         for row, rank in enumerate(sorted(timeline.programs)):
-            waits = [s for s in timeline.slices(rank) if s.kind == WAIT]
-            own = [*timeline.passes(rank), *waits]
-            shown |= _draw_compute(axes, own, row + 0.05, 0.9, end)
+            shown |= _draw_compute(axes, list(timeline.slices(rank)), row + 0.05, 0.9, end)
         axes.set_ylim(len(timeline.programs), -0.3)
         axes.set_yticks([])
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)

@@ -15,7 +15,7 @@ from experiments.compose import Refused
 from experiments.console import human_bytes, human_seconds, share
 from experiments.pictures import COLOURS, MEMORY_COLOURS
 from experiments.playground_plan import Controls, View, choices, view
-from experiments.playground_svg import TIME_COLOURS, legend, stacked, timeline
+from experiments.playground_svg import TIME_COLOURS, legend, passes_of, stacked, timeline
 
 PORT = 8642
 HOST = "127.0.0.1"
@@ -290,7 +290,7 @@ def timeline_of(shown: View) -> str:
         return '<p class="note">too many passes to draw: fewer micro-batches or stages would do</p>'
     found = shown.timeline
     about = f"{len(found.programs)} ranks, {human_seconds(found.total)}, event by event"
-    kinds = {piece.kind for rank in found.programs for piece in found.passes(rank)}
+    kinds = {piece.kind for rank in found.programs for piece in passes_of(found, rank)}
     keys = legend((kind for kind in COLOURS if kind in kinds), COLOURS)
     return timeline(found, about) + keys + f'<p class="note">{about}.</p>'
 

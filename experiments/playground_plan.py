@@ -161,7 +161,9 @@ def view(controls: Controls) -> View:
     except ValueError as error:
         return View(controls, devices, refused=str(error))
     plan = (config.model, config.layout, config.options)
-    steps = formula_steps(*plan, config.cluster)
+    # the first place has most micro-batches under way, the last the logits
+    ends = sorted({0, config.layout.pp - 1})
+    steps = formula_steps(*plan, config.cluster, places=ends)
     memory = config.cluster.device.memory_bytes
     said = verdict(steps, config.layout, config.options, memory)
     passes = config.layout.pp * config.options.pipeline.local_stages * 2

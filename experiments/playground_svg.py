@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from costs.trace import Slice
+from costs.trace import COMPUTE, WAIT, Slice
 from experiments.pictures import COLOURS, MEMORY_COLOURS
 from simulator.timeline import Timeline
 
@@ -49,7 +49,7 @@ def timeline(found: Timeline, about: str) -> str:
         top = row * ROW + 2
         drawn.append(f'<text x="0" y="{top + 14}">rank {rank}</text>')
         drawn.append(_box(LABEL, top, WIDTH - LABEL, ROW - 4, COLOURS["idle"]))
-        for piece, text in joined(found.passes(rank), LEAST / scale):
+        for piece, text in joined(passes_of(found, rank), LEAST / scale):
             left, width = LABEL + piece.start * scale, (piece.end - piece.start) * scale
             title = f"<title>{escape(f'{piece.kind} {text}'.strip())}</title>"
             drawn.append(_box(left, top, width, ROW - 4, COLOURS[piece.kind], title))
@@ -57,6 +57,11 @@ def timeline(found: Timeline, about: str) -> str:
                 x, y = left + width / 2, top + 13
                 drawn.append(f'<text x="{x:.1f}" y="{y}" class="number">{text}</text>')
     return _picture(len(ranks) * ROW, about, "".join(drawn))
+
+
+def passes_of(found: Timeline, rank: int) -> Iterator[Slice]:
+    """What a rank computes."""
+    return (s for s in found.slices(rank) if s.track == COMPUTE and s.kind != WAIT)
 
 
 def joined(passes: Iterable[Slice], least: float) -> list[tuple[Slice, str]]:

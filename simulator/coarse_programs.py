@@ -19,6 +19,10 @@ from simulator.plan_programs import Writer
 from simulator.programs import PHASE_OF_KIND, pipeline_programs
 from simulator.replay import replay
 
+Known = dict[tuple, float]
+# what a pass is called: the actions of a pipeline, as costs/trace.py has them
+NAMES = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
+
 
 def coarse_programs(
     model: ModelConfig, layout: Layout, options: Options, cluster: Cluster, clipped: bool = True
@@ -30,8 +34,9 @@ def coarse_programs(
     stride = layout.world_size // layout.pp
     ranks = [place * stride for place in range(layout.pp)]
     times = EventTimes(cluster)
+    known: Known = {}
     places = [
-        Place(Writer(model, layout, options, clipped, place), rank, times)
+        Place(Writer(model, layout, options, clipped, place), rank, times, known)
         for place, rank in enumerate(ranks)
     ]
     if layout.pp == 1:
@@ -53,34 +58,43 @@ def coarse_programs(
 
 
 class Place:
-    """One pp rank: what its passes take."""
+    """One pp rank: what its passes take. `known`: seconds that places have found, by what they
+    hold, for most are alike."""
 
-    def __init__(self, writer: Writer, rank: int, times: EventTimes) -> None:
-        self.writer, self.rank, self.times = writer, rank, times
-        self.known: dict[tuple[str, int], float] = {}
+    def __init__(self, writer: Writer, rank: int, times: EventTimes, known: Known) -> None:
+        self.writer, self.rank, self.times, self.known = writer, rank, times, known
         splits = writer.options.pipeline.splits_backward and writer.layout.pp > 1
-        self.backward = "IW" if splits else "B"
+        self.backward = "W" if splits else "B"
+        count = writer.layout.pp * writer.options.pipeline.local_stages
+        last = count - 1 if writer.layout.pp > 1 else 0
+        self.holds = {
+            stage: (blocks, stage == 0, stage == last) for stage, blocks in writer.blocks.items()
+        }
 
     def work(self, kind: str, stage: int, i: int) -> Program:
         """One event for a pass."""
-        key = (kind, stage)
+        key = (kind, self.holds[stage])
         if key not in self.known:
             self.known[key] = self._alone(self._events(kind, stage))
         phase = PHASE_OF_KIND[kind]
-        return [Work(phase, seconds=self.known[key], stage=stage, micro_batch=i)]
+        return [Work(phase, NAMES[kind], self.known[key], stage=stage, micro_batch=i)]
 
     def end(self) -> Work:
         """What the last backward of each stage leaves to wait for, and the optimizer."""
-        writer, last = self.writer, self.backward[-1]
-        passes = after = 0.0
-        tail: Program = []
-        for stage in writer.blocks:
-            passes += self._alone(self._events(last, stage))
+        key = ("end", tuple(self.holds.values()))
+        if key not in self.known:
+            self.known[key] = self._after()
+        return Work("optimizer", seconds=self.known[key])
+
+    def _after(self) -> float:
+        """Seconds of the last backwards and of all that follows, less those of the backwards."""
+        passes, tail = 0.0, []
+        for stage in self.writer.blocks:
+            passes += self._alone(self._events(self.backward, stage))
             # one before the end, so that this is the last one
-            writer.backwards[stage] = writer.options.micro_batches - 1
-            tail += writer.work(last, stage, 0)
-        after = self._alone([*tail, *writer.end()])
-        return Work("optimizer", seconds=max(0.0, after - passes))
+            self.writer.backwards[stage] = self.writer.options.micro_batches - 1
+            tail += self.writer.work(self.backward, stage, 0)
+        return max(0.0, self._alone([*tail, *self.writer.end()]) - passes)
 
     def _events(self, kind: str, stage: int) -> Program:
         """Of a pass that is not the last: gradients are not sent yet."""

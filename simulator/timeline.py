@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,32 +54,6 @@ class Timeline:
                 args: dict[str, Any] = {"collective": waited.collective, "axis": waited.axis}
                 args |= {"number": waited.number, "bubble_s": self.idle[rank][place]}
                 yield Slice(rank, COMPUTE, WAIT, *span, args=args)
-
-    def passes(self, rank: int) -> Iterator[Slice]:
-        """The work of one rank, micro-batch by micro-batch: what lies between two others is one.
-
-        Where a stage goes back twice for one micro-batch, its backward is split: first inputs,
-        then weights.
-        """
-        found: list[Slice] = []
-        both = zip(self.programs[rank], self.times[rank], strict=True)
-        for event, (start, end) in both:
-            if not isinstance(event, Work) or end <= start:
-                continue
-            own = (event.phase, event.stage, event.micro_batch)
-            last = found[-1] if found else None
-            if last and own == (last.kind, last.stage, last.micro_batch):
-                last.end = end
-            else:
-                found.append(Slice(rank, COMPUTE, event.phase, start, end, *own[1:]))
-        backward = Counter((s.stage, s.micro_batch) for s in found if s.kind == "backward")
-        seen: set[tuple[int | None, int | None]] = set()
-        for piece in found:
-            key = (piece.stage, piece.micro_batch)
-            if piece.kind == "backward" and backward[key] > 1:
-                piece.kind = "backward_weight" if key in seen else "backward_input"
-                seen.add(key)
-            yield piece
 
     def in_flight(self, rank: int) -> Iterator[tuple[Message, float]]:
         """Each message of a rank, and how long after it was handed over it was over."""

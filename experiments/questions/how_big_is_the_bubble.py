@@ -11,8 +11,8 @@ from experiments.evidence import Evidence, Run, composed
 from experiments.quantity import SHARE, Quantity, formula, mean
 from parallel.layout import PipelineConfig, PipelineSchedule
 from parallel.stages import ideal_bubble
+from simulator.coarse_programs import coarse_programs
 from simulator.event_times import EventTimes
-from simulator.plan_programs import programs_of
 from simulator.replay import replay
 from simulator.timeline import Timeline
 
@@ -233,7 +233,8 @@ def timelines() -> Picture:
     def timeline_of(schedule: str) -> Timeline:
         more = (f"pipeline.schedule={schedule}", "gradient_accumulation_steps=8")
         config = composed("simulate", (*keys, *more))
-        programs, like = programs_of(config.model, config.layout, config.options)
+        plan = (config.model, config.layout, config.options, config.cluster)
+        programs, like = coarse_programs(*plan)
         times = EventTimes(config.cluster)
         return replay(programs, times.work, times.message, like)
 

@@ -119,8 +119,8 @@ def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
     other = "" if best == order[0] else f" ({order[0]} sends less, but does not fit)"
     said.append(
         say(
-            "Best is to mix: {best} sends {x}{other}; {worst} sends {ratio} as much. What sends often "
-            "stays in the node; what sends least goes between.",
+            "Best is to mix: {best} sends {x}{other}; {worst} sends {ratio} as much. What sends "
+            "often stays in the node; what sends least goes between.",
             best=best,
             x=there[best],
             ratio=there[order[-1]] / there[best],
