@@ -18,6 +18,7 @@ from typing import Any
 from costs import ledger as ledgers
 from costs.messages import payloads
 from experiments import contest, environment, parity
+from experiments.document import rule, table
 from experiments.metering import flops_per_token
 from experiments.ranks import ROOT
 from experiments.yardstick import Shape
@@ -115,14 +116,6 @@ def loss_curves(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 def validation(ledger: dict[str, Any]) -> float:
     return ledger["training"]["validation_loss"]
-
-
-def table(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def rule(columns: int) -> str:
-    return table(*["---"] * columns)
 
 
 def speed() -> list[str]:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 
-from experiments import environment
-from experiments.benchmark import rule, table
 from experiments.console import DASH
+from experiments.document import heading, rule, table
 from experiments.explain import Explained, Explanation, case_of, messages
 from experiments.kernel_bytes import STEPS, WIDE, Counted, measure
 
@@ -96,9 +94,7 @@ SECTIONS: list[Callable[[], Iterator[str]]] = [communication]
 
 
 def main() -> int:
-    facts = environment.facts()
-    print(f"# What a step costs\n\nMade by `{COMMAND}` on {time.strftime('%Y-%m-%d')}")
-    print(f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).\n")
+    print(heading("What a step costs", COMMAND))
     for section in SECTIONS:
         try:
             for line in section():

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import environment
+from experiments.document import heading
 from experiments.parity import (
     GLOBAL_BATCH,
     STEPS,
@@ -177,9 +176,7 @@ is not within them. Plans with experts are compared with a single process with e
 
 def main(names: list[str]) -> None:
     """Print the document, or the rows that are asked for."""
-    facts = environment.facts()
-    print(f"# Parity\n\nMade by `{COMMAND}` on {time.strftime('%Y-%m-%d')}")
-    print(f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).")
+    print(heading("Parity", COMMAND), end="")
     print(INTRO)
     print(f"| layout | ranks | {' | '.join(COLUMNS)} |")
     print(f"|---|--:|{'---|' * len(COLUMNS)}")

@@ -1,7 +1,7 @@
 """What the meters cost: steps with them off, on, and following memory operator by operator.
 
-./launch.sh python -m experiments.overhead             six minutes on two cores that are free
-./launch.sh python -m experiments.overhead rounds=2    a look at whether it works
+./launch.sh python -m experiments.overhead > docs/overhead.md   six minutes on two free cores
+./launch.sh python -m experiments.overhead rounds=2              a look at whether it works
 
 Off is the same loop on gloo itself, with nobody told of anything. On is how every step runs, also
 with trace=true: a trace is made of what is recorded anyway. `following` is the one step of a run
@@ -15,9 +15,10 @@ import statistics
 import sys
 
 from experiments import contest
-from experiments.benchmark import rule, table
+from experiments.document import heading, rule, table
 from experiments.yardstick import Shape
 
+COMMAND = "./launch.sh python -m experiments.overhead > docs/overhead.md"
 SHAPE = Shape(6, 6, 384, 256, 8)  # as L of experiments/benchmark.py
 BARS = {"on": 1.02, "following": 1.15}
 ROUNDS = 12
@@ -37,7 +38,18 @@ def overheads(shape: Shape, rounds: int) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+INTRO = f"""
+{SHAPE.n_layer} layers x width {SHAPE.d_model} x {SHAPE.seq_len} tokens x {SHAPE.batch} sequences,
+fp32, one thread a rank. *on*: every step of every run, traced or not. *following*: each operator's
+tensors are followed too, as a run does in one step, for its memory and the picture of it; here in
+every step. Contestants take turns; a ratio is to the neighbouring step without meters: median and
+quartiles.
+"""
+
+
 def main(rounds: int) -> None:
+    print(heading("What the meters cost", COMMAND), end="")
+    print(INTRO)
     print(table("kind", "ranks", "meters", "ratio to off", "quartiles", "bar", "steps"))
     print(rule(7))
     for kind, ways in overheads(SHAPE, rounds).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -81,8 +82,6 @@ def pairs(plan: Plan) -> Iterator[Pair]:
 def skip_what_is_open(plan: Plan, part: str) -> None:
     """What simulator/memory.py says that it does not close."""
     options, layout = config_of(plan).options, plan.layout
-    if layout.world_size == 4 and part not in ("parameters", "optimizer"):
-        pytest.skip("now and then one of four ranks on two cores is fullest at another moment")
     if part == "optimizer" and options.zero_stage == 1:
         pytest.skip("ZeroRedundancyOptimizer hands out whole tensors: some ranks have more")
     splits = layout.pp > 1 and options.pipeline.splits_backward
@@ -98,22 +97,33 @@ def skip_what_is_open(plan: Plan, part: str) -> None:
 EVERY = pytest.mark.parametrize("plan", [*of(2), *of(4)], ids=lambda plan: plan.name)
 
 
+def errors_of(plan: Plan, part: str) -> list[float]:
+    """By rank, how far the closed form is off, relative to what was measured."""
+    return [abs(wanted[part] - real[part]) / max(real[part], 1) for wanted, real in pairs(plan)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["parameters", "gradients", "optimizer"])
 @EVERY
 def test_states_are_exact_on_every_rank(plan: Plan, part: str) -> None:
     skip_what_is_open(plan, part)
-    for wanted, real in pairs(plan):
-        assert wanted[part] == real[part]
+    errors = errors_of(plan, part)
+    if plan.layout.world_size == 4 and part == "gradients":  # at the peak: see below
+        assert statistics.median(errors) == 0
+    else:
+        assert max(errors) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "bound"), [("activations", 0.03), ("peak", 0.05)])
 @EVERY
-def test_activations_and_peak_are_near_on_every_rank(plan: Plan, part: str, bound: float) -> None:
+def test_activations_and_peak_are_near(plan: Plan, part: str, bound: float) -> None:
+    """On both of two ranks. Of four on two cores, one is now and then fullest at another moment
+    (a message that a busy machine ends late is held longer), so that most of them must agree."""
     skip_what_is_open(plan, part)
-    for wanted, real in pairs(plan):
-        assert wanted[part] == pytest.approx(real[part], rel=bound)
+    errors = errors_of(plan, part)
+    found = statistics.median(errors) if plan.layout.world_size == 4 else max(errors)
+    assert found <= bound
 
 
 @pytest.mark.slow

@@ -1,0 +1,25 @@
+"""What the documents that a command writes have in common: who made them, and their tables."""
+
+from __future__ import annotations
+
+import time
+
+from experiments import environment
+
+
+def heading(title: str, command: str) -> str:
+    """The title, the command that stands beside the numbers, the day and the machine."""
+    facts = environment.facts()
+    return (
+        f"# {title}\n\nMade by `{command}` on {time.strftime('%Y-%m-%d')}\n"
+        f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).\n"
+    )
+
+
+def table(*cells: str) -> str:
+    """One row of Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def rule(columns: int) -> str:
+    return table(*["---"] * columns)
