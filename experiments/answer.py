@@ -1,7 +1,7 @@
 """What a question gets: tables, pictures and sentences made of tagged numbers, in three forms.
 
-On the terminal, as Markdown and as JSON. A column of one source says so in its head; elsewhere each
-number has its tag.
+On the terminal, as Markdown and as JSON. Each number has its tag; a column of one source has it in
+its head, a table of one source in its title.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ class Table:
 
     @property
     def heads(self) -> list[str]:
-        """With the source of the column, where it has one that the title does not say."""
+        """With the tag of the column, where it has one and the title does not say it."""
         own = (None if self.source else self._source(i) for i in range(len(self.head)))
         return [
-            f"{name}, {source}" if source else name
+            f"{name} [{source[0]}]" if source else name
             for name, source in zip(self.head, own, strict=True)
         ]
 
@@ -200,7 +200,7 @@ def rich_table(table: Table) -> RichTable:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for i, name in enumerate(table.heads):
+    for i, name in enumerate(map(escape, table.heads)):
         number = table.is_number(i)
         made.add_column(
             name, justify="right" if number else "left", no_wrap=number, overflow="fold"

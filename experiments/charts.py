@@ -105,7 +105,9 @@ def _draw_lines(axes: Any, lines: Lines) -> None:
         )
     if lines.log_x:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(
+            lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"
+        )
     if lines.log_y:
         axes.set_yscale("log")
     axes.set(xlabel=lines.x, ylabel=lines.y)

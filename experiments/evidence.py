@@ -184,10 +184,7 @@ class Evidence:
         except ValueError as error:
             return str(error)
         folder = KEPT / f"{config.layout.label}-{_digest(config)}"
-        with _alone():
-            if not self._has(folder, "ledger.json", "failed.txt"):
-                _start(config, overrides, folder)
-                self.fresh.add(folder)
+        self._once(folder, ("ledger.json", "failed.txt"), lambda: _start(config, overrides, folder))
         failed = folder / "failed.txt"
         if failed.exists():
             return failed.read_text().strip()
@@ -199,15 +196,16 @@ class Evidence:
         text = json.dumps([function.__module__, function.__qualname__, ranks, facts])
         folder = KEPT / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         path = folder / "measured.json"
-        with _alone():
-            if not self._has(folder, path.name):
-                from experiments.ranks import run_ranks
 
-                _say(f"measuring {name}")
-                folder.mkdir(parents=True, exist_ok=True)
-                found = run_ranks(ranks, function)
-                path.write_text(json.dumps({"ranks": found, "environment": facts}, indent=1))
-                self.fresh.add(folder)
+        def measure() -> None:
+            from experiments.ranks import run_ranks
+
+            _say(f"measuring {name}")
+            folder.mkdir(parents=True, exist_ok=True)
+            found = run_ranks(ranks, function)
+            path.write_text(json.dumps({"ranks": found, "environment": facts}, indent=1))
+
+        self._once(folder, (path.name,), measure)
         return self._keep(Run(name, json.loads(path.read_text()), str(folder), MEASURED))
 
     def simulated(self, name: str, *overrides: str) -> Run:
@@ -225,10 +223,19 @@ class Evidence:
         said = said_of(config, find(config))
         return self._keep(Run(name, said, _command("search", overrides), FORMULA))
 
-    def _has(self, folder: Path, *files: str) -> bool:
-        """Whether a run is there and may be used."""
-        there = any((folder / name).exists() for name in files)
-        return there and (not self.again or folder in self.fresh)
+    def _once(self, folder: Path, files: tuple[str, ...], measure: Callable[[], None]) -> None:
+        """Measure where none of the files is there, or where it is wanted again."""
+
+        def there() -> bool:
+            known = any((folder / name).exists() for name in files)
+            return known and (not self.again or folder in self.fresh)
+
+        if there():
+            return
+        with _alone():
+            if not there():  # another process may have made it in the meantime
+                measure()
+                self.fresh.add(folder)
 
     def _keep(self, run: Run) -> Run:
         self.ledgers[run.run] = run.ledger

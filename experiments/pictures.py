@@ -110,14 +110,14 @@ def draw_schedules(timelines: dict[str, Timeline], path: Path) -> None:
     """One step under each schedule, one below the other on one scale: passes and idle time."""
     ranks = max(len(timeline.programs) for timeline in timelines.values())
     end = max(timeline.total for timeline in timelines.values())
-    figure, panels = _figure([ranks * 0.3 + 0.15 for _ in timelines], "")
+    figure, panels = _figure([ranks * 0.28 + 0.25 for _ in timelines], "")
     shown: set[str] = set()
     for axes, (name, timeline) in zip(panels, timelines.items(), strict=True):
         for row, rank in enumerate(sorted(timeline.programs)):
             shown |= _draw_compute(axes, list(timeline.slices(rank)), row + 0.05, 0.9, end)
-        axes.set_ylim(len(timeline.programs), -0.3)
+        axes.set_ylim(len(timeline.programs), -0.8)
         axes.set_yticks([])
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axes.text(0, -0.1, name, va="bottom", fontsize=9)
         _finish_time_axis(axes, end)
     for axes in panels[:-1]:
         axes.set_xlabel("")

@@ -137,6 +137,8 @@ def human(value: float, unit: str) -> str:
         return f"{value:,.{digits}f} times"
     if unit in ("FLOP", "FLOP/s", "B/s", "FLOP/B"):
         return f"{_prefixed(value)}{unit}"
+    if unit == "nats":
+        return f"{value:.4f} nats" if value >= 0.001 else f"{value:.1e} nats"
     if unit == "$":
         return f"$ {value:,.0f}" if value >= 100 else f"$ {value:.3g}"
     text = f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"

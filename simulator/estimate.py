@@ -165,9 +165,9 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     cp = group(work.cp, work.tp, cluster.node_size)
     rounds = (3 + work.recomputed) * (work.cp - 1)
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
-    busy = busy_seconds(work, cluster)
-    shown = reduces - np.minimum(pieces, busy)  # no more hides than there is to hide behind
-    idle = np.maximum(0.0, launch_seconds(work, cluster) - busy)
+    # no more hides than there is to hide behind
+    shown = reduces - np.minimum(pieces, block_seconds(work, cluster))
+    idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
     hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
     ep = group(work.ep, work.tp * work.cp, cluster.node_size)
     slots = (4 + 2 * work.recomputed) * collectives.seconds(

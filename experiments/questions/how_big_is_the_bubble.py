@@ -69,8 +69,8 @@ def answer(evidence: Evidence) -> Answer:
         pictures=[timelines()],
         carries_over=[
             say(
-                "The bubble as a share: it follows from the order of the schedule, and measured "
-                "idle time is held to it ({n} runs above).",
+                "The bubble as a share: it follows from the order of the schedule. The {n} runs "
+                "above stand beside it.",
                 n=len(runs),
             ),
             *agreement([run for run, _ in twins], [twin for _, twin in twins]),
@@ -91,7 +91,7 @@ def planned(evidence: Evidence, schedule: str, count: int) -> Run | None:
     keys = (*LLAMA, f"pipeline.schedule={schedule}", f"gradient_accumulation_steps={count}")
     try:
         return evidence.simulated(f"70B {schedule}, {count}", *keys)
-    except Refused:
+    except (Refused, ValueError):
         return None
 
 
@@ -163,7 +163,7 @@ def filling(known: dict[tuple[str, int], Run]) -> list[Said]:
         counts = [m for m in COUNTS if (schedule, m) in known]
         few, many = known[schedule, counts[0]], known[schedule, counts[-1]]
         grew = fullest(many) / fullest(few)
-        word = "stays" if grew.value < 1.02 else "grows"
+        word = "stays" if grew.value < 1.02 else "grows" if grew.value > 1.25 else "hardly grows"
         said.append(
             say(
                 "From {a} to {b} micro-batches {schedule}'s bubble falls from {x} to {y} and its "

@@ -14,7 +14,7 @@ QUESTION = (
     "the node?"
 )
 ORDER = 5
-WORDS = "exposed overlap slow network nvlink zero3 sharding hide prefetch across nodes tp fsdp"
+WORDS = "slower than ddp exposed overlap network nvlink zero3 sharding hide prefetch across tp fsdp"
 
 BATCHES = (1, 4, 16)  # sequences of a rank, measured
 LLAMA = ("model=llama3_8b", "cluster=h100", "seq_len=4096", "activation_checkpointing=full")
