@@ -6,7 +6,6 @@ The controls are the browser's own, so that keyboard and screen reader know them
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -42,8 +41,12 @@ STYLE = """
 <style>
 :root { color-scheme: light; }
 body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d24; background: #fff; margin: 0; }
-.page { display: grid; grid-template-columns: minmax(250px, 330px) minmax(0, 1fr); gap: 28px;
-  max-width: 1360px; margin: 0 auto; padding: 16px; width: 100%; box-sizing: border-box; }
+.nicegui-content { padding: 0; }
+.page { display: grid; grid-template: "title summary" auto "controls summary" auto
+  "controls details" 1fr / minmax(250px, 320px) minmax(0, 1fr); gap: 4px 32px; width: 100%;
+  max-width: 1360px; margin: 0 auto; padding: 16px; box-sizing: border-box; }
+.title { grid-area: title; } .summary { grid-area: summary; } .controls { grid-area: controls; }
+.details { grid-area: details; min-width: 0; }
 .page h1 { font-size: 20px; line-height: 1.3; margin: 0 0 10px; font-weight: 650; }
 .page h2 { font-size: 15px; line-height: 1.3; margin: 18px 0 4px; font-weight: 650; }
 .control { margin: 0 0 9px; width: 100%; }
@@ -52,28 +55,41 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d24; background: #fff; 
 .control input[type=range], .control select { width: 100%; accent-color: #2f4f8f; }
 .control select { padding: 4px; border: 1px solid #8c8c8c; border-radius: 4px; background: #fff; }
 .control.check label { justify-content: flex-start; gap: 8px; }
-.numbers { display: flex; flex-wrap: wrap; gap: 6px 26px; }
-.numbers b { font-size: 21px; font-variant-numeric: tabular-nums; display: block; }
-.verdict { padding: 8px 12px; border-left: 4px solid #3a9d5d; background: #f1f7f3; }
+.numbers { display: flex; flex-wrap: wrap; gap: 2px 26px; margin-top: 8px; font-size: 13.5px; }
+.numbers b { font-size: 20px; line-height: 1.3; font-variant-numeric: tabular-nums;
+  display: block; }
+.verdict { padding: 8px 12px; border-left: 4px solid #2c7d49; background: #f1f7f3; }
 .verdict.bad { border-color: #b3263a; background: #fbf0f1; }
 .picture { width: 100%; display: block; }
 .picture .limit { stroke: #1d1d24; stroke-width: 3; }
 .picture text { font-size: 12px; fill: #1d1d24; }
 .picture text.number { fill: #fff; text-anchor: middle; font-size: 11px; }
+.wide { overflow-x: auto; } .wide .picture { min-width: 720px; }
 .key { display: inline-block; margin-right: 14px; font-size: 13px; white-space: nowrap; }
 .key i { display: inline-block; width: 11px; height: 11px; margin-right: 5px; }
 .command { display: block; padding: 9px 12px; background: #f2f2f5; border-radius: 4px;
   font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 .page button { padding: 5px 14px; border: 1px solid #2f4f8f; border-radius: 4px; background: #fff;
   color: #2f4f8f; cursor: pointer; margin-top: 6px; }
-.page :focus-visible { outline: 3px solid #e8a33d; outline-offset: 2px; }
-.note { font-size: 13px; color: #55555f; }
+.page :focus-visible { outline: 3px solid #c77700; outline-offset: 2px; }
+.note { font-size: 13px; color: #55555f; margin: 2px 0; }
 @media (max-width: 760px) {
-  .page { grid-template-columns: minmax(0, 1fr); gap: 10px; padding: 12px; }
-  .results { order: -1; }
+  .page { display: block; padding: 12px; }
+  .summary { position: sticky; top: 0; z-index: 1; background: #fff; padding: 4px 0 8px;
+    border-bottom: 1px solid #d5d5dc; margin-bottom: 10px; }
+  .numbers { gap: 0 16px; } .numbers b { font-size: 16px; }
+  .verdict { font-size: 13.5px; padding: 5px 9px; }
 }
 </style>
 """
+# a control's key and value, to the server; what stands beside its label, at once
+MOVED = """(event) => {
+  const from = event.target, beside = document.querySelector(`output[for=${from.id}]`);
+  const value = from.type === "checkbox" ? from.checked
+    : from.type === "range" ? 2 ** Number(from.value) : from.value;
+  if (beside) beside.textContent = value.toLocaleString("en");
+  emit([from.id, value]);
+}"""
 
 
 def command(argv: list[str]) -> int:
@@ -113,117 +129,85 @@ def serve(port: int) -> None:
 
 
 def build(ui: Any) -> None:
-    """One visitor's page: controls to the left, results to the right."""
-    page = Page(ui)
+    """One visitor's page. It holds where the controls of this visitor stand."""
+    controls = Controls()
     ui.add_head_html(STYLE)
-    with ui.element("main").classes("page"):
-        with ui.element("form").props('aria-label="controls"'):
-            ui.html("<h1>worldsize playground</h1>", sanitize=False)
-            page.add_controls()
-        with ui.element("section").classes("results").props('aria-label="results"'):
-            page.add_results()
-    page.show()
+    results: dict[str, Any] = {}
 
-
-class Page:
-    """Holds where the controls of one visitor stand, and what shows the results."""
-
-    def __init__(self, ui: Any) -> None:
-        self.ui, self.controls = ui, Controls()
-        self.outputs: dict[str, Any] = {}
-        self.results: dict[str, Any] = {}
-
-    # controls
-
-    def add_controls(self) -> None:
-        offered = choices()
-        for key in ("model", "cluster"):
-            self._list(key, offered[key])
-        for key in SLIDERS:
-            self._slider(key)
-        for key in ("schedule", "precision", "activation_checkpointing", "zero_stage"):
-            self._list(key, offered[key])
-        self._check("sequence_parallel", "sequence parallel with tp")
-
-    def _labelled(self, key: str, text: str) -> Any:
-        """A row with its label, whose `for` is the control's id."""
-        row = self.ui.element("div").classes("control")
-        with row, self.ui.element("label").props(f"for={key}"):
-            self.ui.html(f"<span>{escape(text)}</span>", sanitize=False)
-            output = self.ui.html("", sanitize=False, tag="output").props(f"for={key}")
-            self.outputs[key] = output
-        return row
-
-    def _slider(self, key: str) -> None:
-        text, most = SLIDERS[key]
-        low = 7 if key == "seq_len" else 0
-        start = getattr(self.controls, key).bit_length() - 1
-        with self._labelled(key, text):
-            said = f"id={key} type=range min={low} max={most} step=1 value={start}"
-            self._input("input", said, lambda value: self.move(key, 2 ** int(value)))
-
-    def _list(self, key: str, names: list[str]) -> None:
-        chosen = str(getattr(self.controls, key))
-        options = "".join(
-            f"<option{' selected' if name == chosen else ''}>{escape(name)}</option>"
-            for name in names
-        )
-        kind = int if key == "zero_stage" else str
-        with self._labelled(key, LISTS[key]):
-            made = self.ui.html(options, sanitize=False, tag="select").props(f"id={key}")
-            made.on("change", lambda event: self.move(key, kind(event.args)), js_handler=VALUE)
-
-    def _check(self, key: str, text: str) -> None:
-        row = self.ui.element("div").classes("control check")
-        with row, self.ui.element("label").props(f"for={key}"):
-            box = self.ui.element("input").props(f"id={key} type=checkbox checked")
-            box.on("change", lambda event: self.move(key, bool(event.args)), js_handler=CHECKED)
-            self.ui.html(f"<span>{escape(text)}</span>", sanitize=False)
-
-    def _input(self, tag: str, said: str, moved: Callable[[str], None]) -> None:
-        made = self.ui.element(tag).props(said)
-        made.on("input", lambda event: moved(event.args), js_handler=VALUE)
-
-    def move(self, key: str, value: Any) -> None:
+    def moved(event: Any) -> None:
         """A control stands elsewhere."""
-        self.controls = replace(self.controls, **{key: value})
-        self.show()
+        nonlocal controls
+        key, value = event.args
+        kind = type(getattr(controls, key))
+        controls = replace(controls, **{key: kind(value)})
+        show()
 
-    # results
+    def show() -> None:
+        for key, text in results_of(view(controls)).items():
+            results[key].set_content(text)
 
-    def add_results(self) -> None:
-        for key, title in (
-            ("verdict", ""),
-            ("numbers", ""),
-            ("memory", "Memory of the fullest device"),
-            ("time", "Time of a step"),
-            ("timeline", "A step on the pipeline's ranks"),
-            ("command", "The same on the command line"),
-        ):
-            if title:
-                self.ui.html(f"<h2>{title}</h2>", sanitize=False)
-            self.results[key] = self.ui.html("", sanitize=False)
-        self.results["verdict"].props("role=status aria-live=polite id=verdict")
-        for key in ("numbers", "memory", "time", "timeline", "command"):
-            self.results[key].props(f"id=result-{key}")
-        copy = self.ui.element("button").props("type=button id=copy")
-        with copy:
-            self.ui.html("copy", sanitize=False, tag="span")
-        copy.on("click", lambda: self.ui.clipboard.write(self.controls.command))
+    def result(key: str) -> None:
+        results[key] = ui.html("", sanitize=False).props(f"id=result-{key}")
 
-    def show(self) -> None:
-        """Predict, and put everything in its place."""
-        shown = view(self.controls)
-        for key in (*SLIDERS, *LISTS):
-            if key in SLIDERS:
-                self.outputs[key].set_content(f"{getattr(self.controls, key):,}")
-        for key, text in results_of(shown).items():
-            self.results[key].set_content(text)
+    with ui.element("main").classes("page"):
+        ui.html("worldsize playground", sanitize=False, tag="h1").classes("title")
+        with ui.element("section").classes("summary").props('aria-label="summary"'):
+            result("verdict")
+            results["verdict"].props("role=status aria-live=polite")
+            result("numbers")
+        form = ui.html(controls_html(controls), sanitize=False, tag="form")
+        form.classes("controls").props('aria-label="controls"').on("input", moved, js_handler=MOVED)
+        with ui.element("section").classes("details").props('aria-label="details"'):
+            for key, title in DETAILS.items():
+                ui.html(title, sanitize=False, tag="h2")
+                result(key)
+            copy = ui.html("copy", sanitize=False, tag="button").props("type=button id=copy")
+            copy.on("click", lambda: ui.clipboard.write(controls.command))
+    show()
 
 
-# what the browser sends of an event
-VALUE = "(event) => emit(event.target.value)"
-CHECKED = "(event) => emit(event.target.checked)"
+DETAILS = {
+    "memory": "Memory of the fullest device",
+    "time": "Time of a step",
+    "timeline": "A step on the pipeline's ranks",
+    "command": "The same on the command line",
+}
+
+
+def controls_html(controls: Controls) -> str:
+    """The form: each control with its label, by the browser's own elements."""
+    offered = choices()
+    made = [_list(key, offered[key], controls) for key in ("model", "cluster")]
+    made += [_slider(key, controls) for key in SLIDERS]
+    after = ("schedule", "precision", "activation_checkpointing", "zero_stage")
+    made += [_list(key, offered[key], controls) for key in after]
+    box = '<input type="checkbox" id="sequence_parallel" checked>'
+    label = f'<label for="sequence_parallel">{box}<span>sequence parallel with tp</span></label>'
+    return "".join([*made, f'<div class="control check">{label}</div>'])
+
+
+def _slider(key: str, controls: Controls) -> str:
+    text, most = SLIDERS[key]
+    value = getattr(controls, key)
+    low = 7 if key == "seq_len" else 0
+    beside = f'<output for="{key}">{value:,}</output>'
+    control = (
+        f'<input type="range" id="{key}" min="{low}" max="{most}" step="1" '
+        f'value="{value.bit_length() - 1}">'
+    )
+    return _row(key, f"<span>{escape(text)}</span>{beside}", control)
+
+
+def _list(key: str, names: list[str], controls: Controls) -> str:
+    chosen = str(getattr(controls, key))
+    options = "".join(
+        f"<option{' selected' if name == chosen else ''}>{escape(name)}</option>" for name in names
+    )
+    return _row(key, escape(LISTS[key]), f'<select id="{key}">{options}</select>')
+
+
+def _row(key: str, label: str, control: str) -> str:
+    return f'<div class="control"><label for="{key}">{label}</label>{control}</div>'
 
 
 def results_of(shown: View) -> dict[str, str]:
@@ -289,10 +273,13 @@ def timeline_of(shown: View) -> str:
     if shown.timeline is None:
         return '<p class="note">too many passes to draw: fewer micro-batches or stages would do</p>'
     found = shown.timeline
-    about = f"{len(found.programs)} ranks, {human_seconds(found.total)}, event by event"
+    about = (
+        f"{len(found.programs)} ranks; replayed pass by pass it takes {human_seconds(found.total)}"
+    )
     kinds = {piece.kind for rank in found.programs for piece in passes_of(found, rank)}
     keys = legend((kind for kind in COLOURS if kind in kinds), COLOURS)
-    return timeline(found, about) + keys + f'<p class="note">{about}.</p>'
+    drawn = f'<div class="wide" tabindex="0" aria-label="timeline">{timeline(found, about)}</div>'
+    return drawn + keys + f'<p class="note">{about}.</p>'
 
 
 def said(parts: list[tuple[str, float, str]]) -> str:

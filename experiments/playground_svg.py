@@ -97,6 +97,6 @@ def _box(x: float, y: float, width: float, height: float, colour: str, inside: s
 
 def _picture(height: float, about: str, inside: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(about)}" '
-        f'preserveAspectRatio="none" class="picture">{inside}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" height="{height}" role="img" '
+        f'aria-label="{escape(about)}" preserveAspectRatio="none" class="picture">{inside}</svg>'
     )

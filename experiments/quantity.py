@@ -14,6 +14,7 @@ from experiments.console import human_bytes, human_seconds
 
 # the tags, the strongest first
 MEASURED, TRACED, PUBLISHED, FORMULA = SOURCES = ("measured", "traced", "published", "formula")
+HOUR = 3600.0
 TIMES, SHARE, COUNT = "times", "share", ""  # units of what has none
 SIGNS: dict[str, Callable[[list[float]], float]] = {
     "+": math.fsum,
@@ -129,7 +130,10 @@ def human(value: float, unit: str) -> str:
     if unit == "B":
         return human_bytes(value)
     if unit == "s":
-        return f"{value / 86400:,.1f} days" if value >= 2 * 86400 else human_seconds(value)
+        if value >= 2 * HOUR:
+            days, hours = value / HOUR / 24, value / HOUR
+            return f"{days:,.1f} days" if days >= 2 else f"{hours:.1f} hours"
+        return human_seconds(value)
     if unit == SHARE:
         return f"{100 * value:.1f} %"
     if unit == TIMES:

@@ -1,44 +1,42 @@
-"""A headless Chromium for tests of pages. Without one (CHROMIUM names it) they are skipped."""
+"""A page in a headless Chromium that may reach nothing but the machine's own files."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
-def chromium() -> str | None:
-    """The browser's path."""
-    named = os.environ.get("CHROMIUM")
-    return named or next(filter(None, map(shutil.which, NAMES)), None)
+@dataclass
+class Opened:
+    """A page, and what a user would find in its console and its network."""
+
+    page: Any
+    errors: list[str] = field(default_factory=list)  # of its console, and uncaught
+    requests: list[str] = field(default_factory=list)  # addresses
 
 
 @contextmanager
-def opened(url: str, width: int, height: int = 900) -> Iterator[tuple[Any, dict[str, list[str]]]]:
-    """A page, and what it complained of: `errors` of its console, `requests` to other hosts."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = chromium()
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    seen: dict[str, list[str]] = {"errors": [], "requests": []}
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+def opened(address: str, width: int, height: int = 900) -> Iterator[Opened]:
+    """Open an address. Skips the test where there is no browser."""
+    api = pytest.importorskip("playwright.sync_api")
+    browser_path = next((path for path in map(shutil.which, NAMES) if path), None)
+    if browser_path is None:
+        pytest.skip("no Chromium on PATH")
+    options = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=options)
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.on("console", lambda m: seen["errors"].append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: seen["errors"].append(str(error)))
-        own = ("http://127.0.0.1", "ws://127.0.0.1", "file:", "data:", "blob:")
-        page.on(
-            "request",
-            lambda r: None if r.url.startswith(own) else seen["requests"].append(r.url),
-        )
-        page.goto(url)
-        try:
-            yield page, seen
-        finally:
-            browser.close()
+        found = Opened(page)
+        page.on("console", lambda m: m.type == "error" and found.errors.append(m.text))
+        page.on("pageerror", lambda error: found.errors.append(str(error)))
+        page.on("request", lambda request: found.requests.append(request.url))
+        page.goto(address)
+        yield found
+        browser.close()

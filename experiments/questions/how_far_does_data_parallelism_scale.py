@@ -45,7 +45,7 @@ def answer(evidence: Evidence) -> Answer:
             *efficiency(fixed),
             batch(fast, grown),
             others(),
-            *budget(fast),
+            *budget({**fast, **grown}),
             here(measured),
         ],
         tables=[fixed_table(fixed), grown_table(grown), published_table(), here_table(measured)],
@@ -172,7 +172,8 @@ def budget(runs: dict[int, Run]) -> list[Said]:
     return [
         say(
             "1T tokens at $ 2.5 a GPU-hour: cheapest is {c} with {x} in {d}; the most that cost no "
-            "more than {dearer:.0%} of it are {n:,} GPUs, {y} in {e}.",
+            "more than {dearer:.0%} of it are {n:,} GPUs, {y} in {e}: up to there time is nearly "
+            "free.",
             c=cheapest.name,
             x=cost(cheapest),
             d=days(cheapest),
