@@ -137,9 +137,7 @@ def build(ui: Any) -> None:
     def moved(event: Any) -> None:
         """A control stands elsewhere."""
         nonlocal controls
-        key, value = event.args
-        kind = type(getattr(controls, key))
-        controls = replace(controls, **{key: kind(value)})
+        controls = moved_to(controls, *event.args)
         show()
 
     def show() -> None:
@@ -166,6 +164,28 @@ def build(ui: Any) -> None:
     show()
 
 
+def moved_to(controls: Controls, key: str, value: Any) -> Controls:
+    """The controls with one of them elsewhere. Raises ValueError for what no control can send."""
+    if key in SLIDERS:
+        allowed: list[Any] = [2**power for power in powers(key)]
+    elif key in LISTS:
+        allowed = [type(getattr(controls, key))(name) for name in choices()[key]]
+        value = type(allowed[0])(value)
+    elif key == "sequence_parallel":
+        allowed = [True, False]
+    else:
+        raise ValueError(f"{key}: no such control")
+    if value not in allowed:
+        raise ValueError(f"{key}={value}: must be one of {', '.join(map(str, allowed))}")
+    return replace(controls, **{key: value})
+
+
+def powers(key: str) -> range:
+    """Of two, that a slider goes over."""
+    _, most = SLIDERS[key]
+    return range(7 if key == "seq_len" else 0, most + 1)
+
+
 DETAILS = {
     "memory": "Memory of the fullest device",
     "time": "Time of a step",
@@ -187,12 +207,11 @@ def controls_html(controls: Controls) -> str:
 
 
 def _slider(key: str, controls: Controls) -> str:
-    text, most = SLIDERS[key]
-    value = getattr(controls, key)
-    low = 7 if key == "seq_len" else 0
+    text, _ = SLIDERS[key]
+    value, among = getattr(controls, key), powers(key)
     beside = f'<output for="{key}">{value:,}</output>'
     control = (
-        f'<input type="range" id="{key}" min="{low}" max="{most}" step="1" '
+        f'<input type="range" id="{key}" min="{among[0]}" max="{among[-1]}" step="1" '
         f'value="{value.bit_length() - 1}">'
     )
     return _row(key, f"<span>{escape(text)}</span>{beside}", control)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from experiments.evidence import Evidence, composed
-from experiments.playground import SLIDERS, results_of
+from experiments.playground import SLIDERS, moved_to, results_of
 from experiments.playground_plan import Controls, View, choices, view
 from experiments.playground_svg import joined, passes_of
 from simulator.coarse_programs import coarse_programs
@@ -96,6 +96,14 @@ def test_every_choice_of_every_list_is_taken() -> None:
             value = int(name) if key == "zero_stage" else name
             shown = view(replace(START, **{key: value}))  # type: ignore[arg-type]
             assert isinstance(shown, View) and (shown.step or shown.refused), (key, name)
+
+
+def test_only_what_a_control_can_say_is_taken() -> None:
+    assert moved_to(START, "tp", 8).tp == 8 and moved_to(START, "zero_stage", "3").zero_stage == 3
+    assert moved_to(START, "sequence_parallel", False).sequence_parallel is False
+    for key, value in (("tp", 3), ("pp", 2**30), ("model", "tiny"), ("command", "x"), ("tp", "8")):
+        with pytest.raises(ValueError, match=key):
+            moved_to(START, key, value)
 
 
 @pytest.fixture(scope="module")
