@@ -2,8 +2,8 @@
 
 ./launch.sh python -m experiments.answers           half an hour on two cores, then seconds
 
-docs/answers/numbers.json has every number with its run, docs/answers/ledgers.json.gz the ledgers:
-tests find each number of the document in them.
+docs/answers/evidence.json.gz has every number with its run and the place in its ledger, and these
+ledgers: a test finds each number of the document there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
     lines += ["", '<a id="free-words"></a>', ""]
     lines += markdown(f'Free words: `./launch.sh ask "{FREE}"`', free, _place)
     (DOCS / "answers.md").write_text("\n".join(lines) + "\n")
-    write_numbers({**answers, "free-words": free}, evidence)
+    write_evidence({**answers, "free-words": free}, evidence)
     return 0
 
 
@@ -73,21 +73,24 @@ def _place(picture: Picture) -> str:
     return f"answers/{picture.name}.png"
 
 
-def write_numbers(answers: dict[str, Answer], evidence: Evidence) -> None:
+def write_evidence(answers: dict[str, Answer], evidence: Evidence) -> None:
     """What the document's numbers rest on."""
     numbers = {name: [n.said() for n in answer.numbers] for name, answer in answers.items()}
-    (FOLDER / "numbers.json").write_text(json.dumps(numbers, indent=0) + "\n")
-    kept = {run: without_names(ledger) for run, ledger in evidence.ledgers.items()}
-    text = json.dumps(kept, separators=(",", ":")).encode()
+    ledgers = {run: plainly(ledger) for run, ledger in evidence.ledgers.items()}
+    text = json.dumps({"numbers": numbers, "ledgers": ledgers}, separators=(",", ":"))
     # without a time in its head, so that the same ledgers are the same file
-    (FOLDER / "ledgers.json.gz").write_bytes(gzip.compress(text, 9, mtime=0))
+    (FOLDER / "evidence.json.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
-def without_names(ledger: dict[str, Any]) -> dict[str, Any]:
-    """A ledger without what names the machine's folders and host."""
-    facts = {k: v for k, v in ledger.get("environment", {}).items() if k != "platform"}
-    config = {k: v for k, v in ledger.get("config", {}).items() if k != "run"}
-    return {**ledger, **({"environment": facts} if facts else {}), "config": config}
+def plainly(ledger: dict[str, Any]) -> dict[str, Any]:
+    """A ledger without what names this machine's kernel and folders, or says where a cluster's
+    numbers are from, which its file does."""
+    made = dict(ledger)
+    if "environment" in made:
+        made["environment"] = {k: v for k, v in made["environment"].items() if k != "platform"}
+    if "config" in made:
+        made["config"] = {k: v for k, v in made["config"].items() if k not in ("run", "cluster")}
+    return made
 
 
 if __name__ == "__main__":

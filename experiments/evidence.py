@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -92,6 +93,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
+        """Of each step; None where a step of fp16 was skipped for a loss that was not finite."""
         return self.ledger["training"]["losses"]
 
 
@@ -190,10 +192,13 @@ class Evidence:
             return failed.read_text().strip()
         return self._keep(Run(name, ledgers.read(folder / "ledger.json"), str(folder), MEASURED))
 
-    def probed(self, name: str, ranks: int, function: Callable[..., dict[str, Any]]) -> Run:
-        """What a function of a module finds out on each of `ranks` ranks: {"ranks": [...]}."""
+    def probed(self, name: str, ranks: int, module: str, function: str) -> Run:
+        """What a function of a module finds out on each of `ranks` ranks: {"ranks": [...]}.
+
+        By their names: the module may take seconds to import.
+        """
         facts = {key: environment.facts()[key] for key in SAME_MACHINE}
-        text = json.dumps([function.__module__, function.__qualname__, ranks, facts])
+        text = json.dumps([module, function, ranks, facts])
         folder = KEPT / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         path = folder / "measured.json"
 
@@ -202,7 +207,7 @@ class Evidence:
 
             _say(f"measuring {name}")
             folder.mkdir(parents=True, exist_ok=True)
-            found = run_ranks(ranks, function)
+            found = run_ranks(ranks, getattr(importlib.import_module(module), function))
             path.write_text(json.dumps({"ranks": found, "environment": facts}, indent=1))
 
         self._once(folder, (path.name,), measure)

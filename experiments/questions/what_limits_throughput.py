@@ -29,9 +29,7 @@ BASE = ("strategy=single", "data=generated")
 
 
 def answer(evidence: Evidence) -> Answer:
-    from experiments.roofline import measure  # torch takes seconds
-
-    probe = evidence.probed("roofline", 2, measure)
+    probe = evidence.probed("roofline", 2, "experiments.roofline", "measure")
     runs = {n: evidence.measured(n, *BASE, *keys, TWELVE_STEPS) for n, keys in RUNS.items()}
     twins = [on_laptop(evidence, n, *BASE, *keys) for n, keys in RUNS.items()]
     return Answer(

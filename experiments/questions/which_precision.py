@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, listed, say
@@ -34,6 +35,8 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "precision=fp16",
     ),
 }
+ALIKE = 0.02  # of the loss
+UNKNOWN = "no finite loss"
 LLAMA = (
     "model=llama3_8b",
     "cluster=h100",
@@ -111,18 +114,23 @@ def held(run: Run) -> Quantity:
     return run.memory("parameters") + run.memory("gradients") + run.memory("optimizer")
 
 
-def last_loss(run: Run) -> Quantity:
-    """The mean of the last ten steps."""
+def last_loss(run: Run) -> Quantity | None:
+    """The mean of the last ten steps, of those that had a finite one."""
     count = len(run.losses)
-    each = [run.at(f"training.losses[{i}]", "nats", "loss") for i in range(count - 10, count)]
+    finite = [i for i in range(count - 10, count) if run.losses[i] is not None]
+    if not finite:
+        return None
+    each = [run.at(f"training.losses[{i}]", "nats", "loss") for i in finite]
     return mean(f"{run.name}: mean loss of the last ten steps", each)
 
 
 def stability(runs: dict[str, Run]) -> Said:
     losses = {kind: last_loss(run) for kind, run in runs.items()}
-    spread = max(q.value for q in losses.values()) - min(q.value for q in losses.values())
-    same = "train alike" if spread < 0.02 * losses["fp32"].value else "do not train alike"
-    each = listed([say("{k} {l}", k=kind, l=q) for kind, q in losses.items()])
+    values = [math.inf if q is None else q.value for q in losses.values()]
+    same = "do not train alike"
+    if max(values) - min(values) < ALIKE * min(values):
+        same = "train alike"
+    each = listed([say("{k} {l}", k=kind, l=q or UNKNOWN) for kind, q in losses.items()])
     return say("With what is tuned they {same}: after 80 steps {all}.", same=same, all=each)
 
 
@@ -145,7 +153,7 @@ def guards(trials: dict[str, Run | str]) -> list[Said]:
             continue
         skipped = found.at("training.skipped_steps", COUNT, "skipped steps")
         text = "{n}: went on to {loss}" + (", with {s} steps skipped" if skipped.value else "")
-        said.append(say(text + ".", n=name, loss=last_loss(found), s=skipped))
+        said.append(say(text + ".", n=name, loss=last_loss(found) or UNKNOWN, s=skipped))
     stopped = [n for n, found in trials.items() if isinstance(found, str)]
     went_on = [n for n in trials if n not in stopped]
     said.append(
