@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo
 
 from costs.messages import Call, CommunicationMeter, meter, tensors_in
+from costs.standing import Kind, Tally
 
 BACKEND = "metered_gloo"
 
@@ -122,6 +123,7 @@ class RecordingGroup(dist.ProcessGroup):
         self.inner, self.own_rank, self.ranks = inner, rank, frozenset(ranks)
         self.global_ranks = ranks  # by rank in this group
         self.own_name, self.own_desc = "", ""
+        self.tallies: dict[tuple[str, int | None], Tally | None] = {}
 
     def getSize(self) -> int:
         return len(self.ranks)
@@ -152,6 +154,17 @@ class RecordingGroup(dist.ProcessGroup):
         """
         return self.own_desc.removeprefix(AXIS) if self.own_desc.startswith(AXIS) else None
 
+    def count(self, call: Call) -> None:
+        """Note how far this rank has come, where somebody is to know."""
+        if meter.standing is None or len(self.ranks) == 1:
+            return
+        key = (call.collective if call.peer is not None else "", call.peer)
+        if key not in self.tallies:
+            kind = Kind(self.axis, tuple(sorted(self.ranks)), *key)
+            self.tallies[key] = meter.standing.tally(kind)
+        if tally := self.tallies[key]:
+            tally.add(call.payload_bytes, call.collective)
+
     def getGroupName(self) -> str:
         return self.own_name
 
@@ -176,6 +189,7 @@ def _recorded(method: str, collective: str, payload: int | None) -> Callable:
         if method in ("send", "recv"):
             made.peer = self.global_ranks[args[1]]
         meter.add(made)
+        self.count(made)
         work = inner(*args, **kwargs)
         if not meter.recording:
             return work

@@ -64,7 +64,8 @@ def counted() -> Iterator[FlopCounterMode]:
     """Count the flops of what this rank runs inside: `.get_total_flops()` afterwards.
 
     An operator of DTensors has the shapes of the whole; its local operators come one by one, and
-    those are what ran.
+    those are what ran. An operator with a kernel of its own is left whole: torch's counter would
+    run silu's backward in pieces, which round otherwise, and a run that goes on would differ.
     """
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()  # type: ignore[assignment]
@@ -77,10 +78,18 @@ def counted() -> Iterator[FlopCounterMode]:
             ) -> Any:
                 if any(issubclass(kind, DTensor) for kind in types):
                     return NotImplemented
+                if func._overloadpacket not in counter.flop_registry and _has_kernel(func):
+                    return func(*args, **(kwargs or {}))
                 return super().__torch_dispatch__(func, types, args, kwargs)
 
         whole.__class__ = LocalOnly
         yield counter
+
+
+def _has_kernel(func: torch._ops.OpOverload) -> bool:
+    """Whether an operator runs as itself on a CPU or a GPU, and is not always made of others."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has(func.name(), device) for device in ("CPU", "CUDA"))
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

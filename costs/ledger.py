@@ -132,7 +132,7 @@ def read(path: Path) -> dict[str, Any]:
         ledger = json.loads(path.read_text(), parse_constant=_no_constant)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a ledger: {str(error).splitlines()[0]}") from error
     try:
         check(ledger)

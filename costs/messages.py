@@ -11,6 +11,7 @@ from torch import Tensor
 
 from costs.ledger import wire_bytes
 from costs.phases import Phases
+from costs.standing import CallCounter
 
 Row = dict[str, Any]
 Key = tuple[str, str, str]  # collective, axis, dtype
@@ -61,6 +62,7 @@ class CommunicationMeter:
     recording: bool = False
     phases: Phases = field(default_factory=Phases)
     outside: Control = field(default_factory=Control)  # sent while nothing was recorded
+    standing: CallCounter | None = None  # counts them in a file, for when this rank is no more
 
     def start(self) -> None:
         """Forget the last step and record the next."""

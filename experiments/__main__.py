@@ -18,9 +18,12 @@ VERBS = {
     "simulate": ("experiments.simulate", "command"),
     "search": ("experiments.search", "command"),
     "score": ("experiments.score", "command"),
+    "compare": ("experiments.compare", "command"),
+    "report": ("experiments.report", "command"),
     "calibrate": ("experiments.calibrate", "command"),
     "ask": ("experiments.ask", "command"),
     "playground": ("experiments.playground", "command"),
+    "export": ("experiments.export", "command"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,9 +13,14 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from costs import communication
-from experiments.config import Backend, Device, TrainConfig
+from costs.standing import CallCounter
+from experiments import environment
+from experiments.config import Backend, Device, Nonfinite, TrainConfig
 from experiments.environment import Rank, rendezvous
+from experiments.resume import goes_on_in, run_dir
 from experiments.run_folder import Launched, make_folder, write_config
+from experiments.verdict import path_of
+from experiments.weights_file import check_init, reader
 from minigpt.corpus import Corpus
 from minigpt.data import Batches
 from minigpt.optimizer import learning_rate, set_learning_rate
@@ -23,6 +29,9 @@ from parallel.parallelize import parallelize
 from parallel.passes import MicroBatch
 from parallel.step import Trainer
 from parallel.training import trainer_of
+from parallel.weights import take_weights
+
+SKIPPED_IN_A_ROW = 5  # steps, with nonfinite=skip: more of them are no accident
 
 
 def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
@@ -36,8 +45,22 @@ def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
         backend = config.backend.value
         if config.backend == Backend.gloo and device.type == "cpu":
             backend = communication.BACKEND  # gloo, and every call is recorded
-        join(backend, config.timeout_s, rank.rank, rank.world_size)
+        store = agent_store(config.timeout_s) if environment.restarts() else None
+        join(backend, config.timeout_s, rank.rank, rank.world_size, store)
     return device
+
+
+def agent_store(timeout_s: float) -> dist.Store:
+    """Where ranks that were started again meet: torchrun's own store, under names of their own.
+
+    What is left there of the dead would otherwise be taken for the living (torch 2.13: 14 of 32
+    restarts failed, and none of 28 did so).
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    name = f"restart {environment.restarts()} of {os.environ['TORCHELASTIC_RUN_ID']}"
+    return dist.PrefixStore(name, store)
 
 
 def agree_on_folder(config: TrainConfig, launched: Launched, folder: Path | None) -> Path:
@@ -49,8 +72,8 @@ def agree_on_folder(config: TrainConfig, launched: Launched, folder: Path | None
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     first = not dist.is_initialized() or dist.get_rank() == 0
     if folder is None and first:
-        chosen = Path(config.run.dir) if config.run.dir else None
-        folder = make_folder(chosen, config.layout)
+        chosen = run_dir(config.resume, config.run.dir)
+        folder = make_folder(chosen, config.layout, again=goes_on_in(config.resume, chosen))
         write_config(folder, config, launched)
     if not dist.is_initialized():
         assert folder is not None
@@ -63,11 +86,23 @@ def agree_on_folder(config: TrainConfig, launched: Launched, folder: Path | None
     return folder or Path(said[0][1])
 
 
+def count_messages(folder: Path) -> None:
+    """From now on, note in the run's folder how far this rank has come (costs/standing.py)."""
+    path = path_of(folder, dist.get_rank() if dist.is_initialized() else 0, "calls")
+    if dist.is_initialized() and path.parent.is_dir():  # a folder that this node does not see
+        communication.meter.standing = CallCounter(path, os.getpid())
+
+
 def make_trainer(config: TrainConfig, mesh: Mesh) -> Trainer:
     """The model under its layout, with its optimiser: the same initial weights for every layout."""
-    torch.manual_seed(dropout_seed(config, mesh))
+    seed_dropout(config, mesh, 0)
     replica = parallelize(config.model, mesh, config.options, config.seed)
-    return trainer_of(replica, config.optimizer, config.options, config.clip)
+    if config.init:
+        check_init(Path(config.init), config.model)
+        take_weights(replica, reader(Path(config.init)))
+    trainer = trainer_of(replica, config.optimizer, config.options, config.clip)
+    trainer.may_skip = SKIPPED_IN_A_ROW if config.nonfinite == Nonfinite.skip else 0
+    return trainer
 
 
 def dropout_seed(config: TrainConfig, mesh: Mesh) -> int:
@@ -81,6 +116,12 @@ def dropout_seed(config: TrainConfig, mesh: Mesh) -> int:
     for axis in apart:
         place = place * getattr(config.layout, axis) + mesh.index(axis)
     return config.seed + place
+
+
+def seed_dropout(config: TrainConfig, mesh: Mesh, first: int) -> None:
+    """Start this rank's random stream. A run that goes on from step `first` must not draw the
+    masks of its beginning again."""
+    torch.manual_seed((dropout_seed(config, mesh) + first * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def make_batches(config: TrainConfig, corpus: Corpus) -> Batches:

@@ -24,6 +24,7 @@ from simulator.hardware import Cluster, Device, Efficiency, Level, Peak, numbers
 RANKS = 2
 SMALL = 64  # side of the product that tells half_size
 PEAK_S = 3.0  # seconds of products for a peak
+ATTENDED = 512  # tokens of the attention that is timed
 COPIED = 32 * 2**20  # numbers of 4 bytes: far beyond any cache
 BIG_MESSAGE, SMALL_MESSAGE = 16 * 2**20, 256  # numbers of 4 bytes
 COMMAND = "./launch.sh calibrate"
@@ -110,6 +111,8 @@ def measure_rank() -> dict[str, float]:
     copied = 2 * 4 * COPIED / best(lambda: target.copy_(source), 20)
     one = torch.ones(8)
     sent = {n: best(_reduction(torch.ones(n)), 30) for n in (BIG_MESSAGE, SMALL_MESSAGE)}
+    half_size = max(0.0, fp32 / rate - 1) * SMALL / 3  # rate = peak / (1 + 3 half_size / side)
+    filled = 1 + 2 * half_size / ATTENDED  # as simulator.estimate.flash_seconds has it
     ranks = dist.get_world_size()
     steps = 2 * (ranks - 1)  # of a ring's all_reduce
     latency = sent[SMALL_MESSAGE] / steps
@@ -117,9 +120,8 @@ def measure_rank() -> dict[str, float]:
     return {
         "fp32": fp32,
         "bf16": bf16,
-        # rate = peak / (1 + 3 half_size / side)
-        "half_size": max(0.0, fp32 / rate - 1) * SMALL / 3,
-        "attention": min(1.0, attention_flops() / fp32),
+        "half_size": half_size,
+        "attention": min(1.0, filled * attention_flops() / fp32),
         "memory_bandwidth": copied,
         "overhead": best(lambda: one.add_(1), 1000),
         "latency": latency,
@@ -138,7 +140,7 @@ def attention_flops() -> float:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    batch, heads, tokens, width = 1, 4, 512, 64
+    batch, heads, tokens, width = 1, 4, ATTENDED, 64
     q = torch.randn(batch, heads, tokens, width)
     seconds = best(lambda: scaled_dot_product_attention(q, q, q, is_causal=True), 20)
     return 2 * batch * heads * tokens * tokens * width / seconds

@@ -3,6 +3,7 @@
 ./launch.sh                                      two ranks, DDP
 ./launch.sh strategy=fsdp layout.dp_shard=4      four ranks, FSDP
 ./launch.sh -m strategy=ddp,fsdp precision=fp32,bf16
+                                                 the same line again goes on where it was stopped
 ./launch.sh launch=dry                           print the torchrun line, start nothing
 """
 
@@ -20,10 +21,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from costs import ledger as ledgers
-from experiments import console, environment, launch, run_folder
+from experiments import console, environment, launch
 from experiments.compose import Refused, jobs_of, run_hydra, to_config
-from experiments.config import Launch, TrainConfig
-from experiments.run_folder import Launched, failure
+from experiments.config import Launch, LoggingConfig, TrainConfig
+from experiments.process import end
+from experiments.resume import run_dir
+from experiments.run_folder import Launched
+from experiments.sweep_points import Points, folder_of
+from experiments.tracking import make_tracker
+from experiments.verdict import failure
 from experiments.worker import last_act
 from minigpt.corpus import check_vocabulary, prepare
 
@@ -42,7 +48,7 @@ class Row:
     """One job, and how it ended."""
 
     overrides: list[str]
-    status: str  # done | failed | refused | stopped | dry
+    status: str  # done | kept (it was done before) | failed | refused | stopped | dry
     folder: Path | None = None
     reason: str | None = None  # for a dry job its command
 
@@ -57,7 +63,7 @@ class Row:
 
     def ledger(self) -> dict[str, Any] | None:
         """What the run cost, where it was done."""
-        if self.status != "done" or self.folder is None:
+        if self.status not in ("done", "kept") or self.folder is None:
             return None
         return ledgers.read(self.folder / "ledger.json")
 
@@ -68,9 +74,10 @@ class Command:
 
     torchrun: launch.Torchrun
     as_json: bool
-    sweep: Path | None = None  # the folder of the sweep that it belongs to
+    sweep: Points | None = None  # of the sweep that it belongs to
     rows: list[Row] = field(default_factory=list)
     status: int = 0
+    logging: LoggingConfig = field(default_factory=LoggingConfig)  # of the last job of a sweep
 
     def __call__(self, composed: DictConfig) -> None:
         # unresolved: an override may hold an interpolation of its own
@@ -90,10 +97,20 @@ class Command:
         self.status = max(self.status, 2)
 
     def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
-        folder = Path(config.run.dir) if config.run.dir else None
+        folder = run_dir(config.resume, config.run.dir)
         if self.sweep:
-            folder = self.sweep / str(len(self.rows) - 1)
-            config.logging.group = config.logging.group or self.sweep.name
+            nodes = self.torchrun.nodes
+            settled = environment.settle(config, None, environment.gpu_count(), nodes)
+            done = self.sweep.done(overrides, settled)
+            if done:
+                row.status, row.folder = "kept", done
+                return 0
+            first = self.torchrun.is_first_node  # the others take part in what it launches
+            if first:
+                self.sweep.lock()
+            folder = self.sweep.place(overrides, len(self.rows) - 1, clear=first)
+            config.logging.group = config.logging.group or self.sweep.folder.name
+            self.logging = config.logging
         job = launch.prepare_job(config, overrides, self.torchrun, folder)
         row.folder = job.folder
         if config.launch == Launch.dry:
@@ -138,11 +155,13 @@ def train(argv: list[str]) -> int:
 
 
 def sweep(jobs: list[list[str]], torchrun: launch.Torchrun, as_json: bool) -> int:
-    """One fresh launch a job. A job that is refused or fails is a row and not the end."""
-    given = [a.partition("=")[2] for a in jobs[0] if a.startswith(("run.dir=", "hydra.sweep.dir="))]
-    folder = Path(given[0].strip("'\"")) if given else run_folder.sweep_folder()
-    command = Command(torchrun, as_json, folder)
-    for argv in jobs:
+    """One fresh launch a job that is not done yet. A job that is refused or fails is a row and not
+    the end."""
+    points = Points(folder_of(jobs))
+    command = Command(torchrun, as_json, points)
+    for number, argv in enumerate(jobs):
+        if not as_json:
+            print(f"sweep {number + 1}/{len(jobs)}: {shlex.join(argv)}", flush=True)
         try:
             run_hydra("train", argv, command)
         except Refused as error:  # composed badly: Hydra never called the command
@@ -154,9 +173,11 @@ def sweep(jobs: list[list[str]], torchrun: launch.Torchrun, as_json: bool) -> in
     if as_json:
         print(json.dumps({"jobs": [row.said() for row in command.rows]}, indent=1))
     elif command.rows:  # none with --cfg and its like
-        console.print_sweep(
-            folder, [(r.overrides, r.status, r.reason, r.ledger()) for r in command.rows]
-        )
+        ended = [(r.overrides, r.status, r.reason, r.ledger()) for r in command.rows]
+        console.print_sweep(points.folder, ended)
+    if any(row.status == "done" for row in command.rows):
+        say = (lambda _text: None) if as_json else print
+        make_tracker(command.logging, points.folder, {}, say, rank=0).finish(None)
     return command.status
 
 
@@ -182,5 +203,7 @@ def train_as_rank(argv: list[str]) -> int:
     with last_act(rank.rank, folder=None):
         from experiments.train import train as train_here
 
-        train_here(config, launched, None, rank)
+        stopped = train_here(config, launched, None, rank)
+        if stopped:
+            end(128 + stopped)
     return 0

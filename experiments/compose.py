@@ -22,17 +22,18 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from experiments.config import GenerateConfig, TrainConfig
+from experiments.config import ExportConfig, GenerateConfig, TrainConfig
 from experiments.plan_config import SearchConfig, SimulateConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
 PROMPTS = ("prompt", "sample.prompt")
-PATHS = ("run", "run.dir", "data.path", "data.cache")
+PATHS = ("run", "run.dir", "data.path", "data.cache", "resume", "init", "out")
 # what each command takes: configs/NAME.yaml and its schema
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "generate": GenerateConfig,
+    "export": ExportConfig,
     "simulate": SimulateConfig,
     "search": SearchConfig,
 }
@@ -116,6 +117,8 @@ def check_options(argv: list[str]) -> argparse.Namespace:
     given = parser.parse_args(argv)
     for override in given.overrides:
         key, _, value = override.lstrip("+~").partition("=")
+        if "_target_" in override:  # Hydra imports and calls what it names
+            raise Refused(f"{override}: _target_ is not taken: no key may say what is to be run")
         if key in GROUPS and value.startswith(("[", "{")):
             raise Refused(f"{override}: {key} takes one option")
     return given

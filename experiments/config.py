@@ -47,9 +47,15 @@ class Launch(str, Enum):
     dry = "dry"
 
 
+class Nonfinite(str, Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 class Logger(str, Enum):
     none = "none"
     wandb = "wandb"
+    tensorboard = "tensorboard"
 
 
 class WandbMode(str, Enum):
@@ -108,6 +114,29 @@ class RunConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """The state on disk from which a run can go on. A pre-empted run writes one in any case."""
+
+    every: int = 0  # steps between checkpoints, and one after the last; 0: none
+    keep: int = 2  # newest ones that stay; the one before the last is there if that is damaged
+    asynchronous: bool = False  # write beside the next steps, from a copy on the host
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.keep", self.keep, 2)
+
+
+@dataclass
+class DriftConfig:
+    """Whether ranks that hold copies of a weight still hold the same, by checksums."""
+
+    every: int = 50  # steps between comparisons; 0: never
+
+    def __post_init__(self) -> None:
+        at_least("drift.every", self.every, 0)
+
+
+@dataclass
 class TrainConfig:
     """Everything `./launch.sh` takes."""
 
@@ -119,7 +148,11 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
 
+    resume: str | None = None  # auto, RUN or RUN/step-N: see experiments/resume.py
+    init: str | None = None  # weights to start from: a .safetensors file, of ours or GPT-2's
     steps: int = 300
     micro_batch_size: int = 8  # sequences of one forward, for each data-parallel rank
     gradient_accumulation_steps: int = 1
@@ -138,6 +171,7 @@ class TrainConfig:
     )
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     clip: float | None = 1.0  # the gradient norm's upper bound; null: no clipping
+    nonfinite: Nonfinite = Nonfinite.stop  # a NaN or inf in the loss or a gradient: stop or skip
     device: Device = Device.auto
     backend: Backend = Backend.auto
     trace: bool = False  # write one step of all ranks as trace.json.gz, and pictures of it
@@ -162,6 +196,10 @@ class TrainConfig:
         require(
             data.vocab_size <= model.vocab_size,
             f"model.vocab_size={model.vocab_size}: smaller than the data's {data.vocab_size} ids",
+        )
+        require(
+            self.resume is None or self.init is None,
+            f"init={self.init}: resume={self.resume} has weights of its own; give one of the two",
         )
         require(
             not (self.backend == Backend.nccl and self.device == Device.cpu),
@@ -206,6 +244,14 @@ class TrainConfig:
             seq_len=self.seq_len,
             micro_batches=self.gradient_accumulation_steps,
         )
+
+
+@dataclass
+class ExportConfig:
+    """Everything `./launch.sh export` takes."""
+
+    run: str = "???"  # RUN, or RUN/step-N
+    out: str = "model.safetensors"
 
 
 @dataclass

@@ -40,7 +40,7 @@ def make_console() -> Console:
 class Reporter:
     """Progress of one run. Rank 0 shows it; every other rank has one that says nothing."""
 
-    def __init__(self, steps: int, shown: bool) -> None:
+    def __init__(self, steps: int, shown: bool, done: int = 0) -> None:
         self.shown = shown
         self.console = make_console()
         self.steps = steps
@@ -56,7 +56,9 @@ class Reporter:
                 refresh_per_second=4,  # drawn on a thread of rank 0, which has better to do
                 console=self.console,
             )
-            self.task = self.progress.add_task("training", total=steps, loss=DASH, speed=DASH)
+            self.task = self.progress.add_task(
+                "training", total=steps, completed=done, loss=DASH, speed=DASH
+            )
 
     def __enter__(self) -> Reporter:
         if self.progress:
@@ -260,7 +262,16 @@ def print_sweep(folder: Path, rows: list[SweepRow]) -> None:
         differs = " ".join(o for o in overrides if o not in shared) or DASH
         ended = f"{status}: {reason}" if reason and status != "dry" else status
         table.add_row(str(number), differs, ended, *costs_in_short(ledger))
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
+    ended_as = [row[1] for row in rows]
+    if "kept" in ended_as:
+        again = "run.dir=DIR measures them afresh in another folder"
+        console.print(f"{ended_as.count('kept')} kept: they were done before; {again}")
+    if {"failed", "stopped"} & set(ended_as):
+        console.print("the same command line again runs what is not done")
+    if {"done", "kept"} & set(ended_as):
+        console.print(f"side by side: ./launch.sh compare {folder}", markup=False, soft_wrap=True)
 
 
 def costs_in_short(ledger: dict[str, Any] | None) -> list[str]:

@@ -61,6 +61,11 @@ def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
     return Rank(rank, local_rank, world_size)
 
 
+def restarts(environ: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun --max-restarts has started this rank's job anew."""
+    return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def rendezvous(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT for ranks that SLURM started, which sets neither."""
     if "MASTER_ADDR" in environ:

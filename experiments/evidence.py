@@ -252,10 +252,24 @@ def _command(verb: str, overrides: tuple[str, ...]) -> str:
 
 
 def _digest(config: Any) -> str:
-    """Of the configuration and the machine that it is measured on."""
+    """Of the machine that a configuration is measured on, and of what it sets otherwise than the
+    schema does: a key that is new, and has its default, changes nothing."""
     facts = {key: environment.facts()[key] for key in SAME_MACHINE}
-    text = json.dumps([plain(config), facts], sort_keys=True)
+    text = json.dumps([different(plain(config), plain(type(config)())), facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def different(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What of a nested configuration is not as the defaults have it."""
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            value = different(value, defaults[key])
+            if value:
+                made[key] = value
+        elif key not in defaults or value != defaults[key]:
+            made[key] = value
+    return made
 
 
 def _start(config: Any, overrides: tuple[str, ...], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,8 +13,11 @@ import psutil
 
 from experiments import environment
 from experiments.config import TrainConfig
-from experiments.process import Forwarding, die_with_parent
-from experiments.run_folder import Launched, make_folder, write_config
+from experiments.process import GRACE_S, Forwarding, die_with_parent
+from experiments.resume import check_fits, choose, goes_on_in
+from experiments.run_folder import Launched, make_folder, settings_of, write_config
+from experiments.verdict import was_stopped
+from experiments.weights_file import check_init
 from minigpt.corpus import check_vocabulary, prepare
 
 
@@ -76,7 +80,13 @@ def prepare_job(
     corpus.check_length(config.seq_len)
     if nodes > 1 and not config.run.dir:
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
-    folder = make_folder(folder, config.layout, shared=not torchrun.is_first_node)
+    found = choose(config.resume, folder)
+    if found:
+        check_fits(found, settings_of(config), config.batch_size)
+    if config.init:
+        check_init(Path(config.init), config.model)
+    again = goes_on_in(config.resume, folder)
+    folder = make_folder(folder, config.layout, not torchrun.is_first_node, again)
     if torchrun.is_first_node:
         # launch.sh hands its process over, so this is when the user's command began
         started = psutil.Process().create_time()
@@ -90,6 +100,8 @@ def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list
     options = [*torchrun.options]
     if torchrun.stands_alone:
         options += ["--standalone"]
+    if not any(o.replace("_", "-").startswith("--shutdown-timeout") for o in options):
+        options += [f"--shutdown-timeout={GRACE_S}"]
     options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}"]
     if local_ranks > 1:
         options += ["--redirects=" + ",".join(f"{i}:3" for i in range(1, local_ranks))]
@@ -116,4 +128,8 @@ def run(job: Job, quiet: bool) -> int:
         )
         with Forwarding(process) as forwarding:
             status = process.wait()
+    if was_stopped(job.folder):  # the signal may have come to another node
+        return 128 + (forwarding.received or signal.SIGUSR1)
+    if status == 0:  # a signal may come when there is nothing left to do
+        return 0
     return 128 + forwarding.received if forwarding.received else status

@@ -27,20 +27,18 @@ from costs.messages import control_of, rows_of
 from costs.timeline import Transfer, bubbles, name_axes, transfers
 from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
+from experiments.step_log import KEPT_STEPS, followed_steps, untimed_steps
+from parallel.moments import inner
 from parallel.precision import DTYPES
 from parallel.step import Trainer
-from parallel.zero1 import state_of
 from simulator.flops import model_flops_per_token
-
-MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
-WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
-KEPT_STEPS = 500  # the last ones, of which the median is taken: a long run must not grow
 
 
 class Meters:
     """Implements parallel.step.Marks, so that a step tells it what it is doing."""
 
-    def __init__(self, config: TrainConfig, trainer: Trainer) -> None:
+    def __init__(self, config: TrainConfig, trainer: Trainer, first: int = 0) -> None:
+        """`first`: the step that this process begins with, where a run goes on."""
         self.config, self.trainer, self.mesh = config, trainer, trainer.replica.mesh
         trainer.marks = self
         self.alone = config.layout.world_size == 1
@@ -51,8 +49,8 @@ class Meters:
         if self.communication:
             self.communication.phases.follow(trainer.replica.stages)
         self.timer = StepTimer(self.mesh.device, self.communication)
-        self.memory_step = min(MEMORY_STEP, config.steps - 1)
-        self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
+        self.first = first
+        self.flops_step, self.memory_step = followed_steps(config.steps, first)
         self.steps: deque[StepRecord] = deque(maxlen=KEPT_STEPS)
         self.last = StepRecord(0.0)  # warm-up or not
         self.records: list[StepRecord] = []  # the step that is shown, of all ranks, on one clock
@@ -69,6 +67,8 @@ class Meters:
     def step(self, index: int) -> Iterator[None]:
         """Around one step of the loop; `index` counts from 0."""
         looking = self._looking(index)
+        if self.communication and self.communication.standing:
+            self.communication.standing.at_step(index)
         with ExitStack() as stack:
             if self.communication:
                 stack.enter_context(communication.recorded())
@@ -80,7 +80,7 @@ class Meters:
         self.last = self.timer.record
         if index == self.memory_step:
             self.memory_record = self.last
-        if not looking and index >= min(WARMUP_STEPS, self.config.steps // 2):
+        if index not in untimed_steps(self.config.steps, self.config.compile, self.first):
             self.steps.append(self.last)
 
     @contextmanager
@@ -114,7 +114,8 @@ class Meters:
 
     @contextmanager
     def _follow_memory(self) -> Iterator[None]:
-        self.memory_meter = MemoryMeter(self.trainer.replica, state_of(self.trainer.optimizer))
+        state = inner(self.trainer.optimizer).state
+        self.memory_meter = MemoryMeter(self.trainer.replica, state)
         on_gpu = self.mesh.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.mesh.device)

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from experiments.assemble import make_batches, make_trainer, set_step, share_of_batch
 from experiments.config import Backend, Device, TrainConfig
 from experiments.ranks import TIMEOUT_S, run_ranks
 from minigpt.config import DataConfig, ModelConfig, OptimizerConfig, OptimizerName, Source
 from minigpt.corpus import prepare
-from parallel.gradients import local
+from parallel.drift import Piece, pieces
 from parallel.layout import ActivationCheckpointing, Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.replica import Replica
@@ -168,28 +167,15 @@ def drift(replica: Replica) -> float:
     """
     if replica.mesh.axes_mesh is None:
         return 0.0
-    mine = [
-        # the only copy on another stage is a tied head
-        ("embedding.weight" if name in replica.copies else name, _piece(p), local(p.detach()))
-        for name, p in replica.named_parameters()
-    ]
+    mine = list(pieces(replica))
     held: list[list] = [[]] * replica.mesh.layout.world_size
     dist.all_gather_object(held, mine)
-    first: dict[tuple, Tensor] = {}
+    first: dict[Piece, Tensor] = {}
     apart = [
-        float((weight - first.setdefault((name, piece), weight)).norm())
-        for name, piece, weight in itertools.chain.from_iterable(held)
+        float((weight - first.setdefault(piece, weight)).norm())
+        for piece, weight in itertools.chain.from_iterable(held)
     ]
     return _worst(apart)
-
-
-def _piece(parameter: Tensor) -> tuple[int, ...]:
-    """Which piece of a weight this rank holds: its place on each axis that cuts it."""
-    if not isinstance(parameter, DTensor):
-        return ()
-    mesh = parameter.device_mesh
-    cut = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate()]
-    return tuple(mesh.get_local_rank(i) for i in cut)
 
 
 def trajectories(configs: list[TrainConfig]) -> list[Trajectory]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,34 +151,44 @@ def _draw_compute(
 
 def _draw_waits(axes: Axes, slices: Sequence[Slice], top: float, height: float) -> set[str]:
     """Over the boxes, what this rank could only wait: idle first, then exposed."""
+    parts = waits(slices)
+    for kind, found in parts.items():
+        where = [(start * 1e3, seconds * 1e3) for start, seconds in found]
+        axes.broken_barh(where, (top, height), facecolors=COLOURS[kind], linewidth=0)
+    return {kind for kind, found in parts.items() if found}
+
+
+def waits(slices: Sequence[Slice]) -> dict[str, list[tuple[float, float]]]:
+    """Start and length, in seconds, of what a rank waited: idle first, then exposed."""
     parts: dict[str, list[tuple[float, float]]] = {"idle": [], "exposed": []}
     for wait in slices:
         if wait.track == COMPUTE and wait.kind == WAIT:
             idle = wait.args.get("bubble_s", 0.0)
-            parts["idle"].append((wait.start * 1e3, idle * 1e3))
-            parts["exposed"].append(
-                ((wait.start + idle) * 1e3, (wait.end - wait.start - idle) * 1e3)
-            )
-    for kind, found in parts.items():
-        axes.broken_barh(found, (top, height), facecolors=COLOURS[kind], linewidth=0)
-    return {kind for kind, found in parts.items() if found}
+            parts["idle"].append((wait.start, idle))
+            parts["exposed"].append((wait.start + idle, wait.end - wait.start - idle))
+    return parts
 
 
 def _draw_messages(axes: Axes, slices: Sequence[Slice], top: float, height: float) -> set[str]:
-    """What is under way, side by side: from when all who take part have handed it over."""
-    moving = []
-    for message in (s for s in slices if s.track == COMMUNICATION):
-        start = max(message.start, message.args.get("ready", message.start))
-        seconds = message.args.get("seconds")
-        end = max(start, message.end if seconds is None else start + seconds)
-        moving.append(Slice(message.rank, message.track, message.kind, start, end))
-    tracks = lanes(moving)
+    """What is under way, side by side."""
+    tracks = moving(slices)
     each = height / max(1, len(tracks))
     for number, track in enumerate(tracks):
         where = [(s.start * 1e3, (s.end - s.start) * 1e3) for s in track]
         place = (top + number * each, each * 0.9)
         axes.broken_barh(where, place, facecolors=COLOURS["message"], linewidth=0)
-    return {"message"} if moving else set()
+    return {"message"} if tracks else set()
+
+
+def moving(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Messages from when all who take part have handed them over, on tracks without overlap."""
+    found = []
+    for message in (s for s in slices if s.track == COMMUNICATION):
+        start = max(message.start, message.args.get("ready", message.start))
+        seconds = message.args.get("seconds")
+        end = max(start, message.end if seconds is None else start + seconds)
+        found.append(replace(message, start=start, end=end))
+    return lanes(found)
 
 
 def _shade(colour: str, stage: int | None, boxes: Iterable[Slice]) -> tuple[float, float, float]:

@@ -9,7 +9,10 @@ import subprocess
 import sys
 from types import FrameType
 
+import psutil
+
 GRACE_S = 10  # between asking the ranks to end and making them
+SAVE_S = 25  # between asking the ranks to save and ending them: SLURM's KillWait is 30
 
 
 def die_with_parent() -> None:
@@ -30,16 +33,22 @@ def end(status: int) -> None:
 
 
 class Forwarding:
-    """While open, the first signal to this process ends `process`, and a second one kills it."""
+    """While open, the first signal to this process ends `process`, and a second one kills it.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    A scheduler's SIGTERM or SIGUSR1 (SLURM: --signal=USR1@60) lets the ranks, the children of
+    `process`, save first; a terminal's Ctrl-C and hang-up do not wait for that.
+    """
+
+    SAVE = (signal.SIGTERM, signal.SIGUSR1)
+    END = (signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
         self.received = 0
 
     def __enter__(self) -> Forwarding:
-        self.saved = {number: signal.signal(number, self._forward) for number in self.SIGNALS}
+        numbers = (*self.SAVE, *self.END)
+        self.saved = {number: signal.signal(number, self._forward) for number in numbers}
         self.saved[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda *_: self.process.kill())
         return self
 
@@ -52,5 +61,32 @@ class Forwarding:
         if self.received:
             self.process.kill()  # the ranks die with it: die_with_parent
         self.received = self.received or number
-        self.process.send_signal(signal.SIGTERM)
-        signal.alarm(GRACE_S)
+        ranks = children(self.process.pid) if number in self.SAVE else []
+        if ranks:
+            # to each rank, and not to torchrun, which would end them before the step is over
+            for rank in ranks:
+                rank.send_signal(signal.SIGUSR1)
+            signal.alarm(SAVE_S)
+        else:
+            self.process.send_signal(signal.SIGTERM)
+            signal.alarm(GRACE_S)
+
+
+def children(parent: int) -> list[psutil.Process]:
+    """The processes that `parent` started itself and that are still there."""
+    try:
+        return psutil.Process(parent).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end_stopped_siblings() -> None:
+    """End ranks of this machine that are stopped (SIGSTOP): they would take no SIGTERM, and
+    torchrun would wait for them."""
+    for rank in children(os.getppid()):
+        try:
+            if rank.status() == psutil.STATUS_STOPPED:
+                rank.send_signal(signal.SIGTERM)  # pending: the first that it sees
+                rank.send_signal(signal.SIGCONT)
+        except psutil.Error:
+            continue

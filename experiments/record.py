@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from costs import ledger as ledgers
 from experiments import environment
 from experiments.config import TrainConfig
 from experiments.metering import Meters
+from experiments.run_folder import settings_of
 from minigpt.corpus import Corpus
 from minigpt.tokenizer import BPE_FILE
 from parallel.mesh import Mesh
@@ -34,9 +34,9 @@ class Record:
         self, config: TrainConfig, folder: Path, mesh: Mesh, corpus: Corpus, started: float
     ) -> None:
         self.config, self.folder, self.mesh, self.corpus = config, folder, mesh, corpus
-        settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-        self.settings: dict[str, Any] = settings
-        self.losses: list[float] = []
+        self.settings = settings_of(config)
+        self.losses: list[float | None] = []
+        self.earlier: list[str] = []  # lines of the steps before this process
         self.skipped_steps = 0
         self.validation_loss: float | None = None  # null on a line: none was taken after that step
         self.last: dict[str, Any] = {}
@@ -46,8 +46,25 @@ class Record:
 
     def __enter__(self) -> Record:
         path = self.folder / "metrics.jsonl" if self.mesh.rank == 0 else Path(os.devnull)
-        self.metrics = open(path, "w", buffering=1)  # a line a step: a killed run keeps them
+        if self.mesh.rank == 0:
+            # whole or not at all: of a run that goes on, this is all that tells its beginning
+            part = path.with_suffix(".part")
+            part.write_text("".join(self.earlier))
+            part.replace(path)
+        self.metrics = open(path, "a", buffering=1)  # a line a step: a killed run keeps them
         return self
+
+    def go_on(self, run: Path, first: int) -> None:
+        """Take over what a run has recorded of its steps before `first`.
+
+        A run may have gone beyond its checkpoint: those lines are dropped, for their steps come
+        again. A line that is lost leaves a null among the losses.
+        """
+        lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
+        kept = [lines.get(step) for step in range(first)]
+        self.losses = [line["loss"] if line else None for line in kept]
+        self.skipped_steps = sum(line["skipped"] for line in kept if line)
+        self.earlier = [json.dumps(line) + "\n" for line in kept if line]
 
     def __exit__(
         self,
@@ -151,6 +168,19 @@ class Record:
                 else ")"
             )
         )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a line that a kill or a full disk cut short is left out."""
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and {"step", "loss", "skipped"} <= line.keys():
+            found.append(line)
+    return found
 
 
 def pipeline_of(config: TrainConfig, ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,25 +1,29 @@
-"""The one folder of a run: who makes it, what is frozen in it, how a failure is read from it.
+"""The one folder of a run: who makes it, and what is frozen in it.
 
 config.yaml      the resolved configuration; ranks read it and never compose
 launch.json      overrides, corpus, when the command began
-logs/            torchrun's messages, the other ranks' output, a small file for each failed rank
+logs/            torchrun's messages, the other ranks' output, and see experiments/verdict.py
 metrics.jsonl, ledger.json, model.pt, tokenizer.json   written while and after it trains
 trace.json.gz, timeline.png, memory.png (and .svg)     with trace=true
+checkpoints/     see experiments/checkpoints.py
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-import sys
+import os
 import time
-import traceback
-from dataclasses import asdict, dataclass
+import uuid
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from experiments import verdict
 from experiments.config import TrainConfig
+from experiments.resume import RUNS
 from parallel.layout import Layout
 
 
@@ -30,32 +34,48 @@ class Launched:
     overrides: list[str]
     corpus: str  # folder
     started: float  # time.time() when the user's command began
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)  # no other run has this name
 
 
-def make_folder(folder: Path | None, layout: Layout, shared: bool = False) -> Path:
+def make_folder(
+    folder: Path | None, layout: Layout, shared: bool = False, again: bool = False
+) -> Path:
     """Make the folder; None picks runs/DATE-TIME-LAYOUT. One that already holds a run is refused,
-    unless another node made it (`shared`)."""
+    unless another node made it (`shared`) or that run is to go on (`again`)."""
     if folder is not None:
-        if (folder / "config.yaml").exists() and not shared:
-            raise ValueError(f"run.dir={folder}: already holds a run")
-        return _make(folder)
+        if (folder / "config.yaml").exists() and not (shared or again):
+            raise ValueError(f"run.dir={folder}: already holds a run; resume=auto goes on with it")
+        _make(folder)
+        if not shared:
+            hold(folder)
+        if again:
+            verdict.clear(folder)
+        return folder
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(1000):  # two launches in one second must not share a folder
         suffix = f"-{attempt}" if attempt else ""
-        folder = Path("runs") / f"{stamp}-{layout.label}{suffix}"
+        folder = RUNS / f"{stamp}-{layout.label}{suffix}"
         try:
-            return _make(folder, exist_ok=False)
+            _make(folder, exist_ok=False)
         except FileExistsError:
             continue
+        hold(folder)
+        return folder
     raise ValueError(f"run.dir: could not make a folder like {folder}")
 
 
-def sweep_folder() -> Path:
-    """Where the jobs of a sweep leave their run folders."""
-    return Path("runs") / time.strftime("sweep-%Y%m%d-%H%M%S")
+def hold(folder: Path) -> None:
+    """Keep a run folder for this process until it ends, however it ends. Raises ValueError where
+    another launch is at work in it: two would write over each other's files."""
+    number = os.open(folder / "logs" / "launch.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise ValueError(f"run.dir={folder}: another launch is at work in it") from None
 
 
-def _make(folder: Path, exist_ok: bool = True) -> Path:
+def _make(folder: Path, exist_ok: bool = True) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
         (folder / "logs").mkdir(exist_ok=True)
@@ -65,7 +85,12 @@ def _make(folder: Path, exist_ok: bool = True) -> Path:
         raise
     except OSError as error:
         raise ValueError(f"run.dir={folder}: cannot be made: {error.strerror}") from error
-    return folder
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values, which JSON takes."""
+    settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return settings
 
 
 def write_config(folder: Path, config: TrainConfig, launched: Launched) -> None:
@@ -85,7 +110,7 @@ def read_config(folder: Path) -> TrainConfig:
         config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(path)))
     except OSError as error:
         raise ValueError(f"run={folder}: config.yaml: {error.strerror}") from error
-    except (OmegaConfBaseException, ValueError, AttributeError) as error:
+    except Exception as error:  # YAML, OmegaConf and the checks of the schema raise many kinds
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"run={folder}: config.yaml is damaged: {said}") from error
     assert isinstance(config, TrainConfig)
@@ -98,36 +123,5 @@ def read_launched(folder: Path) -> Launched:
         return Launched(**json.loads((folder / "launch.json").read_text()))
     except OSError as error:
         raise ValueError(f"run={folder}: launch.json: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"run={folder}: launch.json is damaged: {error}") from error
-
-
-def write_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave a rank's error where `failure` finds it, its traceback in a file of its own."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    path = folder / "logs" / f"rank-{rank}.traceback.txt"
-    said = {
-        "rank": rank,
-        "time": time.time(),
-        "error": f"{type(error).__name__}: {lines[0]}",
-        "traceback": str(path),
-    }
-    try:
-        path.write_text(traceback.format_exc())
-        (folder / "logs" / f"rank-{rank}.error.json").write_text(json.dumps(said))
-    except OSError:  # a full disk: the message still reaches torchrun.log
-        print(said["error"], file=sys.stderr)
-
-
-def failure(folder: Path) -> str:
-    """One line for a run that failed: the first rank that did, and where its traceback is."""
-    reports = []
-    for path in (folder / "logs").glob("rank-*.error.json"):
-        try:
-            reports.append(json.loads(path.read_text()))
-        except (OSError, ValueError):  # the disk was full: half a file says nothing
-            continue
-    if not reports:
-        return f"a rank died without a word; see {folder / 'logs' / 'torchrun.log'}"
-    first = min(reports, key=lambda report: report["time"])
-    return f"rank {first['rank']}: {first['error']} (traceback: {first['traceback']})"

@@ -1,6 +1,7 @@
 """docs/strategies.md: how fast each strategy is on two ranks, beside the plainest torch code.
 
-./launch.sh python -m experiments.strategy_speed > docs/strategies.md
+./launch.sh python -m experiments.strategy_speed > docs/strategies.md   ten minutes, two free cores
+./launch.sh python -m experiments.strategy_speed pp                     that contest's rows only
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ WATCHED = 5  # steps
 MARK = "the whole step"
 
 
+HEAD = ("step", "ms", "faster than one process", "of the plainest torch code", "of the library")
 Times = dict[str, list[float]]  # seconds of each step, by contestant
 
 
@@ -58,13 +60,10 @@ def contestants(names: tuple[str, ...]) -> list[str]:
     return kinds
 
 
-def measure() -> list[Times]:
-    """The contests, one after the other."""
-    found = []
-    for names in CONTESTS:
-        print(f"{', '.join(names)} ...", file=sys.stderr, flush=True)
-        found.append(contest.hold(contestants(names), 2, SHAPES["L"], ROUNDS))
-    return found
+def measure(names: tuple[str, ...]) -> Times:
+    """One contest."""
+    print(f"{', '.join(names)} ...", file=sys.stderr, flush=True)
+    return contest.hold(contestants(names), 2, SHAPES["L"], ROUNDS)
 
 
 def ratio(times: Times, one: str, other: str) -> float:
@@ -72,13 +71,9 @@ def ratio(times: Times, one: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
-def rows(contests: list[Times]) -> list[str]:
-    head = ("step", "ms", "faster than one process", "of the plainest torch code", "of the library")
-    lines = [table(*head), rule(len(head))]
-    for times in contests:
-        ours = [n for n in times if not n.startswith("plain") and n != ALONE]
-        lines += [row(times, name) for name in ours]
-    return lines
+def rows(times: Times) -> str:
+    ours = [name for name in times if not name.startswith("plain") and name != ALONE]
+    return "\n".join(row(times, name) for name in ours)
 
 
 def row(times: Times, name: str) -> str:
@@ -144,9 +139,12 @@ def main() -> None:
         "one's, and ratios are medians over neighbouring steps. The plainest torch code is in "
         "experiments/yardstick.py and experiments/plain_parallel.py. In brackets: the bar.\n"
     )
-    contests = measure()
-    print("\n".join(rows(contests)))
-    fsdp = next(ratio(times, "fsdp", "ddp") for times in contests if "fsdp" in times)
+    print("\n".join((table(*HEAD), rule(len(HEAD)))))
+    for names in CONTESTS:
+        times = measure(names)
+        print(rows(times), flush=True)
+        if "fsdp" in times:
+            fsdp = ratio(times, "fsdp", "ddp")
     print(f"\nfsdp takes {fsdp:.3f} of ddp's time (<= {FSDP_BAR:.2f}).")
     print(
         "\nTime outside torch's operators (Python, the autograd engine, the meters; recorded by "
@@ -156,4 +154,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if asked := sys.argv[1:]:
+        for names in CONTESTS:
+            if set(asked) & set(names):
+                print(rows(measure(names)))
+    else:
+        main()

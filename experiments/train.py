@@ -5,10 +5,12 @@ Every rank takes every branch that runs the model: a forward on rank 0 alone wou
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from experiments.assemble import (
     agree_on_folder,
+    count_messages,
     is_validation_step,
     join_ranks,
     make_batches,
@@ -25,34 +27,51 @@ from experiments.metering import Meters
 from experiments.record import Record, save_model
 from experiments.run_folder import Launched
 from experiments.sample import sample_text
+from experiments.saving import Saver, listen
 from experiments.tracing import write_trace
 from experiments.tracking import make_tracker
+from experiments.verdict import mark_stopped
 from minigpt.corpus import open_corpus
 from minigpt.data import Batches
 from minigpt.tokenizer import make_tokenizer
+from parallel.drift import check_copies
 from parallel.mesh import build_mesh, leave
 from parallel.step import Result, Trainer, evaluate
 from parallel.weights import full_weights
 
 
-def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Rank) -> None:
-    """Train as one rank. Rank 0 writes the run's files into `folder`, which it makes if None."""
+def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Rank) -> int:
+    """Train as one rank. Rank 0 writes the run's files into `folder`, which it makes if None.
+
+    Returns the signal that stopped the run early, 0 if none did. Under a launcher that is SIGUSR1
+    only: torchrun's own SIGTERM means that another rank is dead, and no step would end.
+    """
+    numbers = [signal.SIGUSR1, *([] if folder else [signal.SIGTERM])]
     device = join_ranks(config, rank)
     folder = agree_on_folder(config, launched, folder)
+    count_messages(folder)
     mesh = build_mesh(config.layout, device)
     corpus = open_corpus(Path(launched.corpus))
     batches = make_batches(config, corpus)
     trainer = make_trainer(config, mesh)
-    meters = Meters(config, trainer)
+    received = listen(trainer, *numbers)
+    saver = Saver(config, folder, trainer, corpus, launched.run)
+    first = saver.begin()
+    meters = Meters(config, trainer, first)
 
     record = Record(config, folder, mesh, corpus, launched.started)
-    reporter = Reporter(config.steps, shown=mesh.rank == 0)
+    if saver.source:
+        record.go_on(saver.source, first)
+    reporter = Reporter(config.steps, mesh.rank == 0, first)
     tracker = make_tracker(config.logging, folder, record.settings, reporter.say, mesh.rank)
-    reporter.say(record.headline())
+    for line in (record.headline(), *saver.said):
+        reporter.say(line)
     validation_loss = None
     with reporter, record:
-        for step in range(config.steps):
+        for step in range(first, config.steps):
             result, lr = train_step(step, config, trainer, batches, meters)
+            if config.drift.every and (step + 1) % config.drift.every == 0:
+                check_copies(trainer.replica)
             if is_validation_step(config, step):
                 share = validation_share(batches, config, mesh)
                 validation_loss = evaluate(trainer.replica, share)
@@ -60,7 +79,17 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
             record.add_step(step, result, lr, meters.last_step_s)
             reporter.step(step, result.loss, record.tokens_per_s)
             tracker.log(step, record.last)
+            if saver.after(step, result):
+                break
+        saver.finish()
 
+    if step + 1 < config.steps:
+        reporter.say(f"stopped after {step + 1} steps; run.dir={folder} resume=auto goes on")
+        if mesh.rank == 0:
+            mark_stopped(folder, step + 1)
+        tracker.finish(None)
+        leave()
+        return received[0] if received else int(signal.SIGUSR1)
     ledger = record.finish(meters, validation_loss)
     if config.trace:
         write_trace(meters, folder)
@@ -74,6 +103,7 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
             reporter.say(sample_text(config, weights, tokenizer))
         reporter.finish(ledger, explain(config, ledger), folder)
     leave()
+    return 0
 
 
 def train_step(

@@ -6,6 +6,8 @@ an error becomes one small file that the parent reads, and no rank outlives its 
 
 from __future__ import annotations
 
+import faulthandler
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments import environment
-from experiments.process import die_with_parent, end
-from experiments.run_folder import read_config, read_launched, write_error
+from experiments.process import die_with_parent, end, end_stopped_siblings
+from experiments.run_folder import read_config, read_launched
+from experiments.verdict import path_of, write_error
 
 
 @contextmanager
@@ -27,17 +30,30 @@ def last_act(rank: int, folder: Path | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if folder:
-            write_error(folder, rank, error)
+            write_error(folder, rank, error, environment.restarts())
+            end_stopped_siblings()
         else:
             traceback.print_exception(error)
         end(1)
     end(0)
 
 
+def tell_stacks(folder: Path, rank: int) -> None:
+    """Write what every thread is doing when this process is ended by SIGTERM, or crashes.
+
+    torchrun sends it to a rank that hangs, once the others have given up; the file is written by a
+    handler in C, whatever Python is doing.
+    """
+    file = open(path_of(folder, rank, "stacks.txt"), "a")  # noqa: SIM115
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGTERM, file, all_threads=True, chain=True)
+
+
 def main(folder: Path) -> None:
     """Train as the rank that the environment says."""
     rank = environment.given_rank() or environment.Rank(0, 0, 1)
     with last_act(rank.rank, folder):
+        tell_stacks(folder, rank.rank)
         config, launched = read_config(folder), read_launched(folder)
 
         from experiments.train import train  # torch takes seconds: a bad folder is told before

@@ -84,6 +84,7 @@ class ModelConfig:
     positions: Positions = Positions.rotary
     rope_theta: float = 10000.0  # base of the rotary frequencies; Llama 3 uses 500000
     ffn: FFN = FFN.swiglu
+    gelu_tanh: bool = False  # of ffn=gelu: the approximation that GPT-2 was trained with
     n_expert: int = 8  # these four: of ffn=moe
     experts_per_token: int = 2
     capacity_factor: float | None = None  # slots of an expert, in even shares; null: none dropped
@@ -133,11 +134,11 @@ class ModelConfig:
             f"model.attention=by_hand_flash: it has no dropout, and model.dropout={self.dropout}; "
             "use 0",
         )
+        known = self.norm == Norm.layernorm and self.ffn in (FFN.gelu, FFN.swiglu)
         require(
-            self.impl != Pieces.by_hand
-            or (self.norm == Norm.layernorm and self.ffn in (FFN.gelu, FFN.swiglu)),
+            self.impl != Pieces.by_hand or (known and not self.gelu_tanh),
             f"model.impl=by_hand: has model.norm=layernorm and model.ffn=gelu or swiglu, not "
-            f"{Norm(self.norm).value} with {FFN(self.ffn).value}",
+            f"{Norm(self.norm).value} with {FFN(self.ffn).value}, nor model.gelu_tanh=true",
         )
 
     @property

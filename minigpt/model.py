@@ -93,13 +93,15 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.d_model, config.ff_dim, bias=config.bias)
         self.down = nn.Linear(config.ff_dim, config.d_model, bias=config.bias)
         self.dropout, self.drop = config.dropout, dropout_of(config)
+        self.gelu = "tanh" if config.gelu_tanh else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.compute(cast_once(x)), self.dropout, self.training)
 
     def compute(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate=self.gelu))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class MLPByHand(MLP):

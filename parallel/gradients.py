@@ -28,25 +28,34 @@ def _shard_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor], mesh: Mesh) -> Tensor:
+def local_norms(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The 2-norm of this rank's piece of each gradient that is there; no rank is asked."""
+    pieces = [local(p.grad) for p in parameters if p.grad is not None]
+    return list(torch._foreach_norm(pieces)) if pieces else []
+
+
+@torch.no_grad()
+def gradient_norm(
+    parameters: Iterable[Tensor], mesh: Mesh, norms: list[Tensor] | None = None
+) -> Tensor:
     """The 2-norm of all gradients together, the same 0-d tensor on all ranks.
 
     Every parameter counts once: pieces are added over the axes that shard it and over the stages of
     a pipeline, and never over axes that hold a copy. `clip_grad_norm_` refuses parameters of
-    several meshes; this takes them.
+    several meshes; this takes them. `norms`: what `local_norms` said of these parameters.
     """
+    there = [parameter for parameter in parameters if parameter.grad is not None]
     cut: dict[tuple, tuple[dist.ProcessGroup, ...]] = {}  # by the ranks of the groups
     parts: dict[tuple, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            groups = _shard_groups(parameter.grad)
-            # by ranks, not by group: DTensor may hand over an equal mesh of another model
-            key = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
-            cut.setdefault(key, groups)
-            parts[key].append(local(parameter.grad))
+    for parameter, norm in zip(there, norms or local_norms(there), strict=True):
+        groups = _shard_groups(parameter.grad)  # type: ignore[arg-type]
+        # by ranks, not by group: DTensor may hand over an equal mesh of another model
+        key = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
+        cut.setdefault(key, groups)
+        parts[key].append(norm)
     total = torch.zeros((), device=mesh.device)
-    for key, gradients in parts.items():
-        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    for key, of_pieces in parts.items():
+        squares = torch.stack(of_pieces).square().sum()
         for group in cut[key]:
             dist.all_reduce(squares, group=group)
         total += squares

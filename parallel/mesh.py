@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.layout import MESH_AXES, Axis, Layout, expert_axes, weights_axes
@@ -19,8 +20,10 @@ def join(
     """Enter the default process group, through `store` or else the address in the environment.
 
     The timeout is explicit: torch's default would let a job with a dead rank sit for half an hour.
+    DeviceMesh gives the groups that it makes that default, and takes no other.
     """
     timeout = timedelta(seconds=timeout_s)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)
 
 

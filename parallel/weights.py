@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from parallel.replica import Replica
 
@@ -39,6 +39,18 @@ def whole_tensor(tensor: DTensor) -> Tensor:
         placements[axis] = Replicate()
         tensor = tensor.redistribute(placements=placements)
     return tensor.to_local()
+
+
+@torch.no_grad()
+def take_weights(replica: Replica, whole: Callable[[str], Tensor]) -> None:
+    """Fill every parameter from `whole(name)`, one at a time; each rank cuts its part out."""
+    for name, parameter in replica.named_parameters():
+        value = whole("embedding.weight" if name in replica.copies else name)
+        value = value.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            where = parameter.device_mesh, parameter.placements
+            value = distribute_tensor(value.contiguous(), *where, src_data_rank=None)
+        parameter.copy_(value)
 
 
 @torch.no_grad()

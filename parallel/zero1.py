@@ -7,9 +7,7 @@ rank that owns it: 4 P more (Rajbhandari et al. 2020, ZeRO, section 5.1).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -26,9 +24,3 @@ def sharded_optimizer(
     """minigpt's optimizer, its state spread over `group` by whole tensors."""
     kind, groups, settings = recipe(named_parameters, config)
     return ZeroRedundancyOptimizer(groups, optimizer_class=kind, process_group=group, **settings)
-
-
-def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
-    """What this rank keeps for its parameters, sharded or not."""
-    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
-    return inner.state

@@ -36,7 +36,8 @@ class Efficiency:
     matmul: float = 1.0  # share of the peak that large bf16 (or fp32) products reach
     matmul_fp8: float | None = None  # the same of the fp8 and fp4 peaks; null: as bf16
     half_size: float = 0.0  # numbers
-    attention: float = 1.0  # share of the bf16 peak that a flash kernel reaches
+    attention: float = 1.0  # share of the bf16 peak that FlashAttention-2 reaches
+    attention_fused: float | None = None  # that a kernel made for the device does; null: as above
     memory: float = 1.0  # share of the memory bandwidth that element-wise operators reach
     unaligned: float = 1.0  # share of the matmul rate where a head's width is no multiple of 8
 

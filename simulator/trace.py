@@ -22,11 +22,11 @@ from costs.messages import Row, rows_of
 from costs.program import Program, Work
 from minigpt.config import ModelConfig, OptimizerConfig
 from parallel.layout import Impl, Layout, Options
+from parallel.moments import inner
 from parallel.parallelize import parallelize
 from parallel.passes import MicroBatch
 from parallel.step import Trainer
 from parallel.training import trainer_of
-from parallel.zero1 import state_of
 from simulator.silent_world import filling, heard, replaced, silent_world
 from simulator.trace_recorder import Recorder
 
@@ -91,7 +91,7 @@ def batch(options: Options) -> list[MicroBatch]:
 def record(trainer: Trainer, options: Options) -> Traced:
     """One step of a trainer in a silent world."""
     mesh = trainer.replica.mesh
-    meter = MemoryMeter(trainer.replica, state_of(trainer.optimizer))
+    meter = MemoryMeter(trainer.replica, inner(trainer.optimizer).state)
     recorder = Recorder(mesh.axis_of_ranks(), meter)
     trainer.marks = recorder
     if mesh.layout.pp == 1:

@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
             number = self.arriving.pop(args[0].untyped_storage()._cdata, None)
             if number is not None:
                 self.waited(number)
-            return func(*args, **kwargs)
+            return args[0]  # as the real one does; a fake one makes another tensor
         out = func(*args, **kwargs)
         if func in FUNCTIONAL:
             self._functional(func, args, out)

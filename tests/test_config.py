@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.compose import CONFIGS, Refused, keys_of
+from experiments.compose import CONFIGS, SCHEMAS, Refused, keys_of
 from experiments.config import TrainConfig
 from experiments.environment import check_memory, settle
 from minigpt.config import LR_TIMES_WIDTH, ModelConfig
@@ -200,4 +200,4 @@ def test_more_than_the_memory_holds_is_refused_before_it_starts() -> None:
 
 def test_configs_lie_in_their_groups() -> None:
     loose = {path.name for path in Path(CONFIGS).glob("*.yaml")}
-    assert loose == {"train.yaml", "generate.yaml", "simulate.yaml", "search.yaml"}
+    assert loose == {f"{command}.yaml" for command in SCHEMAS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -76,6 +77,17 @@ def test_torch_counts_the_cpu_attention_kernel() -> None:
         y.sum().backward()
     assert forward == 2 * (2 * 2 * 4 * 32 * 32 * 8)
     assert counter.get_total_flops() == forward * 7 // 2
+
+
+def test_what_is_counted_is_computed_as_ever() -> None:
+    """A run that goes on counts in another step than the run that was not stopped."""
+    products = []
+    for look in (nullcontext, counted):
+        x = torch.linspace(-3, 3, 1000).requires_grad_()
+        with look():
+            torch.nn.functional.silu(x).square().sum().backward()
+        products.append(x.grad)
+    assert torch.equal(*products)
 
 
 def test_a_dense_models_flops_are_six_a_weight_and_attention() -> None:

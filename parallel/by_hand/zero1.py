@@ -36,7 +36,8 @@ def sharded_optimizer(
     """
     kind, groups, settings = recipe(named_parameters, config)
     flats = [Flat(of_group["params"], group) for of_group in groups]
-    shares = [{**g, "params": [f.share]} for g, f in zip(groups, flats, strict=True)]
+    # "flat" is for parallel/moments.py: optimizers keep what they do not know in a group
+    shares = [{**g, "params": [f.share], "flat": f} for g, f in zip(groups, flats, strict=True)]
     optimizer = kind(shares, **settings)
 
     def before(*_: object) -> None:
@@ -92,3 +93,34 @@ class Flat:
         """After the update: everyone's share to everyone, in place."""
         self.share.grad = None
         all_gather(self.whole, self.share.data, group=self.group)
+
+    def apart(self, kept: dict[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """What the optimizer keeps for the shares, whole and by weight; all ranks call it."""
+        moments: dict[Tensor, dict[str, Tensor]] = {weight: {} for weight in self.weights}
+        for key, value in kept.items():
+            whole = value
+            if value.ndim:
+                whole = torch.empty_like(self.whole)
+                all_gather(whole, value, group=self.group)
+            offset = 0
+            for weight in self.weights:
+                part = (
+                    whole[offset : offset + weight.numel()].view_as(weight) if value.ndim else whole
+                )
+                moments[weight][key] = part
+                offset += weight.numel()
+        return moments
+
+    def joined(self, moments: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The way back: this rank's share of them."""
+        kept: dict[str, Tensor] = {}
+        for key, value in moments[self.weights[0]].items():
+            if value.ndim == 0:
+                kept[key] = value.clone()
+                continue
+            kept[key], offset = torch.zeros_like(self.share), 0
+            for weight, part in self.mine:
+                size = part.stop - part.start
+                kept[key][offset : offset + size] = moments[weight][key].flatten()[part]
+                offset += size
+        return kept

@@ -1,0 +1,135 @@
+"""docs/reliability.md, of runs that are killed again and again, and go on."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.checkpoints import FOLDER
+from experiments.trials import (
+    SMALL,
+    STRATEGIES,
+    VICTIMS,
+    Launch,
+    few,
+    losses_of,
+    newest_in,
+    wait_for,
+)
+
+EVERY = 5  # steps between checkpoints
+LENGTH = 400  # steps of a run
+KILLS, INSIDE = 100, 40  # in all, and those of them that are inside of a save
+
+
+@dataclass
+class Kills:
+    """What came of the kills of one strategy."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    worst_loss: int = 0  # steps done again after a resume
+
+    def row(self, strategy: str, equal: int, runs: int) -> str:
+        c = self.counts
+        return (
+            f"| {strategy} | {STRATEGIES[strategy]} | {c['kills']} | {c['inside']} | "
+            f"{c['resumed']} | {c['afresh']} | {self.worst_loss} | {c['survivors']} | "
+            f"{equal} of {runs} |"
+        )
+
+
+def kills(folder: Path, share: float) -> Iterator[str]:
+    """Runs that are killed again and again, and go on with resume=auto until they are done."""
+    yield f"SIGKILL of a random rank, of torchrun, of the launcher, or of all, in turn; {LENGTH}"
+    yield f"steps, a checkpoint every {EVERY}. Each time the same command with resume=auto follows."
+    yield "Inside: a checkpoint was left half-written. Again: most steps that were done twice.\n"
+    columns = "kills | inside | from the newest | from the start | again | alive after 10 s"
+    yield f"| strategy | ranks | {columns} | losses equal to the bit |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    total: Counter[str] = Counter()
+    for number, strategy in enumerate(STRATEGIES):
+        # what is left, shared by the strategies that are left
+        left = len(STRATEGIES) - number
+        wanted = math.ceil((few(KILLS, share) - total["kills"]) / left)
+        inside = math.ceil((few(INSIDE, share) - total["inside"]) / left)
+        kept, equal, runs = _kill(folder / strategy, strategy, wanted, inside)
+        total += kept.counts
+        yield kept.row(strategy, equal, runs)
+    yield f"\nTogether: {total['kills']} kills, {total['inside']} inside of a save,"
+    yield f"{total['resumed']} resumed from the newest checkpoint, {total['afresh']} fresh starts"
+    yield f"({total['silent']} without a word), {total['survivors']} processes left."
+
+
+def _kill(folder: Path, strategy: str, wanted: int, inside: int) -> tuple[Kills, int, int]:
+    """Runs of one strategy until so many kills: what came of them, runs that were equal, runs."""
+    asked = [*SMALL, f"strategy={strategy}", f"steps={LENGTH}", f"checkpoint.every={EVERY}"]
+    whole = Launch(folder / "whole", asked)
+    assert whole.wait() == 0, whole.said
+    losses = losses_of(whole)
+    kept, equal, runs, dice = Kills(), 0, 0, random.Random(strategy)
+    while kept.counts["kills"] < wanted:
+        runs += 1
+        place = folder / f"run{runs}"
+        newest, reached = None, 0
+        while True:
+            launch = Launch(place, [*asked, "resume=auto"])
+            over = kept.counts["kills"] >= wanted or not _killed(
+                launch, kept.counts, dice, kept.counts["inside"] < inside
+            )
+            if over:
+                status = launch.wait()
+            _count(kept, launch, newest, reached)
+            if over:
+                assert status == 0, launch.said
+                break
+            newest, reached = newest_in(place), launch.steps()
+        equal += losses_of(launch) == losses
+    return kept, equal, runs
+
+
+def _killed(launch: Launch, counts: Counter[str], dice: random.Random, inside: bool) -> bool:
+    """Kill a launch at a random moment; False where it ended before that."""
+    parts = launch.folder / FOLDER
+    at = launch.steps() + dice.randint(1, 60)
+
+    def saving() -> bool:
+        return any(path.name.endswith(".part") for path in _children(parts))
+
+    # a part that an earlier kill left is gone when the first new step is there
+    begun = launch.reach(at)
+    if begun and inside:
+        begun = wait_for(saving, launch, poll_s=0.0005)
+        time.sleep(dice.uniform(0, 0.01))
+    if not begun:
+        return False
+    victim = VICTIMS[counts["kills"] % len(VICTIMS)]
+    launch.kill(victim, dice.randrange(8))
+    counts["kills"] += 1
+    counts["survivors"] += launch.survivors(10.0)
+    launch.wait()
+    counts["inside"] += saving()
+    return True
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _count(kept: Kills, launch: Launch, newest: int | None, reached: int) -> None:
+    """How a launch began: from the newest checkpoint that was there, or not."""
+    if not launch.said or (newest is None and reached == 0):
+        return
+    went_on = re.search(r"going on from .*, after (\d+) steps", launch.said)
+    if went_on is None:
+        said = "starting from step 0" in launch.said
+        kept.counts["afresh"] += 1
+        kept.counts["silent"] += not said
+        return
+    kept.counts["resumed"] += int(went_on[1]) == newest
+    kept.worst_loss = max(kept.worst_loss, reached - int(went_on[1]))

@@ -1,0 +1,140 @@
+"""A run's checkpoints from inside a rank: where it begins, when it saves, and when it stops."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from experiments import checkpoints, environment
+from experiments.assemble import seed_dropout
+from experiments.checkpoints import Checkpoint
+from experiments.config import TrainConfig
+from experiments.resume import AUTO, check_fits, choose, same_layout
+from experiments.run_folder import settings_of
+from experiments.verdict import failure
+from minigpt.corpus import Corpus
+from parallel.checkpoint import Writer, restore, state_of
+from parallel.step import Result, Trainer
+
+Say = Callable[[str], None]
+
+
+class Saver:
+    """Begins where a checkpoint ended, and writes new ones. Every rank has one, in step."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, trainer: Trainer, corpus: Corpus, run: str
+    ) -> None:
+        """`run`: the run's own name, which ties its files to it."""
+        self.config, self.folder, self.trainer = config, folder, trainer
+        self.mesh = trainer.replica.mesh
+        self.settings, self.corpus, self.run = settings_of(config), corpus, run
+        self.writer = Writer(self.mesh, config.checkpoint.asynchronous)
+        self.source: Path | None = None  # the run that this one goes on with
+        self.said: list[str] = []
+
+    def begin(self) -> int:
+        """Take over the state that the run is to go on from; returns the number of steps done."""
+        found, self.said = self._agree()
+        if found is None:
+            return 0
+        trainer, same = self.trainer, same_layout(found, self.settings)
+        seed_dropout(self.config, self.mesh, found.step)
+        restore(trainer, found.folder, same)
+        if trainer.scaler and found.manifest["scaler"]:
+            for key in vars(trainer.scaler):
+                setattr(trainer.scaler, key, found.manifest["scaler"][key])
+        self.source = found.run
+        return found.step
+
+    def _agree(self) -> tuple[Checkpoint | None, list[str]]:
+        """Rank 0 looks and checks; all go on from the same, or all raise what it raised."""
+        answer: list[Any] = [None]
+        if self.mesh.rank == 0:
+            try:
+                answer = [self._find()]
+            except (ValueError, OSError) as error:
+                answer = [str(error)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], str):
+            raise ValueError(answer[0])
+        return answer[0]
+
+    def _find(self) -> tuple[Checkpoint | None, list[str]]:
+        """What to go on from, and what to tell the user. Damaged ones of its own are set aside."""
+        checkpoints.clean(self.folder)
+        resume, again = self.config.resume, environment.restarts()
+        found = choose(AUTO, self.folder) if again or resume == AUTO else None
+        if found is None and resume != AUTO:
+            found = choose(resume, self.folder)
+        said = [f"start {again + 1} of this run: {failure(self.folder)}"] if again else []
+        if found is None:
+            if again or resume == AUTO:
+                said.append(f"no checkpoint in {self.folder}: starting from step 0")
+            return None, said
+        check_fits(found, self.settings, self.config.batch_size)
+        if found.manifest["corpus"] != self.corpus.sha256:
+            raise ValueError(f"data: its SHA-256 is not that of {found.folder}'s")
+        said += [f"skipped, damaged: {reason}" for reason in found.skipped]
+        if found.skipped:
+            newer = checkpoints.steps_of(found.run)
+            checkpoints.set_aside(newer[: newer.index(found.folder)])
+        return found, [*said, f"going on from {found.folder}, after {found.step} steps"]
+
+    def after(self, step: int, result: Result) -> bool:
+        """Save where it is time to; whether all ranks are to stop here."""
+        every, done = self.config.checkpoint.every, step + 1
+        due = every > 0 and (done % every == 0 or done == self.config.steps)
+        if due or (result.stop and done < self.config.steps):
+            self.save(done)
+        return result.stop
+
+    def save(self, done: int) -> None:
+        """Write the state after `done` steps."""
+        folder = checkpoints.folder_of(self.folder, done)
+        facts, keep = self._facts(done), self.config.checkpoint.keep
+        self.writer.write(
+            state_of(self.trainer),
+            checkpoints.part_of(folder),
+            lambda: checkpoints.publish(folder, facts, keep),
+        )
+
+    def _facts(self, done: int) -> dict[str, Any]:
+        """What the manifest says besides its files."""
+        text = json.dumps(self.settings, sort_keys=True)
+        scaler = self.trainer.scaler
+        return {
+            "run": self.run,
+            "step": done,
+            "batch_size": self.config.batch_size,
+            "corpus": self.corpus.sha256,
+            "scaler": vars(scaler).copy() if scaler else None,
+            "torch": torch.__version__,
+            "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "config": self.settings,
+        }
+
+    def finish(self) -> None:
+        """Until what is written in the background is whole. Raises OSError where it is not."""
+        self.writer.wait()
+
+
+def listen(trainer: Trainer, *numbers: signal.Signals) -> list[int]:
+    """From now on these signals ask all ranks to stop after a step; returns those received."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        trainer.asked_to_stop = True
+
+    for number in numbers:
+        signal.signal(number, note)
+    return received

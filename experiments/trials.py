@@ -1,0 +1,150 @@
+"""Launches that are disturbed from outside: what docs/reliability.md and the tests count."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from experiments.checkpoints import STEP, steps_of
+from experiments.record import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "data=generated",
+    "model.n_layer=4",
+    "model.d_model=64",
+    "model.context=32",
+    "micro_batch_size=4",
+    "validation.batches=0",
+    "sample.tokens=0",
+    "run.save=false",
+)
+# how a user asks for them, and how many ranks that are
+STRATEGIES = {
+    "ddp": 2,
+    "zero1": 2,
+    "fsdp": 2,
+    "tp_sp": 2,
+    "pp": 2,
+    "fsdp_tp": 4,
+}
+VICTIMS = ("rank", "torchrun", "launcher", "all")
+PATIENCE_S = 120.0  # for what takes seconds: a machine may be busy
+
+
+@dataclass
+class Launch:
+    """`./launch.sh OVERRIDES run.dir=FOLDER`, running."""
+
+    folder: Path
+    overrides: list[str]
+    out: Path = field(init=False)
+    process: subprocess.Popen = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.out = self.folder.with_name(f"{self.folder.name}.out")
+        dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM", "HYDRA")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+        with open(self.out, "w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "experiments", *self.overrides, f"run.dir={self.folder}"],
+                env={**kept, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def said(self) -> str:
+        return self.out.read_text()
+
+    def steps(self) -> int:
+        """Steps that are done and written down."""
+        return len(read_metrics(self.folder / "metrics.jsonl"))
+
+    def reach(self, steps: int) -> bool:
+        """Until so many steps are done; False where it ended before."""
+        return wait_for(lambda: self.steps() >= steps, self)
+
+    def wait(self, seconds: float = PATIENCE_S) -> int:
+        """Its exit status. Raises subprocess.TimeoutExpired, and leaves no process behind."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill("all")
+            raise
+
+    def processes(self) -> list[psutil.Process]:
+        """torchrun and its ranks: every process but the launcher that names the folder."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            named = any(str(self.folder) == part for part in process.info["cmdline"] or [])
+            if named and process.pid != self.process.pid and process.pid != os.getpid():
+                found.append(process)
+        return found
+
+    def kill(self, victim: str, rank: int = 0) -> None:
+        """SIGKILL one of VICTIMS."""
+        processes = self.processes()
+        ranks = [p for p in processes if "torch.distributed.run" not in _line(p)]
+        chosen = {
+            "launcher": [],
+            "torchrun": [p for p in processes if p not in ranks],
+            "rank": ranks[rank % len(ranks) :][:1] if ranks else [],
+            "all": processes,
+        }[victim]
+        for process in chosen:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if victim in ("launcher", "all"):
+            self.process.kill()
+
+    def survivors(self, seconds: float) -> int:
+        """Processes that are still there after so long; returns as soon as there is none."""
+        deadline = time.monotonic() + seconds
+        while (left := len(self.processes())) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return left
+
+
+def _line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()[:4]
+    except psutil.Error:
+        return []
+
+
+def wait_for(holds: Callable[[], object], launch: Launch, poll_s: float = 0.02) -> bool:
+    """Until it holds; False where the launch ended before. Raises TimeoutError."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        if launch.process.poll() is not None:
+            return False
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{launch.folder}: {launch.said[-500:]}")
+        time.sleep(poll_s)
+    return True
+
+
+def few(count: int, share: float) -> int:
+    """A share of so many trials, at least one."""
+    return max(1, round(count * share))
+
+
+def newest_in(folder: Path) -> int | None:
+    """Steps of the newest published checkpoint."""
+    steps = steps_of(folder)
+    found = STEP.fullmatch(steps[0].name) if steps else None
+    return int(found[1]) if found else None
+
+
+def losses_of(launch: Launch) -> list[float]:
+    return [line["loss"] for line in read_metrics(launch.folder / "metrics.jsonl")]

@@ -1,0 +1,262 @@
+"""Why a run failed: one line, from what its ranks have left in RUN/logs. No torch.
+
+rank-N.error.json      the exception of a rank, where in its code, and who kept it waiting
+rank-N.traceback.txt   the whole of it
+rank-N.calls           its messages, counted (costs/standing.py): there even if it was killed
+rank-N.stacks.txt      what each of its threads did when it was ended from outside
+rank-0.stopped         all ranks stopped after a step, as a signal had asked them to
+torchrun.log           how each process ended
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from costs.standing import Called, Kind, Standing, read
+
+HOUSE = Path(__file__).resolve().parents[1]
+UNEVEN = ("all_to_all", "gather", "scatter")  # each rank may hand over another size
+KEYS = {"start", "rank", "time", "error", "line", "unlike", "waited", "traceback"}
+TIMED_OUT = "imed out"  # in what gloo and torch's stores say
+QUIET = signal.SIGTERM  # torchrun's own way to end the ranks that are left
+# in torchrun's log: its report at the end, and its line whenever it starts ranks again
+REPORTED = re.compile(r"rank +: (?P<rank>\d+) .*\n +exitcode +: (?P<status>-?\d+)")
+STARTED_AGAIN = re.compile(r"failed \(exitcode: (?P<status>-?\d+)\) local_rank: (?P<rank>\d+)")
+
+
+def path_of(folder: Path, rank: int, what: str) -> Path:
+    """One of the files above."""
+    return folder / "logs" / f"rank-{rank}.{what}"
+
+
+def clear(folder: Path) -> None:
+    """Forget the last end of a run that is to go on."""
+    for path in (folder / "logs").glob("rank-*.*"):
+        path.unlink(missing_ok=True)
+
+
+# --- written by a rank that fails
+
+
+def write_error(folder: Path, rank: int, error: BaseException, start: int = 0) -> None:
+    """Leave a rank's error where `failure` finds it, its traceback in a file of its own.
+
+    `start`: how often the job has been started again.
+    """
+    lines = str(error).strip().splitlines() or ["no message"]
+    path = path_of(folder, rank, "traceback.txt")
+    ranks = standings(folder)
+    said = {
+        "start": start,
+        "rank": rank,
+        "time": time.time(),
+        "error": f"{type(error).__name__}: {lines[0]}",
+        "line": line_of(error.__traceback__),
+        "unlike": next(mismatches(ranks), None),
+        # ranks that a time-out finds behind are so for long; else they may be on their way
+        "waited": waited_for(ranks, rank) if TIMED_OUT in lines[0] else None,
+        "traceback": str(path),
+    }
+    try:
+        path.write_text("".join(traceback.format_exception(error)))
+        path_of(folder, rank, "error.json").write_text(json.dumps(said))
+    except OSError:  # a full disk: the message still reaches torchrun.log
+        print(said["error"], file=sys.stderr)
+
+
+def line_of(tb: TracebackType | None) -> str | None:
+    """The innermost line of ours in a traceback: minigpt/model.py:88."""
+    ours = [
+        f"{Path(frame.filename).relative_to(HOUSE)}:{frame.lineno}"
+        for frame in traceback.extract_tb(tb)
+        if Path(frame.filename).is_relative_to(HOUSE) and ".venv" not in frame.filename
+    ]
+    return ours[-1] if ours else None
+
+
+def standings(folder: Path) -> dict[int, Standing]:
+    """Where each rank stands, as far as it can be read here."""
+    found = {}
+    for path in (folder / "logs").glob("rank-*.calls"):
+        standing = read(path)
+        if standing:
+            found[int(path.name.split(".")[0].partition("-")[2])] = standing
+    return found
+
+
+def mark_stopped(folder: Path, steps: int) -> None:
+    """All ranks have stopped after so many steps, as they were asked to."""
+    path_of(folder, 0, "stopped").write_text(f"{steps}\n")
+
+
+def was_stopped(folder: Path) -> bool:
+    return path_of(folder, 0, "stopped").exists()
+
+
+# --- who kept whom waiting
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A rank that has called what another has not."""
+
+    waiting: int
+    missing: int
+    kind: Kind
+    called: Called
+
+    @property
+    def what(self) -> str:
+        axis = f" over {self.kind.axis}" if self.kind.axis else " of all ranks"
+        if self.kind.peer is not None:
+            axis = f" along {self.kind.axis or 'pp'}"
+        return f"{self.called.collective}{axis} ({self.called.payload_bytes:,} bytes)"
+
+
+def waits(ranks: dict[int, Standing]) -> Iterator[Wait]:
+    """Every pair of ranks of which one is ahead of the other."""
+    for rank, standing in ranks.items():
+        for kind, called in standing.called.items():
+            if kind.way == "send":  # may be handed over long before it is asked for
+                continue
+            others = [kind.peer] if kind.peer is not None else kind.ranks
+            for other in others:
+                if other is None or other == rank or other not in ranks:
+                    continue
+                theirs = kind if kind.peer is None else Kind(kind.axis, kind.ranks, "send", rank)
+                there = ranks[other].called.get(theirs)
+                if (there.calls if there else 0) < called.calls:
+                    yield Wait(rank, other, kind, called)
+
+
+def culprits(ranks: dict[int, Standing]) -> list[Wait]:
+    """The ranks that others wait for and that wait for nobody; else, of those that wait for each
+    other, the one that was silent first. One wait for each of them."""
+    found = list(waits(ranks))
+    waiting = {wait.waiting for wait in found}
+    missing = {wait.missing for wait in found}
+    roots = missing - waiting
+    if not roots and missing:
+        roots = {min(missing, key=lambda rank: _last_call(ranks[rank]))}
+    first = sorted(found, key=lambda wait: wait.called.time)
+    return [next(wait for wait in first if wait.missing == root) for root in sorted(roots)]
+
+
+def is_stopped(process: int) -> bool:
+    """Whether a process of this machine is stopped (SIGSTOP, a debugger)."""
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
+
+
+def _last_call(standing: Standing) -> float:
+    return max((called.time for called in standing.called.values()), default=0.0)
+
+
+def mismatches(ranks: dict[int, Standing]) -> Iterator[str]:
+    """Calls that meet and are not alike: the ranks of one group, each with another collective."""
+    kinds = {kind for standing in ranks.values() for kind in standing.called if kind.peer is None}
+    for kind in sorted(kinds, key=lambda kind: (kind.ranks, kind.axis or "")):
+        there = {r: s.called[kind] for r, s in sorted(ranks.items()) if kind in s.called}
+        if len({called.calls for called in there.values()}) != 1:
+            continue
+        alike: dict[tuple, list[int]] = {}
+        for rank, called in there.items():
+            size = 0 if called.collective in UNEVEN else called.payload_bytes
+            alike.setdefault((called.collective, size), []).append(rank)
+        if len(alike) > 1:
+            fewest = sorted(alike.items(), key=lambda item: len(item[1]))
+            said = [
+                f"{_ranks(who)} called {name} ({there[who[0]].payload_bytes:,} bytes)"
+                for (name, _), who in fewest
+            ]
+            yield f"{', and '.join(said)} over {kind.axis or 'all ranks'} at the same time"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def waited_for(ranks: dict[int, Standing], own: int) -> str | None:
+    """Who holds up rank `own`, as the files of all say now; None: nobody that is seen."""
+    said = []
+    for wait in culprits(ranks):
+        if wait.missing == own:
+            continue
+        standing = ranks[wait.missing]
+        where = f" in step {standing.step}" if standing.step >= 0 else ""
+        how = "is stopped" if is_stopped(standing.process) else "stands still"
+        said.append(
+            f"rank {wait.missing} {how}{where}: it never came to {wait.what}, where rank "
+            f"{wait.waiting} waited"
+        )
+    return "; ".join(said) or None
+
+
+# --- read by the launcher, and by ranks that are started again
+
+
+def failure(folder: Path) -> str:
+    """One line for a run that failed: the rank that began it, what it did, and where more is."""
+    errors = list(_errors(folder))
+    last = max((error["start"] for error in errors), default=0)
+    errors = sorted((e for e in errors if e["start"] == last), key=lambda error: error["time"])
+    timed_out = any(TIMED_OUT in error["error"] for error in errors)
+    unlike = next((e["unlike"] for e in errors if e["unlike"]), None)
+    killed = None if timed_out else _killed(folder)
+    if not errors:
+        unlike = next(mismatches(standings(folder)), None)
+        begun = "; ".join(filter(None, (unlike, killed)))
+        return begun or f"a rank died without a word; see {folder / 'logs' / 'torchrun.log'}"
+    first = errors[0]
+    line = f" at {first['line']}" if first["line"] else ""
+    said = f"rank {first['rank']}: {first['error']}{line} (traceback: {first['traceback']})"
+    waited = None if unlike else first["waited"]
+    if waited:
+        waited += _stacks(folder, waited)
+    return "; ".join(filter(None, (unlike, killed, waited, said)))
+
+
+def _stacks(folder: Path, waited: str) -> str:
+    """Where the stacks of the rank are that is named first, if it could still tell them."""
+    rank = re.search(r"rank (\d+)", waited)
+    path = path_of(folder, int(rank[1]), "stacks.txt") if rank else None
+    return f" (its stacks: {path})" if path and path.exists() and path.stat().st_size else ""
+
+
+def _errors(folder: Path) -> Iterator[dict]:
+    for path in (folder / "logs").glob("rank-*.error.json"):
+        try:
+            error = json.loads(path.read_text())
+            if isinstance(error, dict) and error.keys() >= KEYS:
+                yield error
+        except (OSError, ValueError):  # the disk was full: half a file says nothing
+            continue
+
+
+def _killed(folder: Path) -> str | None:
+    """The rank that a signal ended which torchrun did not send: out of memory, or a kill."""
+    log = folder / "logs" / "torchrun.log"
+    try:
+        report = log.read_text(errors="replace")
+    except OSError:
+        return None
+    ended = list(REPORTED.finditer(report)) or list(STARTED_AGAIN.finditer(report))[-1:]
+    for rank, status in ((found["rank"], int(found["status"])) for found in ended):
+        if status < 0 and -status != QUIET:
+            name = signal.Signals(-status).name
+            why = ", from outside or for want of memory" if -status == signal.SIGKILL else ""
+            return f"rank {rank} was ended by {name}{why} (see {log})"
+    return None
