@@ -26,10 +26,11 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import OmegaConf
 
 from costs import ledger as ledgers
-from experiments import environment, launch, run_folder
+from experiments import environment, launch
 from experiments.compose import GROUPS, Refused, configs_of, no_such_key
 from experiments.plan_config import plain
 from experiments.quantity import FORMULA, MEASURED, SHARE, Quantity
+from experiments.verdict import failure
 
 KEPT = Path("runs") / "ask"
 # of every measured run: what costs time and is not asked for, and the same processor everywhere
@@ -282,7 +283,7 @@ def _start(config: Any, overrides: tuple[str, ...], folder: Path) -> None:
     if status > 128:
         raise KeyboardInterrupt
     if status:
-        (folder / "failed.txt").write_text(run_folder.failure(folder) + "\n")
+        (folder / "failed.txt").write_text(failure(folder) + "\n")
 
 
 def _say(text: str) -> None:
