@@ -12,7 +12,7 @@ from typing import Any
 
 from costs.ledger import MEMORY_PARTS, step_of
 from experiments import clusters
-from experiments.evidence import composed
+from experiments.overrides import composed
 from experiments.plan_config import SimulateConfig
 from parallel.layout import (
     ActivationCheckpointing,

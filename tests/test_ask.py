@@ -12,8 +12,9 @@ from experiments import ask, launch
 from experiments.__main__ import main
 from experiments.answer import Answer, Picture, Table, markdown, say
 from experiments.ask_words import nearest, wanted
-from experiments.evidence import Evidence, Run, RunFailed, composed, value_at
+from experiments.evidence import Evidence, Run, RunFailed, value_at
 from experiments.node_bytes import leaving
+from experiments.overrides import composed
 from experiments.quantity import Quantity, combined, formula, mean, published
 from tests.launching import SMALL
 

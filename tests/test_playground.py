@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiments.evidence import Evidence, composed
+from experiments.evidence import Evidence
+from experiments.overrides import composed
 from experiments.playground import SLIDERS, moved_to, results_of
 from experiments.playground_plan import Controls, View, choices, view
 from experiments.playground_svg import joined, passes_of

@@ -7,7 +7,8 @@ from pathlib import Path
 from experiments.answer import Answer, Picture, Said, Table, listed, say
 from experiments.ask_runs import SECONDS, agreement, on_laptop
 from experiments.compose import Refused
-from experiments.evidence import Evidence, Run, composed
+from experiments.evidence import Evidence, Run
+from experiments.overrides import composed
 from experiments.quantity import SHARE, Quantity, formula, mean
 from parallel.layout import PipelineConfig, PipelineSchedule
 from parallel.stages import ideal_bubble
