@@ -24,6 +24,8 @@ VERBS = {
     "lab": ("experiments.lab", "command"),
     "check": ("experiments.check", "command"),
     "debug": ("experiments.debug.command", "command"),
+    "ask": ("experiments.ask", "command"),
+    "playground": ("experiments.playground", "command"),
     "export": ("experiments.export", "command"),
 }
 

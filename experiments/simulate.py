@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from costs import ledger as ledgers
 from experiments.compose import Refused, configs_of
 from experiments.console import costs_tables, human_bytes, human_seconds, make_console, share
-from experiments.plan_config import Method, SimulateConfig
+from experiments.plan_config import Method, SimulateConfig, plain
 from experiments.run_folder import make_folder
 from experiments.scale import run_to_the_end, say_scale
 from parallel.layout import Impl
@@ -79,7 +79,6 @@ def simulate(config: SimulateConfig, folder: Path) -> dict[str, Any]:
 def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[str, Any]:
     """A ledger of one rank of each pipeline place, or of the one that was traced."""
     layout, device = config.layout, config.cluster.device
-    settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     step, end = ledgers.step_of(steps), None
     seconds = step["time_s"]["total"]
     if seconds is not None:
@@ -88,7 +87,7 @@ def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[st
     return {
         "schema": ledgers.SCHEMA,
         "source": source,
-        "config": settings,
+        "config": plain(config),
         "layout": {"world_size": layout.world_size, **layout.by_axis},
         "model": {
             "parameters": config.model.parameters,

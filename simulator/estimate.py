@@ -180,10 +180,12 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     payload = work.tokens * work.width * work.item
     tp = group(work.tp, one, cluster.node_size)
     reduces = (4 + 2 * work.recomputed) * collectives.seconds("all_reduce", payload, tp, cluster)
-    shown = 1 - cluster.tensor_overlap * work.hides_tensor
+    pieces = cluster.tensor_overlap * work.hides_tensor * reduces
     cp = group(work.cp, work.tp, cluster.node_size)
     rounds = (3 + work.recomputed) * (work.cp - 1)
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
+    # no more hides than there is to hide behind
+    shown = reduces - np.minimum(pieces, block_seconds(work, cluster))
     idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
     hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
     if not cluster.device.asynchronous:
@@ -192,7 +194,7 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     slots = (4 + 2 * work.recomputed) * collectives.seconds(
         "all_to_all", work.routed_bytes, ep, cluster
     )
-    return shown * reduces + np.maximum(0.0, ring - hidden) + slots
+    return shown + np.maximum(0.0, ring - hidden) + slots
 
 
 def stage_messages(work: Work, cluster: Cluster) -> Array:
