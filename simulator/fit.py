@@ -107,6 +107,9 @@ def stacked(nodes: list[Any]) -> Any:
             setattr(made.peak_flops, name, np.array(rates))
         share: Any = made.efficiency
         share.matmul_fp8 = np.where(np.isnan(share.matmul_fp8), share.matmul, share.matmul_fp8)
+    if isinstance(made, Cluster):
+        whole: Any = made
+        whole.crowding = np.nan_to_num(whole.crowding)  # null: none
     return made
 
 

@@ -16,6 +16,7 @@ from experiments.parity import Plan, differences, make_config
 from experiments.ranks import run_ranks
 from experiments.run_folder import Launched, write_config
 from experiments.run_weights import check_base, is_base
+from experiments.short_runs import step_costs
 from minigpt.config import ModelConfig
 from minigpt.corpus import prepare
 from minigpt.finetune import FinetuneConfig, Method
@@ -177,7 +178,7 @@ def test_the_ledger_shows_what_the_closed_forms_say() -> None:
     layouts = [Layout(dp_replicate=2), Layout(dp_shard=2)]
     extra = [{}, {"gradient_accumulation_steps": 4, "clip": 1.0}, {"finetune.targets": ALL}]
     configs = [make_config(at, {**LORA, **more}) for at in layouts for more in extra]
-    for costs, config in zip(run_ranks(2, on_ranks.step_costs, configs)[0], configs, strict=True):
+    for costs, config in zip(run_ranks(2, step_costs, configs)[0], configs, strict=True):
         rows = messages(case_of(config, 0), costs["communication"], Impl.torch)
         assert rows and all(row.off == 0 and row.formula for row in rows), rows
         ranks = config.layout.dp_shard
@@ -204,8 +205,8 @@ def test_a_frozen_weight_costs_four_flops() -> None:
     """Forward and the gradient of its input; its own is not computed. Counted, but for the first
     block, whose input has no gradient: so the count is below, and within its share."""
     config = make_config(Layout(), LORA)
-    (costs,) = on_ranks.step_costs([config])
+    (costs,) = step_costs([config])
     counted, said = costs["flops"]["hardware"], costs["flops"]["model"]
     full: TrainConfig = make_config(Layout(), {"steps": 4})
-    (whole,) = on_ranks.step_costs([full])
+    (whole,) = step_costs([full])
     assert counted < said * 1.1 and counted < 0.8 * whole["flops"]["hardware"]
