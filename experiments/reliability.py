@@ -27,6 +27,7 @@ COMMAND = "./launch.sh python -m experiments.reliability > docs/reliability.md"
 # trials that the document has
 PARTS: dict[str, tuple[str, Callable[[Path, float], Iterator[str]]]] = {
     "kills": ("Killed at any moment", reliability_kills.kills),
+    "saves": ("Killed while it saves", reliability_kills.saves),
     "damage": ("Damaged checkpoints", reliability_state.damage),
     "disk": ("A full disk, and one that is read-only", reliability_steps.disk),
     "same": ("The same configuration again", reliability_state.same),
