@@ -18,7 +18,14 @@ VERBS = {
     "simulate": ("experiments.simulate", "command"),
     "search": ("experiments.search", "command"),
     "score": ("experiments.score", "command"),
+    "compare": ("experiments.compare", "command"),
+    "report": ("experiments.report", "command"),
     "calibrate": ("experiments.calibrate", "command"),
+    "lab": ("experiments.lab", "command"),
+    "check": ("experiments.check", "command"),
+    "debug": ("experiments.debug.command", "command"),
+    "ask": ("experiments.ask", "command"),
+    "playground": ("experiments.playground", "command"),
     "export": ("experiments.export", "command"),
 }
 

@@ -3,6 +3,7 @@
 ./launch.sh                                      two ranks, DDP
 ./launch.sh strategy=fsdp layout.dp_shard=4      four ranks, FSDP
 ./launch.sh -m strategy=ddp,fsdp precision=fp32,bf16
+                                                 the same line again goes on where it was stopped
 ./launch.sh launch=dry                           print the torchrun line, start nothing
 """
 
@@ -20,12 +21,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from costs import ledger as ledgers
-from experiments import console, environment, launch, run_folder
+from experiments import console, environment, launch
 from experiments.compose import Refused, jobs_of, run_hydra, to_config
-from experiments.config import Launch, TrainConfig
+from experiments.config import Launch, LoggingConfig, TrainConfig
 from experiments.process import end
 from experiments.resume import run_dir
 from experiments.run_folder import Launched
+from experiments.sweep_points import Points, folder_of
+from experiments.tracking import make_tracker
 from experiments.verdict import failure
 from experiments.worker import last_act
 from minigpt.corpus import check_vocabulary, prepare
@@ -36,6 +39,7 @@ TORCHRUN_OPTIONS = (
     "--node_rank",
     "--rdzv",
     "--master",
+    "--local-addr",
     "--max-restarts",
 )
 
@@ -45,7 +49,7 @@ class Row:
     """One job, and how it ended."""
 
     overrides: list[str]
-    status: str  # done | failed | refused | stopped | dry
+    status: str  # done | kept (it was done before) | failed | refused | stopped | dry
     folder: Path | None = None
     reason: str | None = None  # for a dry job its command
 
@@ -60,7 +64,7 @@ class Row:
 
     def ledger(self) -> dict[str, Any] | None:
         """What the run cost, where it was done."""
-        if self.status != "done" or self.folder is None:
+        if self.status not in ("done", "kept") or self.folder is None:
             return None
         return ledgers.read(self.folder / "ledger.json")
 
@@ -71,9 +75,11 @@ class Command:
 
     torchrun: launch.Torchrun
     as_json: bool
-    sweep: Path | None = None  # the folder of the sweep that it belongs to
+    sweep: Points | None = None  # of the sweep that it belongs to
+    fault: str | None = None  # of `debug`
     rows: list[Row] = field(default_factory=list)
     status: int = 0
+    logging: LoggingConfig = field(default_factory=LoggingConfig)  # of the last job of a sweep
 
     def __call__(self, composed: DictConfig) -> None:
         # unresolved: an override may hold an interpolation of its own
@@ -92,12 +98,25 @@ class Command:
         row.status, row.reason = "refused", str(error)
         self.status = max(self.status, 2)
 
+    def prepare(self, config: TrainConfig, overrides: list[str], folder: Path | None) -> launch.Job:
+        """Check all that can be checked, and make the run folder. Raises ValueError, Refused."""
+        return launch.prepare_job(config, overrides, self.torchrun, folder, self.fault)
+
     def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
         folder = run_dir(config.resume, config.run.dir)
         if self.sweep:
-            folder = self.sweep / str(len(self.rows) - 1)
-            config.logging.group = config.logging.group or self.sweep.name
-        job = launch.prepare_job(config, overrides, self.torchrun, folder)
+            done = self.sweep.done(overrides, launch.settle(config, self.torchrun))
+            if done:
+                row.status, row.folder = "kept", done
+                return 0
+            first = self.torchrun.is_first_node  # the others take part in what it launches
+            if first:
+                self.sweep.lock()
+            dry = config.launch == Launch.dry
+            folder = self.sweep.place(overrides, len(self.rows) - 1, first, dry)
+            config.logging.group = config.logging.group or self.sweep.folder.name
+            self.logging = config.logging
+        job = self.prepare(config, overrides, folder)
         row.folder = job.folder
         if config.launch == Launch.dry:
             variables = [f"{name}={value}" for name, value in job.environ.items()]
@@ -129,23 +148,30 @@ def train(argv: list[str]) -> int:
         return train_as_rank(rest)
     torchrun, jobs = launch.Torchrun(options), jobs_of(rest)
     if jobs is not None:
-        return sweep(jobs, torchrun, as_json)
+        return sweep(jobs, Command(torchrun, as_json))
     command = Command(torchrun, as_json)
     run_hydra("train", rest, command)
+    return print_rows(command)
+
+
+def print_rows(command: Command) -> int:
+    """What is left to be said of a single job; its exit status."""
     for row in command.rows:
         if row.status == "refused":
             print(f"launch.sh: {row.reason}", file=sys.stderr)
-        elif as_json and row.status in ("done", "dry"):
+        elif command.as_json and row.status in ("done", "dry"):
             print(json.dumps(row.ledger() or row.said(), indent=1))
     return command.status
 
 
-def sweep(jobs: list[list[str]], torchrun: launch.Torchrun, as_json: bool) -> int:
-    """One fresh launch a job. A job that is refused or fails is a row and not the end."""
-    given = [a.partition("=")[2] for a in jobs[0] if a.startswith(("run.dir=", "hydra.sweep.dir="))]
-    folder = Path(given[0].strip("'\"")) if given else run_folder.sweep_folder()
-    command = Command(torchrun, as_json, folder)
-    for argv in jobs:
+def sweep(jobs: list[list[str]], command: Command) -> int:
+    """One fresh launch a job that is not done yet. A job that is refused or fails is a row and not
+    the end."""
+    as_json = command.as_json
+    command.sweep = points = Points(folder_of(jobs))
+    for number, argv in enumerate(jobs):
+        if not as_json:
+            print(f"sweep {number + 1}/{len(jobs)}: {shlex.join(argv)}", flush=True)
         try:
             run_hydra("train", argv, command)
         except Refused as error:  # composed badly: Hydra never called the command
@@ -157,9 +183,11 @@ def sweep(jobs: list[list[str]], torchrun: launch.Torchrun, as_json: bool) -> in
     if as_json:
         print(json.dumps({"jobs": [row.said() for row in command.rows]}, indent=1))
     elif command.rows:  # none with --cfg and its like
-        console.print_sweep(
-            folder, [(r.overrides, r.status, r.reason, r.ledger()) for r in command.rows]
-        )
+        ended = [(r.overrides, r.status, r.reason, r.ledger()) for r in command.rows]
+        console.print_sweep(points.folder, ended)
+    if any(row.status == "done" for row in command.rows):
+        say = (lambda _text: None) if as_json else print
+        make_tracker(command.logging, points.folder, {}, say, rank=0).finish(None)
     return command.status
 
 
@@ -174,10 +202,13 @@ def train_as_rank(argv: list[str]) -> int:
     run_hydra("train", argv, composed.append)
     if not composed:  # --help and its like
         return 0
-    gpus = environment.gpu_count()
-    nodes = -(-rank.world_size // gpus) if gpus else 1
     wanted = to_config(composed[0], TrainConfig)
+    gpus = environment.gpu_count()
+    # a scheduler that says RANK and WORLD_SIZE may not say how many nodes there are
+    nodes = max(rank.nodes, -(-rank.world_size // gpus) if gpus else 1)
     config = environment.settle(wanted, rank.world_size, gpus, nodes)
+    if rank.rank == 0 and nodes > 1:
+        environment.warn_of_placement(config.layout, rank.world_size // nodes)
     corpus = prepare(config.data)
     check_vocabulary(corpus, config.model.vocab_size)
     corpus.check_length(config.seq_len)

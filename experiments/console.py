@@ -262,7 +262,16 @@ def print_sweep(folder: Path, rows: list[SweepRow]) -> None:
         differs = " ".join(o for o in overrides if o not in shared) or DASH
         ended = f"{status}: {reason}" if reason and status != "dry" else status
         table.add_row(str(number), differs, ended, *costs_in_short(ledger))
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
+    ended_as = [row[1] for row in rows]
+    if "kept" in ended_as:
+        again = "run.dir=DIR measures them afresh in another folder"
+        console.print(f"{ended_as.count('kept')} kept: they were done before; {again}")
+    if {"failed", "stopped"} & set(ended_as):
+        console.print("the same command line again runs what is not done")
+    if {"done", "kept"} & set(ended_as):
+        console.print(f"side by side: ./launch.sh compare {folder}", markup=False, soft_wrap=True)
 
 
 def costs_in_short(ledger: dict[str, Any] | None) -> list[str]:

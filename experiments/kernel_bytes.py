@@ -23,9 +23,10 @@ from experiments.assemble import make_batches, make_trainer
 from experiments.config import TrainConfig
 from experiments.loopback import bring_up, python_in_namespace, sent_bytes
 from experiments.matrix import CAPPED, FILLED, KEPT, SEQUENCE, plan, schedule
-from experiments.metering import MEMORY_STEP, Meters
+from experiments.metering import Meters
 from experiments.parity import Plan, mesh_of
 from experiments.ranks import run_ranks
+from experiments.step_log import MEMORY_STEP
 from experiments.train import train_step
 from minigpt.corpus import prepare
 

@@ -27,14 +27,12 @@ from costs.messages import control_of, rows_of
 from costs.timeline import Transfer, bubbles, name_axes, transfers
 from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
+from experiments.step_log import KEPT_STEPS, followed_steps, untimed_steps
 from parallel.moments import inner
 from parallel.precision import DTYPES
 from parallel.step import Trainer
+from simulator import lora
 from simulator.flops import model_flops_per_token
-
-MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
-WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
-KEPT_STEPS = 500  # the last ones, of which the median is taken: a long run must not grow
 
 
 class Meters:
@@ -52,10 +50,8 @@ class Meters:
         if self.communication:
             self.communication.phases.follow(trainer.replica.stages)
         self.timer = StepTimer(self.mesh.device, self.communication)
-        own = config.steps - first
-        self.warm = first + min(WARMUP_STEPS, own // 2)
-        self.memory_step = first + min(MEMORY_STEP, own - 1)
-        self.flops_step = self.memory_step - 1  # a run of one step does not count its flops
+        self.first = first
+        self.flops_step, self.memory_step = followed_steps(config.steps, first)
         self.steps: deque[StepRecord] = deque(maxlen=KEPT_STEPS)
         self.last = StepRecord(0.0)  # warm-up or not
         self.records: list[StepRecord] = []  # the step that is shown, of all ranks, on one clock
@@ -85,7 +81,7 @@ class Meters:
         self.last = self.timer.record
         if index == self.memory_step:
             self.memory_record = self.last
-        if not looking and index >= self.warm:
+        if index not in untimed_steps(self.config.steps, self.config.compile, self.first):
             self.steps.append(self.last)
 
     @contextmanager
@@ -239,6 +235,8 @@ def resident_peak() -> int | None:
 
 def flops_per_token(config: TrainConfig) -> int:
     """Model flops of one token, forward and backward."""
+    if config.finetune.on:
+        return lora.model_flops_per_token(config.model, config.finetune, config.seq_len)
     return model_flops_per_token(config.model, config.seq_len)
 
 

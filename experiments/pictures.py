@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from matplotlib.patches import Patch
 
 from costs.ledger import MEMORY_PARTS
 from costs.trace import COMMUNICATION, COMPUTE, WAIT, MemorySample, Slice, lanes
+from simulator.timeline import Timeline
 
 COLOURS = {
     "data": "#8c8c8c",
@@ -105,6 +107,27 @@ def draw_memory(
     _save(figure, path)
 
 
+def draw_schedules(timelines: dict[str, Timeline], path: Path) -> None:
+    """One step under each schedule, one below the other on one scale: passes and idle time."""
+    ranks = max(len(timeline.programs) for timeline in timelines.values())
+    end = max(timeline.total for timeline in timelines.values())
+    figure, panels = _figure([ranks * 0.28 + 0.25 for _ in timelines], "")
+    shown: set[str] = set()
+    for axes, (name, timeline) in zip(panels, timelines.items(), strict=True):
+        for row, rank in enumerate(sorted(timeline.programs)):
+            shown |= _draw_compute(axes, list(timeline.slices(rank)), row + 0.05, 0.9, end)
+        axes.set_ylim(len(timeline.programs), -0.8)
+        axes.set_yticks([])
+        axes.text(0, -0.1, name, va="bottom", fontsize=9)
+        _finish_time_axis(axes, end)
+    for axes in panels[:-1]:
+        axes.set_xlabel("")
+        axes.tick_params(labelbottom=False)
+    named = {k: COLOURS[k] for k in COLOURS if k in shown}
+    _legend(figure, {NAMES.get(kind, kind): colour for kind, colour in named.items()})
+    figure.savefig(path, dpi=80)
+
+
 def _draw_compute(
     axes: Axes, slices: Sequence[Slice], top: float, height: float, end: float
 ) -> set[str]:
@@ -128,34 +151,44 @@ def _draw_compute(
 
 def _draw_waits(axes: Axes, slices: Sequence[Slice], top: float, height: float) -> set[str]:
     """Over the boxes, what this rank could only wait: idle first, then exposed."""
+    parts = waits(slices)
+    for kind, found in parts.items():
+        where = [(start * 1e3, seconds * 1e3) for start, seconds in found]
+        axes.broken_barh(where, (top, height), facecolors=COLOURS[kind], linewidth=0)
+    return {kind for kind, found in parts.items() if found}
+
+
+def waits(slices: Sequence[Slice]) -> dict[str, list[tuple[float, float]]]:
+    """Start and length, in seconds, of what a rank waited: idle first, then exposed."""
     parts: dict[str, list[tuple[float, float]]] = {"idle": [], "exposed": []}
     for wait in slices:
         if wait.track == COMPUTE and wait.kind == WAIT:
             idle = wait.args.get("bubble_s", 0.0)
-            parts["idle"].append((wait.start * 1e3, idle * 1e3))
-            parts["exposed"].append(
-                ((wait.start + idle) * 1e3, (wait.end - wait.start - idle) * 1e3)
-            )
-    for kind, found in parts.items():
-        axes.broken_barh(found, (top, height), facecolors=COLOURS[kind], linewidth=0)
-    return {kind for kind, found in parts.items() if found}
+            parts["idle"].append((wait.start, idle))
+            parts["exposed"].append((wait.start + idle, wait.end - wait.start - idle))
+    return parts
 
 
 def _draw_messages(axes: Axes, slices: Sequence[Slice], top: float, height: float) -> set[str]:
-    """What is under way, side by side: from when all who take part have handed it over."""
-    moving = []
-    for message in (s for s in slices if s.track == COMMUNICATION):
-        start = max(message.start, message.args.get("ready", message.start))
-        seconds = message.args.get("seconds")
-        end = max(start, message.end if seconds is None else start + seconds)
-        moving.append(Slice(message.rank, message.track, message.kind, start, end))
-    tracks = lanes(moving)
+    """What is under way, side by side."""
+    tracks = moving(slices)
     each = height / max(1, len(tracks))
     for number, track in enumerate(tracks):
         where = [(s.start * 1e3, (s.end - s.start) * 1e3) for s in track]
         place = (top + number * each, each * 0.9)
         axes.broken_barh(where, place, facecolors=COLOURS["message"], linewidth=0)
-    return {"message"} if moving else set()
+    return {"message"} if tracks else set()
+
+
+def moving(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Messages from when all who take part have handed them over, on tracks without overlap."""
+    found = []
+    for message in (s for s in slices if s.track == COMMUNICATION):
+        start = max(message.start, message.args.get("ready", message.start))
+        seconds = message.args.get("seconds")
+        end = max(start, message.end if seconds is None else start + seconds)
+        found.append(replace(message, start=start, end=end))
+    return lanes(found)
 
 
 def _shade(colour: str, stage: int | None, boxes: Iterable[Slice]) -> tuple[float, float, float]:

@@ -35,6 +35,7 @@ class Launched:
     corpus: str  # folder
     started: float  # time.time() when the user's command began
     run: str = field(default_factory=lambda: uuid.uuid4().hex)  # no other run has this name
+    fault: str | None = None  # of `debug`: what the ranks are to do wrongly
 
 
 def make_folder(
@@ -75,11 +76,6 @@ def hold(folder: Path) -> None:
         raise ValueError(f"run.dir={folder}: another launch is at work in it") from None
     except OSError:  # a file system without locks: nothing is known of others
         os.close(number)
-
-
-def sweep_folder() -> Path:
-    """Where the jobs of a sweep leave their run folders."""
-    return RUNS / time.strftime("sweep-%Y%m%d-%H%M%S")
 
 
 def _make(folder: Path, exist_ok: bool = True) -> None:

@@ -22,6 +22,7 @@ from parallel.layout import (
 )
 from simulator.cells import Cells, Unknown, flag, number, whole
 from simulator.footprint import Program, peak_bytes
+from simulator.habits import habits_of, program_of
 from simulator.plans import Numerics, Plans
 from simulator.work import Work
 
@@ -45,25 +46,6 @@ class Candidate:
     @property
     def memory_bytes(self) -> float:
         return float(peak_bytes(self.plan, self.work, self.program)[0])
-
-
-def program_of(cells: Cells) -> str:
-    """The program that ran a row, where it matters for what the row does not state.
-
-    megatron-deepspeed  flash attention, recomputation and 16 bits are off unless asked for; its
-                        pipeline has one stage a rank
-    deepspeed           ZeRO-3 gathers each parameter by itself
-    torchtitan          as many micro-batches as pipeline ranks; interleaved: two stages a rank
-    nanotron            splits layers by their flops, head included
-    """
-    note, source = cells.get("source_verbatim_note", ""), cells.get("source", "")
-    marks = ("Megatron-DeepSpeed" in note, "bigscience" in source)
-    if any(marks) or cells.get("model_name", "").startswith("MT-NLG"):
-        return "megatron-deepspeed"
-    for name in ("torchtitan", "nanotron", "deepspeed"):
-        if name in source.lower() or f"({name})" in note.lower():
-            return name
-    return ""
 
 
 def model_of(cells: Cells, seq_len: int) -> ModelConfig:
@@ -123,12 +105,14 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
     layout, batch = _layout(cells, kind), whole(cells, "global_batch_seqs")
     program, (precision, dtype) = program_of(cells), _precision(cells)
     flash = flag(cells, "flash_attn", program != "megatron-deepspeed")
+    compiled = flag(cells, "compile", False)
     others = {
         "matmul_dtype": dtype,
-        "compiled": flag(cells, "compile", False),
+        "compiled": compiled,
         "messages_a_block": len(model.block_shapes) if program == "deepspeed" else 1,
         "gradient_bytes": 2 if precision == Precision.fp16 else 4,
         "shards": None if kind == "ddp" else layout.dp_shard * layout.cp,
+        "habits": habits_of(cells, flash, compiled),
     }
     memory = _memory(cells, flash)
     found = []
@@ -164,10 +148,19 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
 
 
 def even(model: ModelConfig, pp: int, local: int) -> tuple[int, ...] | None:
-    """As many blocks on each stage, where they divide (as Megatron-LM has it); else balanced."""
+    """Blocks of each stage as most programs cut them; None: balanced.
+
+    As many on each, where they divide (Narayanan et al. 2021, section 2.2). Where they do with two
+    more, the first and the last stage have one less, for embedding and head (Llama team 2024,
+    section 3.3.2; BigScience's type:transformer|embedding).
+    """
     stages = pp * local
-    whole = pp > 1 and model.n_layer % stages == 0
-    return (model.n_layer // stages,) * stages if whole else None
+    each = -(-model.n_layer // stages)
+    short = each * stages - model.n_layer
+    if pp == 1 or short not in (0, 2):
+        return None
+    ends = each - short // 2
+    return (ends, *(each,) * (stages - 2), ends)
 
 
 def _published_share(cells: Cells) -> float | None:

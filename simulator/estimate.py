@@ -9,6 +9,8 @@ host must launch every operator in time. All but the efficiencies, which are fit
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from simulator import collectives
@@ -23,32 +25,37 @@ BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gr
 FUSED = 0.6  # of the element-wise bytes left where torch.compile fuses operators
 SCORE_PASSES = 5.0  # over the T x T matrix: write, softmax in and out, dropout in and out
 SCORE_PASSES_BACKWARD = 7.0  # the same with each operator's gradient
-LOGIT_BYTES = 16.0  # of a logit: written, cast to fp32, softmax, its gradient, cast back
-CAST_BYTES = 3.0  # of a product's input and output in fp8: read wide, written twice (transposed)
+CAST_BYTES = 4.0  # of a number that a product in fp8 takes: read wide, written twice (transposed).
+# Forward its input, backward its output's gradient
 NARROW_FILL = 1.5  # half_size in fp8 and fp4 over that in bf16: the faster units fill later
 ALIGNED = 8  # numbers: tensor cores want multiples of 16 bytes (NVIDIA, Matrix Multiplication
 # Background User's Guide, section 4)
+TRITON_SHARE = 1 / 1.6  # of FlashAttention-2's speed: it is 1.3 to 2.5 times as fast as
+# FlashAttention in Triton (Dao 2023, section 1)
 HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can hide
 
 
 def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     """Seconds of each part of a step (of costs.ledger.TIME_PARTS; `other` is not modelled), and
     `total`."""
-    slow = straggling(work, cluster)
+    crowded = cluster.crowded(work.pp * work.tp * work.cp * work.dp)
+    slow = straggling(work, cluster) * crowded
     block, head = slow * block_seconds(work, cluster), slow * head_seconds(work, cluster)
     sent = block_messages(work, cluster)
     m, pp = work.micro_batches, work.pp
     last = work.last_layers * block + head
     mean = work.mean_layers * block + head / pp
     slowest = np.where(pp > 1, np.maximum(work.layers * block, last), last)
-    messages = work.mean_layers * sent + stage_messages(work, cluster)
+    stages = stage_messages(work, cluster)
+    messages = work.mean_layers * sent + np.where(work.hides_stages > 0, 0.0, stages)
     # (p-1)/v idle slots (Narayanan et al. 2021, section 2.2), and what uneven stages wait for
-    idle = bubble_slots(work) * (mean + work.mean_layers * sent) + m * (slowest - mean)
+    slot = mean + work.mean_layers * sent + stages
+    idle = bubble_slots(work) * slot + m * (slowest - mean)
     parts = {
         "compute": m * mean,
         "exposed_communication": m * messages + exposed_data(work, cluster, block),
         "bubble": np.where(pp > 1, idle, 0.0),
-        "optimizer": optimizer_seconds(work, cluster),
+        "optimizer": crowded * optimizer_seconds(work, cluster),
     }
     return {"total": sum(parts.values()), **parts}
 
@@ -87,8 +94,10 @@ def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array 
 
 def block_seconds(work: Work, cluster: Cluster) -> Array:
     """Compute of one block and micro-batch, forward and backward with what is recomputed: the
-    device's, or the host's where it launches operators more slowly than they run."""
-    return np.maximum(busy_seconds(work, cluster), launch_seconds(work, cluster))
+    device's, or the host's where it launches operators more slowly than they run; both where the
+    device is the host."""
+    busy, launches = busy_seconds(work, cluster), launch_seconds(work, cluster)
+    return np.where(cluster.device.asynchronous, np.maximum(busy, launches), busy + launches)
 
 
 def launch_seconds(work: Work, cluster: Cluster) -> Array:
@@ -97,10 +106,18 @@ def launch_seconds(work: Work, cluster: Cluster) -> Array:
 
 
 def flash_seconds(work: Work, cluster: Cluster) -> Array:
-    """Attention of one block's forward in a flash kernel, whose share is of the whole peak."""
+    """Attention of one block's forward in a flash kernel, whose share is of the whole peak. Rows
+    and columns of scores fill tiles as those of a product do."""
     share = cluster.device.efficiency
     peak = reached_flops(work.wide_dtype, cluster) / share.matmul
-    return work.flash_flops / (peak * share.attention)
+    given = np.nan if share.attention_fused is None else share.attention_fused
+    own: Array = np.where(np.isnan(given), share.attention, given)
+    shares: list[Any] = [TRITON_SHARE * share.attention, share.attention, own]
+    reached = np.choose(
+        work.kernel.astype(int), [np.broadcast_to(one, work.kernel.shape) for one in shares]
+    )
+    fill = 1 + share.half_size * (1 / work.queries + 1 / work.keys)
+    return work.flash_flops / (peak * reached) * fill
 
 
 def busy_seconds(work: Work, cluster: Cluster) -> Array:
@@ -112,14 +129,16 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
     each = product_seconds(work.rows, work.inner, work.columns, peak[:, None], half[:, None])
     products = np.sum(work.count * each, axis=1)
     weights = np.sum(work.count * work.inner * work.columns, axis=1)
-    cast = np.sum(work.count * work.rows * (work.inner + work.columns), axis=1)
+    taken = np.sum(work.count * work.rows * work.inner, axis=1)
+    given = np.sum(work.count * work.rows * work.columns, axis=1)
+    cast = narrow * CAST_BYTES / bandwidth
     whole = work.whole_bytes / np.where(work.sequence_parallel > 0, work.tp, 1)
     fused = np.where(work.compiled > 0, FUSED, 1.0)
-    pointwise = (fused * (whole + work.cut_bytes) + narrow * CAST_BYTES * cast) / bandwidth
+    pointwise = fused * (whole + work.cut_bytes) / bandwidth
     flash = flash_seconds(work, cluster)
     kept, passes = score_seconds(work, cluster)
-    forward = products + pointwise + flash + kept + SCORE_PASSES * passes
-    backward = BACKWARD_PRODUCTS * (products + kept) + BACKWARD_BYTES * pointwise
+    forward = products + pointwise + cast * taken + flash + kept + SCORE_PASSES * passes
+    backward = BACKWARD_PRODUCTS * (products + kept) + BACKWARD_BYTES * pointwise + cast * given
     backward = backward + BACKWARD_FLASH * flash + SCORE_PASSES_BACKWARD * passes
     # gradients of several micro-batches are added up: read and written
     added = (work.micro_batches > 1) * 2 * work.gradient_bytes * weights / bandwidth
@@ -144,7 +163,7 @@ def head_seconds(work: Work, cluster: Cluster) -> Array:
     share = cluster.device.efficiency
     peak = reached_flops(work.wide_dtype, cluster)
     product = product_seconds(work.tokens, work.width, work.vocabulary, peak, share.half_size)
-    logits = LOGIT_BYTES * work.tokens * work.vocabulary
+    logits = work.logit_bytes * work.tokens * work.vocabulary
     bandwidth = cluster.device.memory_bandwidth * share.memory
     return (1 + BACKWARD_PRODUCTS) * product + logits / bandwidth
 
@@ -161,17 +180,20 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     payload = work.tokens * work.width * work.item
     tp = group(work.tp, one, cluster.node_size)
     reduces = (4 + 2 * work.recomputed) * collectives.seconds("all_reduce", payload, tp, cluster)
-    shown = 1 - cluster.tensor_overlap * work.sequence_parallel
+    pieces = cluster.tensor_overlap * work.hides_tensor * reduces
     cp = group(work.cp, work.tp, cluster.node_size)
     rounds = (3 + work.recomputed) * (work.cp - 1)
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
+    # no more hides than there is to hide behind
+    shown = reduces - np.minimum(pieces, block_seconds(work, cluster))
     idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
     hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
+    hidden = np.where(cluster.device.asynchronous, hidden, 0.0)  # sending is a core's work too
     ep = group(work.ep, work.tp * work.cp, cluster.node_size)
     slots = (4 + 2 * work.recomputed) * collectives.seconds(
         "all_to_all", work.routed_bytes, ep, cluster
     )
-    return shown * reduces + np.maximum(0.0, ring - hidden) + slots
+    return shown + np.maximum(0.0, ring - hidden) + slots
 
 
 def stage_messages(work: Work, cluster: Cluster) -> Array:
@@ -187,28 +209,34 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
 
     Gathered weights (zero_stage 3) hide behind all of the compute, as they are prefetched (Zhao et
     al. 2023, section 3.3); gradients behind the last micro-batch's backward, block by block (Li et
-    al. 2020, section 3.2.3). The first gather and the last gradient have nothing to hide behind.
+    al. 2020, section 3.2.3), and weights that were updated behind the next forward (Megatron-Core's
+    overlap-param-gather). The first gather and the last gradient have nothing to hide behind.
     """
-    calls = work.layers * work.messages_a_block
     ranks = group(work.dp * work.cp, work.tp, cluster.node_size)
+    blocks = work.layers * work.messages_a_block
 
-    def each(collective: str, item: Array) -> Array:
+    def each(collective: str, item: Array, calls: Array) -> Array:
         payload = work.parameters * item / calls
         return calls * collectives.seconds(collective, payload, ranks, cluster)
 
-    scatter = each("reduce_scatter", work.gradient_bytes)
-    gather = each("all_gather", work.weight_bytes)
-    gather_gradients = each("all_gather", work.gradient_bytes)
-    once = scatter + np.where(work.shards > 1, gather, gather_gradients)
+    def left(sent: Array, hides: Array) -> Array:
+        return sent - np.minimum(sent * (1 - 1 / work.layers), hides)
+
+    by_block = (work.hides_gradients > 0) | (work.gathers_weights > 0)
+    calls = np.where(by_block, blocks, 1.0)
+    scatter = each("reduce_scatter", work.gradient_bytes, calls)
+    again = np.where(work.shards > 1, 0.0, each("all_gather", work.gradient_bytes, calls))
+    gather = each("all_gather", work.weight_bytes, blocks)
+    updates = np.where(work.shards > 1, each("all_gather", work.weight_bytes, calls), 0.0)
+    last = work.layers * block  # of one micro-batch: its backward is twice its forward
     always = scatter + 2 * work.micro_batches * gather
-    sent = np.where(work.gathers_weights > 0, always, once)
-    room = work.layers * block
-    hides = np.where(
-        work.gathers_weights > 0,
-        HIDDEN_GATHERS * work.micro_batches * room,
-        cluster.overlap * room,
-    )
-    return sent - np.minimum(sent * (1 - 1 / work.layers), hides)
+    prefetched = HIDDEN_GATHERS * work.hides_gathers * work.micro_batches * last
+    behind = cluster.overlap * last / 3
+    once = left(scatter + again, 2 * work.hides_gradients * behind)
+    once = once + left(updates, work.hides_updates * behind)
+    shown = np.where(work.gathers_weights > 0, left(always, prefetched), once)
+    sent = np.where(work.gathers_weights > 0, always, scatter + again + updates)
+    return np.where(cluster.device.asynchronous, shown, sent)  # sending is a core's work too
 
 
 def optimizer_seconds(work: Work, cluster: Cluster) -> Array:

@@ -35,12 +35,14 @@ KINDS = {
     "gb300_nvl72": "blackwell",
 }
 SCATTER = 0.07  # of a log error that is worth as much as one standard deviation of a prior
+SOFT = 0.005  # of a logarithm of seconds, within which candidates tie
 STEP = 0.02  # of a number, in standard deviations, for its derivative
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One number of all clusters of a kind. It is searched as prior exp(x spread)."""
+    """One number of all clusters of a kind. It is searched as prior exp(x spread), a share by its
+    odds, with as much of a move at the prior."""
 
     key: str
     prior: float
@@ -48,15 +50,19 @@ class Parameter:
     clusters: tuple[str, ...] = tuple(KINDS)
 
     def value(self, x: float) -> float:
-        most = 0.97 if "efficiency" in self.key and not self.key.endswith("half_size") else np.inf
-        most = 0.97 if self.key.endswith("overlap") else most
-        return float(min(most, self.prior * np.exp(x * self.spread)))
+        """Of a share the odds are moved, so that it stays below 1 and no bound stops a search."""
+        is_share = self.key.endswith("overlap") or ".efficiency" in self.key
+        if not is_share or self.key.endswith("half_size"):
+            return float(self.prior * np.exp(x * self.spread))
+        room = 1 - self.prior
+        return float(1 / (1 + room / self.prior * np.exp(-x * self.spread / room)))
 
 
 def parameters() -> list[Parameter]:
     """What is fitted. Priors: products as NVIDIA's libraries reach them (Volta to Hopper, large
     squares), kernels of attention as their papers report, memory as copies reach it."""
     matmul = {"volta": 0.75, "ampere": 0.8, "hopper": 0.68, "blackwell": 0.5}
+    attention = {"volta": 0.3, "ampere": 0.55, "hopper": 0.31, "blackwell": 0.3}
     found = []
     for kind, share in matmul.items():
         files = tuple(name for name, own in KINDS.items() if own == kind)
@@ -64,20 +70,21 @@ def parameters() -> list[Parameter]:
         found += [
             Parameter(inner + "matmul", share, 0.1, files),
             Parameter(inner + "half_size", 150.0, 0.2, files),
-            Parameter(inner + "attention", 0.4, 0.3, files),
+            Parameter(inner + "attention", attention[kind], 0.2, files),
             Parameter(inner + "memory", 0.75, 0.08, files),
-            Parameter("operator_overhead", 1.5e-5, 0.3, files),
+            Parameter("in_node.efficiency", 0.75, 0.15, files),
         ]
         if kind in ("hopper", "blackwell"):
-            found.append(Parameter(inner + "matmul_fp8", 0.65, 0.15, files))
+            found.append(Parameter(inner + "matmul_fp8", 0.7, 0.15, files))
+            found.append(Parameter(inner + "attention_fused", 0.43, 0.2, files))
     return [
         *found,
         Parameter("device.efficiency.unaligned", 0.08, 0.5),
         Parameter("device.clock", 0.72, 0.05, ("h100_96g_500w",)),
-        Parameter("in_node.efficiency", 0.7, 0.2),
         Parameter("between_nodes.efficiency", 0.7, 0.3),
-        Parameter("overlap", 0.6, 0.3),
-        Parameter("tensor_overlap", 0.5, 0.3),
+        Parameter("operator_overhead", 2e-5, 0.3),
+        Parameter("overlap", 0.7, 0.3),
+        Parameter("tensor_overlap", 0.8, 0.2),
         Parameter("straggling", 0.005, 0.3),
     ]
 
@@ -100,6 +107,9 @@ def stacked(nodes: list[Any]) -> Any:
             setattr(made.peak_flops, name, np.array(rates))
         share: Any = made.efficiency
         share.matmul_fp8 = np.where(np.isnan(share.matmul_fp8), share.matmul, share.matmul_fp8)
+    if isinstance(made, Cluster):
+        whole: Any = made
+        whole.crowding = np.nan_to_num(whole.crowding)  # null: none
     return made
 
 
@@ -124,6 +134,7 @@ class Problem:
         counts = [len(some) for some in chosen]
         self.work = Work.joined([candidate.work for some in chosen for candidate in some])
         self.needed = np.array(needed)
+        self.counts = counts
         self.start = np.cumsum([0, *counts[:-1]])
         self.files = np.repeat([row.cluster for row in rows], counts)
         self.cluster = stacked([c for c, n in zip(own, counts, strict=True) for _ in range(n)])
@@ -154,9 +165,17 @@ class Problem:
             object.__setattr__(node, last, value)
 
     def errors(self, found: list[Parameter], x: Array) -> Array:
-        """log(predicted / measured) of each row."""
+        """log(predicted / measured) of each row. The fastest candidate is taken softly: where two
+        tie, the hard minimum has an edge on which a search by slopes would stop."""
         self.put(found, x)
-        return np.log(self.predict() / self.measured)
+        logs = np.log(step_seconds(self.work, self.cluster)["total"])
+        least = np.minimum.reduceat(logs, self.start)
+        above = (logs - np.repeat(least, self.counts)) / SOFT
+        return (
+            least
+            - SOFT * np.log(np.add.reduceat(np.exp(-above), self.start))
+            - np.log(self.measured)
+        )
 
 
 def fit(problem: Problem, used: Array, rounds: int = 60) -> Array:

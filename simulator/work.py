@@ -14,6 +14,7 @@ import numpy as np
 
 from minigpt.config import FFN
 from parallel.layout import PipelineConfig, Precision
+from simulator.habits import KERNELS, Habits
 from simulator.hardware import DTYPES
 from simulator.plans import NONE, PRECISIONS, SCHEDULES, SELECTIVE, Array, Plans
 from simulator.sending import LOW_BYTES
@@ -23,9 +24,13 @@ Values = dict[str, Any]  # fields of Work: arrays, or one for all plans
 OWN_DTYPE = np.array([DTYPES.index("fp32" if p == Precision.fp32 else "bf16") for p in PRECISIONS])
 SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedule in SCHEDULES])
 
-# Passes over an activation B T D of a block's forward that tp leaves whole: two norms read and
-# write, two residuals read both and write
-WHOLE_PASSES = 2 * 2 + 2 * 3
+# Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
+# rotations in one kernel read and write
+RESIDUAL_PASSES = 2 * 3
+# Bytes of a number that a norm moves in fp32, operator by operator: cast (6), squared (8), mean
+# (4), scaled (8), cast (6), multiplied by its weight (4); of one that is rotated: cast (6), turned
+# (8), cast (6)
+SEPARATE_NORM, SEPARATE_ROTATION = 36, 20
 OPERATORS = 20  # launched by the forward of a block: products, norms, rotations, residuals
 SCORE_OPERATORS = 10  # more where attention is not one kernel: scale, mask, softmax, dropout
 
@@ -46,6 +51,11 @@ class Work:
     gathers_weights: Array  # 1 where each forward and backward gathers them (zero_stage 3)
     sequence_parallel: Array
     splits_backward: Array
+    hides_tensor: Array  # 1 where they do, as the others: see simulator.habits.Habits
+    hides_stages: Array
+    hides_gradients: Array
+    hides_updates: Array
+    hides_gathers: Array
     # a block and one micro-batch, forward
     rows: Array
     inner: Array
@@ -54,6 +64,7 @@ class Work:
     dtype: Array  # place in DTYPES of its products
     wide_dtype: Array  # the same of attention and the head
     flash_flops: Array  # of a flash kernel, which skips what the mask hides
+    kernel: Array  # place in KERNELS of that
     score_heads: Array  # heads whose T x T matrix is kept; 0 with a flash kernel
     queries: Array
     keys: Array
@@ -70,6 +81,7 @@ class Work:
     tokens: Array
     width: Array
     vocabulary: Array  # what tp leaves of V
+    logit_bytes: Array  # moved for each logit
     item: Array  # bytes of an activation's number
     # stages
     messages_a_block: Array  # of weights or gradients over the data axes
@@ -104,6 +116,7 @@ class Work:
         messages_a_block: int = 1,
         gradient_bytes: float | None = None,
         shards: int | None = None,
+        habits: Habits = Habits(),  # noqa: B008
     ) -> Work:
         """What `plans` ask for.
 
@@ -112,7 +125,7 @@ class Work:
         gradient_bytes: of one that is sent, where gradients are kept in more. shards: ranks that
         share the optimizer.
         """
-        values = {**_layout(plans), **_block(plans), **_attention(plans)}
+        values = {**_layout(plans), **_block(plans, habits), **_attention(plans)}
         values |= _stages(plans)
         item = LOW_BYTES[plans.precision]
         own = OWN_DTYPE[plans.precision]
@@ -120,6 +133,13 @@ class Work:
             "dtype": own if matmul_dtype is None else DTYPES.index(matmul_dtype),
             "wide_dtype": own,
             "compiled": compiled,
+            "kernel": KERNELS.index(habits.kernel),
+            "logit_bytes": habits.logit_bytes,
+            "hides_tensor": habits.hides_tensor,
+            "hides_stages": habits.hides_stages,
+            "hides_gradients": habits.hides_gradients,
+            "hides_updates": habits.hides_updates,
+            "hides_gathers": habits.hides_gathers,
             "messages_a_block": messages_a_block,
             "item": item,
             "tokens": _tokens(plans),
@@ -161,7 +181,7 @@ def _layout(plans: Plans) -> Values:
     }
 
 
-def _block(plans: Plans) -> Values:
+def _block(plans: Plans, habits: Habits) -> Values:
     """Products and element-wise bytes of a block's forward (Shoeybi et al. 2019, section 3)."""
     model, tp, tokens = plans.model, plans.tp, _tokens(plans)
     d, f, kv = model.d_model, model.ff_dim, model.kv_heads * model.head_dim
@@ -185,10 +205,11 @@ def _block(plans: Plans) -> Values:
     item = LOW_BYTES[plans.precision]
     # q, k, v rotated: read and write; the activation function reads what up (and gate) wrote
     mlp = (matrices + 1) * f * active
+    norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
     return {
         **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
-        "whole_bytes": tokens * d * item * WHOLE_PASSES,
-        "cut_bytes": tokens / tp * item * (2 * (d + 2 * kv) + mlp),
+        "whole_bytes": tokens * d * (2 * norm + RESIDUAL_PASSES * item),
+        "cut_bytes": tokens / tp * (turn * (d + 2 * kv) + item * mlp),
         "operators": OPERATORS + 2 * matrices + (0 if plans.flash else SCORE_OPERATORS),
         "kv_bytes": 2 * tokens * kv / tp * item,
         "routed_bytes": int(moe) * (plans.ep > 1) * tokens * active * d * item,

@@ -1,0 +1,73 @@
+"""metrics.jsonl read back: which steps of a run were timed, how far apart they lie. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
+WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
+KEPT_STEPS = 500  # the last ones, of which the median is taken: a long run must not grow
+FEWEST = 4  # values that have quartiles worth the name
+
+
+def followed_steps(steps: int, first: int = 0) -> tuple[int, int]:
+    """Of a run of so many steps, the one that is looked at operator by operator for flops, and the
+    one for memory. `first`: where a run goes on. One of a single step does not count its flops."""
+    memory = first + min(MEMORY_STEP, steps - first - 1)
+    return memory - 1, memory
+
+
+def untimed_steps(steps: int, compiled: bool, first: int = 0) -> set[int]:
+    """Those of a run of so many that do not count for times: they warm up, or are followed, which
+    slows them."""
+    cold = set(range(first, first + min(WARMUP_STEPS, (steps - first) // 2)))
+    return cold if compiled else cold | set(followed_steps(steps, first))
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What rank 0 wrote after each step. A run that was killed has fewer than it wanted."""
+
+    losses: list[float | None]  # null where it was not finite
+    seconds: list[float]
+
+    def timed(self, steps: int, compiled: bool) -> list[float]:
+        """Seconds of the steps of which the ledger's is the median."""
+        untimed = untimed_steps(steps, compiled)
+        return [s for i, s in enumerate(self.seconds) if i not in untimed][-KEPT_STEPS:]
+
+
+def read_log(path: Path) -> StepLog:
+    """Read metrics.jsonl; a last line that was cut off is left out. Raises ValueError, one line."""
+    try:
+        whole, _, _ = path.read_text().rpartition("\n")
+        # one call for all lines: a thousand runs have some hundred thousand
+        lines: list[dict[str, Any]] = json.loads(f"[{whole.strip().replace(chr(10), ',')}]")
+        losses = [line["loss"] for line in lines]
+        seconds = [float(line["step_s"]) for line in lines]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a log of steps: {str(error).splitlines()[0]}") from error
+    return StepLog(losses, seconds)
+
+
+def half_spread(values: list[float]) -> float | None:
+    """Half the distance between the quartiles: what one value says about where the middle is.
+    None of fewer than FEWEST values."""
+    if len(values) < FEWEST:
+        return None
+    ordered = sorted(values)  # numpy.percentile takes ten times as long for so few
+    return (_quantile(ordered, 0.75) - _quantile(ordered, 0.25)) / 2
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    """With a straight line between neighbours, as numpy's default."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    rest = place - below
+    above = ordered[min(below + 1, len(ordered) - 1)]
+    return ordered[below] * (1 - rest) + above * rest

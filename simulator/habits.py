@@ -1,0 +1,96 @@
+"""What a program does that no plan says: its kernels, and which messages it hides.
+
+The defaults are this program's. Those of others follow from what a published row says of its
+program (simulator/candidates.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from simulator.cells import Cells
+
+# Flash kernels by generation: in Triton (2022), FlashAttention-2, those made for the device (cuDNN)
+KERNELS = ("triton", "flash2", "fused")
+
+# Bytes moved for one logit from the head's product to its backward. torch: written in 2 bytes, cast
+# (6), log-softmax (8), zeros for its gradient (4), its backward (12), cast back (6). Megatron-LM's
+# vocab_parallel_cross_entropy: cast, maximum (4), subtracted in place (8), exponential (8), sum
+# (4), divided (8), the gradient scaled (8), cast back. In one kernel: written, read and written
+# back in fp32 at the most
+TORCH_LOGIT, MEGATRON_LOGIT, FUSED_LOGIT = 38.0, 54.0, 16.0
+# Megatron-LM of 2022 sends the gradient of a layer's input while it computes that of its weight:
+# two of the six all_reduces of a block whose forward runs again
+BACKWARD_ONLY = 1 / 3
+
+
+@dataclass(frozen=True)
+class Habits:
+    """One program's."""
+
+    kernel: str = "flash2"  # of KERNELS
+    logit_bytes: float = TORCH_LOGIT
+    separate: bool = False  # norms and rotations in fp32 operator by operator, not in one kernel
+    hides_tensor: float = 0.0  # share of tensor-parallel messages that are sent during products
+    hides_stages: bool = False  # activations travel to the next stage while others compute
+    hides_gradients: bool = True  # they are sent while the backward goes on, else in one message
+    hides_updates: bool = False  # updated weights (zero_stage 1) are gathered in the next forward
+    hides_gathers: bool = True  # weights are gathered before they are wanted
+
+
+def program_of(cells: Cells) -> str:
+    """The program that ran a row, where it matters for what the row does not state.
+
+    megatron-deepspeed  flash attention, recomputation and 16 bits are off unless asked for; its
+                        pipeline has one stage a rank
+    deepspeed           ZeRO-3 gathers each parameter by itself, when it is wanted
+    torchtitan          as many micro-batches as pipeline ranks; interleaved: two stages a rank
+    nanotron            splits layers by their flops, head included
+    """
+    note, source = cells.get("source_verbatim_note", ""), cells.get("source", "")
+    marks = ("Megatron-DeepSpeed" in note, "bigscience" in source)
+    if any(marks) or cells.get("model_name", "").startswith("MT-NLG"):
+        return "megatron-deepspeed"
+    for name in ("torchtitan", "nanotron", "deepspeed"):
+        if name in source.lower() or f"({name})" in note.lower():
+            return name
+    return ""
+
+
+def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
+    """Of the program of a published row.
+
+    Programs from before flash kernels (Megatron-LM until 2022, Megatron-DeepSpeed) send gradients
+    after the backward. Megatron-Core overlaps all but what a row says it does not, and runs cuDNN's
+    attention through Transformer Engine; so do the runs of MegaScale and Llama 3, with other
+    kernels. LLM-Foundry's MPT ran the Triton kernel. The loss is one kernel in NVIDIA's
+    recipes, and where SimuMax says so ("cef").
+    """
+    program, source = program_of(cells), cells.get("source", "")
+    note = cells.get("source_verbatim_note", "")
+    core = any(name in source for name in ("NVIDIA", "SimuMax"))
+    own = Habits(hides_gradients=flash)
+    if not flash or program == "nanotron":
+        own = replace(own, logit_bytes=MEGATRON_LOGIT)
+    if any(name in source for name in ("Korthikanti", "2205.05198")):
+        own = replace(own, hides_tensor=BACKWARD_ONLY)
+    if program == "deepspeed":
+        own = replace(own, hides_gathers=False)
+    if program == "torchtitan":
+        asynchronous = "async TP" in note or "AsyncTP" in note
+        own = replace(own, separate=not compiled, hides_tensor=float(asynchronous))
+    if "llm-foundry" in source:
+        own = replace(own, kernel="triton")
+    if flash and (core or any(name in source for name in ("MegaScale", "Llama 3"))):
+        on = "overlap paths disabled" not in note
+        one_kernel = "_cef" in note or any(name in source for name in ("NeMo", "examples/llama"))
+        own = replace(
+            own,
+            kernel="fused" if core else "flash2",
+            logit_bytes=FUSED_LOGIT if one_kernel else MEGATRON_LOGIT,
+            hides_tensor=float(on),
+            hides_stages=on,
+            hides_gradients=on,
+            hides_updates=on,
+        )
+    return replace(own, logit_bytes=FUSED_LOGIT) if compiled else own
