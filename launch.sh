@@ -5,9 +5,12 @@
 #   ./launch.sh generate run=DIR  text from a trained run
 #   ./launch.sh score             predictions against published measurements
 #   ./launch.sh calibrate to=FILE this machine as a cluster profile
+#   ./launch.sh check             a few layouts on this machine, predicted and measured
 #   ./launch.sh replay RUN cluster=NAME   a recorded run (trace=true), on another network
 #   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
 #   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs
+#   ./launch.sh debug [NAME]      runs that are broken on purpose, and what finds out (--diagnose)
+#   ./launch.sh lab nodes=4 rate=1gbit    many nodes on this machine, over links that slow (Linux)
 #   ./launch.sh export run=DIR out=FILE   its weights as one .safetensors file
 #   ./launch.sh compare RUN RUN...        runs side by side: what differs, and what that changed
 #   ./launch.sh report RUN...             the same as one HTML file, with timelines

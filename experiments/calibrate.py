@@ -1,7 +1,12 @@
-"""./launch.sh calibrate [to=FILE]: this machine as a cluster profile, measured in a few seconds.
+"""./launch.sh calibrate [to=FILE]: this machine as a cluster profile, measured in a minute.
 
-A device is one rank: a core of the processor, as the launcher starts ranks on it. All of them
-measure at the same time, for they share the memory. Without `to` the YAML is printed.
+A device is one rank: a core of the processor, as the launcher starts ranks on it. One measures
+alone, and then all at the same time, for they share the memory, and maybe more. Without `to` the
+YAML is printed.
+
+Operators are timed where they run, in training steps of small models
+(experiments/operator_times.py), messages one by one (experiments/message_times.py). The few numbers
+that the closed forms take, which know no operator by its name, follow from the same steps.
 """
 
 from __future__ import annotations
@@ -9,25 +14,53 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from omegaconf import OmegaConf
 
 from experiments.compose import Refused
-from simulator.hardware import Cluster, Device, Efficiency, Level, Peak, numbers
+from experiments.config import TrainConfig
+from minigpt.config import FFN, ModelConfig, Norm, Positions
+from simulator.formula_ledger import formula_steps
+from simulator.hardware import Cluster, Device, Efficiency, Level, Peak, numbers, tables
+
+if TYPE_CHECKING:  # they import torch
+    from experiments.message_times import Times
+    from experiments.operator_times import Steps
 
 RANKS = 2
-SMALL = 64  # side of the product that tells half_size
-PEAK_S = 3.0  # seconds of products for a peak
-ATTENDED = 512  # tokens of the attention that is timed
-COPIED = 32 * 2**20  # numbers of 4 bytes: far beyond any cache
-BIG_MESSAGE, SMALL_MESSAGE = 16 * 2**20, 256  # numbers of 4 bytes
+PATIENCE_S = 1800.0  # a busy machine may need minutes
+PEAK_S = 1.5  # seconds of products for a peak
 COMMAND = "./launch.sh calibrate"
+GPT2 = {"norm": Norm.layernorm, "positions": Positions.learned, "ffn": FFN.gelu, "tied": True}
+# name -> layers, width, sequence, sequences, micro-batches, and what else the model has
+SHAPES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
+    "small": (4, 128, 64, 12, 2, GPT2),
+    "small, rotary": (4, 128, 128, 8, 1, {}),
+    "wide": (2, 512, 256, 6, 1, GPT2),
+}
+WHOLE = "wide"  # whose step the closed form must give
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank found while the others did the same, and rank 0 alone."""
+
+    messages: Times
+    steps: dict[str, Steps]  # by name in SHAPES
+    alone: Alone | None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a rank found while the others did nothing."""
+
+    fp32: float  # FLOP/s
+    bf16: float
+    step_s: float  # of WHOLE
 
 
 def command(argv: list[str]) -> int:
@@ -45,113 +78,121 @@ def command(argv: list[str]) -> int:
 
 
 def yaml_of(cluster: Cluster) -> str:
-    """A file of configs/cluster. Units that a device does not have are left out."""
-    values = asdict(cluster)
-    peaks = values["device"]["peak_flops"]
-    values["device"]["peak_flops"] = {k: v for k, v in peaks.items() if v is not None}
-    return OmegaConf.to_yaml(OmegaConf.create(values))
+    """A file of configs/cluster. What a device or an operator does not have is left out."""
+    return OmegaConf.to_yaml(OmegaConf.create(_without_none(asdict(cluster))))
+
+
+def _without_none(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_none(value) for key, value in node.items() if value is not None}
 
 
 def measured() -> Cluster:
     """This machine. Its network is the loopback that gloo's messages take, on every level."""
+    from experiments import message_times, operator_times
     from experiments.ranks import run_ranks
 
-    ranks = run_ranks(RANKS, measure_rank)
-    # of the ranks the better one: nothing else held it up
-    lower = ("latency", "overhead", "half_size")
-    sides = {name: [rank[name] for rank in ranks] for name in ranks[0]}
-    found = {n: min(v) if n in lower else max(v) for n, v in sides.items()}
-    found = {name: float(f"{value:.4g}") for name, value in found.items()}
+    found: list[Found] = run_ranks(RANKS, measure_rank, timeout_s=PATIENCE_S)
+    alone = found[0].alone
+    assert alone
+    slow = max(1.0, sum(rank.steps[WHOLE].seconds for rank in found) / RANKS / alone.step_s)
+    steps = [one.faster(slow) for rank in found for one in rank.steps.values()]
+    samples = [sample for one in steps for sample in one.samples]
+    rates = operator_times.rates_of(samples)
+    peak = max(rates.products, alone.fp32)
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    level = Level(bandwidth=found["bandwidth"], latency=found["latency"])
+    links = message_times.fit(found[0].messages, RANKS)
+    plain = links["all_reduce"]
+    level = Level(plain.bandwidth, plain.latency, collectives=links)
     cluster = Cluster(
         name="laptop",
         device=Device(
             name=f"one core of {platform.machine()}",
-            peak_flops=Peak(fp32=found["fp32"], bf16=found["bf16"]),
+            peak_flops=Peak(fp32=_short(peak), bf16=_short(alone.bf16)),
             memory_bytes=float(psutil.virtual_memory().total // cores),
-            memory_bandwidth=found["memory_bandwidth"],
-            efficiency=Efficiency(half_size=found["half_size"], attention=found["attention"]),
+            memory_bandwidth=1.0,  # below
+            efficiency=Efficiency(
+                matmul=_short(rates.products / peak),
+                half_size=_short(rates.half_size),
+                attention=_short(min(1.0, rates.attention / peak)),
+            ),
+            asynchronous=False,
+            operators=operator_times.fit(samples),
         ),
         node_size=cores,
         in_node=level,
         between_nodes=level,
-        operator_overhead=found["overhead"],
+        operator_overhead=_short(sum(one.outside for one in steps) / len(samples)),
         overlap=0.0,  # a message's work is done by the core that computes
+        crowding=_short(slow - 1),
     )
-    said = f"measured: {COMMAND}, {datetime.date.today()}"
+    return with_sources(with_bandwidth(cluster, alone.step_s))
+
+
+def _short(value: float) -> float:
+    return float(f"{max(value, 0.0):.4g}")
+
+
+def with_bandwidth(cluster: Cluster, wanted: float) -> Cluster:
+    """With the bandwidth by which the closed form gives the step of WHOLE that was measured, in
+    seconds: it counts element-wise operators in bytes alone. Caches are in it."""
+    config, low, high = config_of(WHOLE), 1e8, 1e13
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        trial = cluster.changed({"device.memory_bandwidth": middle})
+        (step,) = formula_steps(config.model, config.layout, config.options, trial)
+        low, high = (low, middle) if step["time_s"]["total"] < wanted else (middle, high)
+    return cluster.changed({"device.memory_bandwidth": _short(high)})
+
+
+def with_sources(cluster: Cluster) -> Cluster:
+    """Each number with where it is from."""
+    measured_here = f"measured: {COMMAND}, {datetime.date.today()}"
     fixed = "set: the peaks and rates above are measured as they are had, nothing is lost of them"
-    return OmegaConf.to_object(
-        OmegaConf.merge(
-            OmegaConf.structured(cluster),
-            {
-                "sources": {
-                    key: fixed if value in (0, 1) else said for key, value in numbers(cluster)
-                }
-            },
-        )
-    )  # type: ignore[return-value]
+    sources = {key: fixed if value in (0, 1) else measured_here for key, value in numbers(cluster)}
+    return replace(cluster, sources=sources | dict.fromkeys(tables(cluster), measured_here))
 
 
-def measure_rank() -> dict[str, float]:
-    """What one rank finds while the others do the same."""
+def config_of(name: str) -> TrainConfig:
+    """The single process that each rank trains, of SHAPES."""
+    layers, width, sequence, batch, micro_batches, others = SHAPES[name]
+    model = ModelConfig(
+        n_layer=layers, n_head=width // 64, d_model=width, context=sequence, **others
+    )
+    return TrainConfig(
+        model=model,
+        micro_batch_size=batch // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        seq_len=sequence,
+        clip=1e-3,  # a bound that no gradient keeps: every step does the same
+    )
+
+
+def measure_rank() -> Found:
+    """What one rank finds; all call it at once."""
     import torch
     import torch.distributed as dist
 
-    from costs.flops import measure_peak_flops
+    from experiments import message_times, operator_times
 
     torch.set_num_threads(1)
-    cpu = torch.device("cpu")
+    alone = measure_alone() if dist.get_rank() == 0 else None
     dist.barrier()
-    fp32 = measure_peak_flops(cpu, torch.float32, PEAK_S)
-    bf16 = measure_peak_flops(cpu, torch.bfloat16, PEAK_S)
-    small = torch.randn(SMALL, SMALL)
-    rate = 2 * SMALL**3 / best(lambda: torch.mm(small, small), 200)
-    source, target = torch.ones(COPIED), torch.empty(COPIED)
-    copied = 2 * 4 * COPIED / best(lambda: target.copy_(source), 20)
-    one = torch.ones(8)
-    sent = {n: best(_reduction(torch.ones(n)), 30) for n in (BIG_MESSAGE, SMALL_MESSAGE)}
-    half_size = max(0.0, fp32 / rate - 1) * SMALL / 3  # rate = peak / (1 + 3 half_size / side)
-    filled = 1 + 2 * half_size / ATTENDED  # as simulator.estimate.flash_seconds has it
-    ranks = dist.get_world_size()
-    steps = 2 * (ranks - 1)  # of a ring's all_reduce
-    latency = sent[SMALL_MESSAGE] / steps
-    moved = 4 * BIG_MESSAGE / ranks
-    return {
-        "fp32": fp32,
-        "bf16": bf16,
-        "half_size": half_size,
-        "attention": min(1.0, filled * attention_flops() / fp32),
-        "memory_bandwidth": copied,
-        "overhead": best(lambda: one.add_(1), 1000),
-        "latency": latency,
-        "bandwidth": moved / max(sent[BIG_MESSAGE] / steps - latency, 1e-9),
-    }
+    messages = message_times.measure()
+    return Found(messages, {n: operator_times.watch(config_of(n)) for n in SHAPES}, alone)
 
 
-def _reduction(tensor: Any) -> Callable[[], Any]:
-    import torch.distributed as dist
-
-    return lambda: dist.all_reduce(tensor)
-
-
-def attention_flops() -> float:
-    """FLOP/s of causal attention, counting what the mask leaves: 2 B N T T H forward."""
+def measure_alone() -> Alone:
+    """While the others wait for this rank, which they do asleep."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
-    batch, heads, tokens, width = 1, 4, ATTENDED, 64
-    q = torch.randn(batch, heads, tokens, width)
-    seconds = best(lambda: scaled_dot_product_attention(q, q, q, is_causal=True), 20)
-    return 2 * batch * heads * tokens * tokens * width / seconds
+    from costs.flops import measure_peak_flops
+    from experiments import operator_times
 
-
-def best(function: Callable[[], Any], times: int) -> float:
-    """Seconds of the fastest of so many calls: the one that nothing else held up."""
-    function()
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    cpu = torch.device("cpu")
+    return Alone(
+        measure_peak_flops(cpu, torch.float32, PEAK_S),
+        measure_peak_flops(cpu, torch.bfloat16, PEAK_S),
+        operator_times.step_alone(config_of(WHOLE)),
+    )

@@ -26,6 +26,15 @@ def load(name: str) -> Cluster:
     return read(path)
 
 
+def named_or_file(text: str) -> Cluster:
+    """A cluster by its name, or a file of one's own, which ends with .yaml. Raises Refused."""
+    if not text.endswith(".yaml"):
+        return load(text)
+    if not Path(text).is_file():
+        raise Refused(f"{text}: no such file")
+    return read(Path(text))
+
+
 def read(path: Path) -> Cluster:
     """A cluster's file. Raises Refused, one line with the file's name."""
     try:

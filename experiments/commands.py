@@ -39,6 +39,7 @@ TORCHRUN_OPTIONS = (
     "--node_rank",
     "--rdzv",
     "--master",
+    "--local-addr",
     "--max-restarts",
 )
 
@@ -75,6 +76,7 @@ class Command:
     torchrun: launch.Torchrun
     as_json: bool
     sweep: Points | None = None  # of the sweep that it belongs to
+    fault: str | None = None  # of `debug`
     rows: list[Row] = field(default_factory=list)
     status: int = 0
     logging: LoggingConfig = field(default_factory=LoggingConfig)  # of the last job of a sweep
@@ -96,22 +98,25 @@ class Command:
         row.status, row.reason = "refused", str(error)
         self.status = max(self.status, 2)
 
+    def prepare(self, config: TrainConfig, overrides: list[str], folder: Path | None) -> launch.Job:
+        """Check all that can be checked, and make the run folder. Raises ValueError, Refused."""
+        return launch.prepare_job(config, overrides, self.torchrun, folder, self.fault)
+
     def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
         folder = run_dir(config.resume, config.run.dir)
         if self.sweep:
-            nodes = self.torchrun.nodes
-            settled = environment.settle(config, None, environment.gpu_count(), nodes)
-            done = self.sweep.done(overrides, settled)
+            done = self.sweep.done(overrides, launch.settle(config, self.torchrun))
             if done:
                 row.status, row.folder = "kept", done
                 return 0
             first = self.torchrun.is_first_node  # the others take part in what it launches
             if first:
                 self.sweep.lock()
-            folder = self.sweep.place(overrides, len(self.rows) - 1, clear=first)
+            dry = config.launch == Launch.dry
+            folder = self.sweep.place(overrides, len(self.rows) - 1, first, dry)
             config.logging.group = config.logging.group or self.sweep.folder.name
             self.logging = config.logging
-        job = launch.prepare_job(config, overrides, self.torchrun, folder)
+        job = self.prepare(config, overrides, folder)
         row.folder = job.folder
         if config.launch == Launch.dry:
             variables = [f"{name}={value}" for name, value in job.environ.items()]
@@ -143,22 +148,27 @@ def train(argv: list[str]) -> int:
         return train_as_rank(rest)
     torchrun, jobs = launch.Torchrun(options), jobs_of(rest)
     if jobs is not None:
-        return sweep(jobs, torchrun, as_json)
+        return sweep(jobs, Command(torchrun, as_json))
     command = Command(torchrun, as_json)
     run_hydra("train", rest, command)
+    return print_rows(command)
+
+
+def print_rows(command: Command) -> int:
+    """What is left to be said of a single job; its exit status."""
     for row in command.rows:
         if row.status == "refused":
             print(f"launch.sh: {row.reason}", file=sys.stderr)
-        elif as_json and row.status in ("done", "dry"):
+        elif command.as_json and row.status in ("done", "dry"):
             print(json.dumps(row.ledger() or row.said(), indent=1))
     return command.status
 
 
-def sweep(jobs: list[list[str]], torchrun: launch.Torchrun, as_json: bool) -> int:
+def sweep(jobs: list[list[str]], command: Command) -> int:
     """One fresh launch a job that is not done yet. A job that is refused or fails is a row and not
     the end."""
-    points = Points(folder_of(jobs))
-    command = Command(torchrun, as_json, points)
+    as_json = command.as_json
+    command.sweep = points = Points(folder_of(jobs))
     for number, argv in enumerate(jobs):
         if not as_json:
             print(f"sweep {number + 1}/{len(jobs)}: {shlex.join(argv)}", flush=True)
@@ -192,10 +202,13 @@ def train_as_rank(argv: list[str]) -> int:
     run_hydra("train", argv, composed.append)
     if not composed:  # --help and its like
         return 0
-    gpus = environment.gpu_count()
-    nodes = -(-rank.world_size // gpus) if gpus else 1
     wanted = to_config(composed[0], TrainConfig)
+    gpus = environment.gpu_count()
+    # a scheduler that says RANK and WORLD_SIZE may not say how many nodes there are
+    nodes = max(rank.nodes, -(-rank.world_size // gpus) if gpus else 1)
     config = environment.settle(wanted, rank.world_size, gpus, nodes)
+    if rank.rank == 0 and nodes > 1:
+        environment.warn_of_placement(config.layout, rank.world_size // nodes)
     corpus = prepare(config.data)
     check_vocabulary(corpus, config.model.vocab_size)
     corpus.check_length(config.seq_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -39,6 +40,7 @@ class Rank:
     rank: int
     local_rank: int
     world_size: int
+    nodes: int = 1
 
 
 def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
@@ -50,15 +52,16 @@ def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
     the number: where that was one, so be it, else the launcher starts what the layout says.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        # GROUP: of torchrun's agents, one a node
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_WORLD_SIZE")
     elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
     elif "ACCELERATE_USE_CPU" in environ and "MASTER_ADDR" not in environ:
         return Rank(0, 0, 1)  # accelerate launch --num_processes 1
     else:
         return None
-    rank, local_rank, world_size = (int(environ.get(name, "0")) for name in names)
-    return Rank(rank, local_rank, world_size)
+    rank, local_rank, world_size, nodes = (int(environ.get(name, "0")) for name in names)
+    return Rank(rank, local_rank, world_size, max(1, nodes))
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:
@@ -66,15 +69,20 @@ def restarts(environ: Mapping[str, str] = os.environ) -> int:
     return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def rendezvous(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT for ranks that SLURM started, which sets neither."""
-    if "MASTER_ADDR" in environ:
+def rendezvous(nodes: int = 1, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What of MASTER_ADDR and MASTER_PORT is missing: SLURM sets neither.
+
+    One node needs no name that can be looked up.
+    """
+    if {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return {}
     job = int(environ.get("SLURM_JOB_ID", "0"))
-    return {
-        "MASTER_ADDR": first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-        "MASTER_PORT": environ.get("MASTER_PORT", str(15000 + job % 20000)),
-    }
+    wanted = {"MASTER_PORT": str(15000 + job % 20000)}
+    if nodes > 1:
+        wanted["MASTER_ADDR"] = first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    else:
+        wanted |= {"MASTER_ADDR": "127.0.0.1", **SINGLE_NODE}
+    return {name: value for name, value in wanted.items() if name not in environ}
 
 
 def first_host(nodelist: str) -> str:
@@ -103,10 +111,17 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def settle(config: TrainConfig, world_size: int | None, gpus: int, nodes: int = 1) -> TrainConfig:
+def settle(
+    config: TrainConfig,
+    world_size: int | None,
+    gpus: int,
+    nodes: int = 1,
+    ranks_a_node: int | None = None,
+) -> TrainConfig:
     """Put device, backend and layout in the place of auto and -1, or refuse them.
 
-    `world_size` is what a scheduler gave, None where the layout decides.
+    `world_size` is what a scheduler gave, None where the layout decides; then `ranks_a_node` is
+    what -1 fills, None: every GPU, or two ranks on a laptop.
     """
     require(
         config.device != Device.cuda or gpus > 0,
@@ -123,7 +138,7 @@ def settle(config: TrainConfig, world_size: int | None, gpus: int, nodes: int = 
         "backend=nccl: needs a CUDA device; backend=gloo works here",
     )
     if world_size is None:
-        world_size = _wanted_ranks(config, (gpus or LAPTOP_RANKS) * nodes)
+        world_size = _wanted_ranks(config, (ranks_a_node or gpus or LAPTOP_RANKS) * nodes)
     layout = config.layout.resolve(world_size)
     if device == Device.cuda:
         require(
@@ -135,6 +150,17 @@ def settle(config: TrainConfig, world_size: int | None, gpus: int, nodes: int = 
     if config.impl == Impl.accelerate:
         _check_accelerate(layout, device)
     return replace(config, layout=layout, device=device, backend=backend)
+
+
+def warn_of_placement(layout: Layout, ranks_a_node: int) -> None:
+    """Say on standard error where tensor parallelism would wait for the network."""
+    if layout.leaves_node("tp", ranks_a_node):
+        inside = math.gcd(layout.tp, ranks_a_node)
+        print(
+            f"launch.sh: warning: layout.tp={layout.tp} crosses nodes of {ranks_a_node} ranks, so "
+            f"that every block waits for the network; layout.tp={inside} would stay inside",
+            file=sys.stderr,
+        )
 
 
 def _check_device(config: TrainConfig, device: Device) -> None:

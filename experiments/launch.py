@@ -16,6 +16,7 @@ from experiments.config import TrainConfig
 from experiments.process import GRACE_S, Forwarding, die_with_parent
 from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
+from experiments.run_weights import check_base, is_base
 from experiments.verdict import was_stopped
 from experiments.weights_file import check_init
 from minigpt.corpus import check_vocabulary, prepare
@@ -26,6 +27,7 @@ class Torchrun:
     """torchrun's own options, passed through: several nodes are its business."""
 
     options: list[str] = field(default_factory=list)
+    on_one_machine: bool = False  # all nodes are here (experiments/lab.py)
 
     @property
     def nodes(self) -> int:
@@ -40,6 +42,13 @@ class Torchrun:
         if number is None and self.nodes > 1:
             raise ValueError("--node-rank is not set: tell each node its number, from 0")
         return number in (None, "0")
+
+    @property
+    def log(self) -> str:
+        """The file for its messages: nodes may share a run folder."""
+        return (
+            "torchrun.log" if self.is_first_node else f"torchrun-{self._value('--node-rank')}.log"
+        )
 
     @property
     def stands_alone(self) -> bool:
@@ -59,52 +68,74 @@ class Job:
     folder: Path
     command: list[str]
     environ: dict[str, str]
+    log: Path  # what the command says on standard error
 
 
 def prepare_job(
-    config: TrainConfig, overrides: list[str], torchrun: Torchrun, folder: Path | None
+    config: TrainConfig,
+    overrides: list[str],
+    torchrun: Torchrun,
+    folder: Path | None,
+    fault: str | None = None,
 ) -> Job:
     """Check all that can be checked before a process starts, then write the run folder.
 
     `folder` None: one is picked. Raises ValueError with one line. Nothing is written where the
     input is refused.
     """
-    nodes = torchrun.nodes
-    config = environment.settle(config, None, environment.gpu_count(), nodes)
+    nodes, here = torchrun.nodes, torchrun.on_one_machine
+    config = settle(config, torchrun)
     world_size = config.layout.world_size
     if world_size % nodes:
-        raise ValueError(f"--nnodes={nodes}: the layout's {world_size} ranks do not divide")
-    environment.check_memory(config, world_size // nodes)
+        key = "nodes" if here else "--nnodes"
+        raise ValueError(f"{key}={nodes}: the layout's {world_size} ranks do not divide")
+    if nodes > 1 and torchrun.is_first_node:
+        environment.warn_of_placement(config.layout, world_size // nodes)
+    environment.check_memory(config, world_size if here else world_size // nodes)
     corpus = prepare(config.data)
     check_vocabulary(corpus, config.model.vocab_size)
     corpus.check_length(config.seq_len)
-    if nodes > 1 and not config.run.dir:
+    if nodes > 1 and not here and not config.run.dir:
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
-    found = choose(config.resume, folder)
+    found = None
+    if is_base(config):
+        check_base(config)
+    else:
+        found = choose(config.resume, folder)
     if found:
         check_fits(found, settings_of(config), config.batch_size)
     if config.init:
         check_init(Path(config.init), config.model)
-    again = goes_on_in(config.resume, folder)
+    again = goes_on_in(config.resume, folder) and not is_base(config)
     folder = make_folder(folder, config.layout, not torchrun.is_first_node, again)
     if torchrun.is_first_node:
         # launch.sh hands its process over, so this is when the user's command began
         started = psutil.Process().create_time()
-        write_config(folder, config, Launched(overrides, str(corpus.folder), started))
+        write_config(folder, config, Launched(overrides, str(corpus.folder), started, fault=fault))
     command = torchrun_command(folder, world_size // nodes, torchrun)
-    return Job(folder, command, environment.of_a_rank(nodes))
+    return Job(folder, command, environment.of_a_rank(nodes), folder / "logs" / torchrun.log)
+
+
+def settle(config: TrainConfig, torchrun: Torchrun) -> TrainConfig:
+    """environment.settle for the nodes that torchrun is told of."""
+    ranks_a_node = 1 if torchrun.on_one_machine else None
+    gpus = environment.gpu_count()
+    return environment.settle(config, None, gpus, torchrun.nodes, ranks_a_node)
 
 
 def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list[str]:
-    """The line that starts the ranks. Rank 0 of this node keeps the terminal, the rest a file."""
+    """The line that starts a node's ranks. Its first one keeps the terminal, the rest a file each;
+    nodes that share a terminal leave it to the first of them."""
     options = [*torchrun.options]
     if torchrun.stands_alone:
         options += ["--standalone"]
     if not any(o.replace("_", "-").startswith("--shutdown-timeout") for o in options):
         options += [f"--shutdown-timeout={GRACE_S}"]
     options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}"]
-    if local_ranks > 1:
-        options += ["--redirects=" + ",".join(f"{i}:3" for i in range(1, local_ranks))]
+    quiet = torchrun.on_one_machine and not torchrun.is_first_node
+    to_files = range(0 if quiet else 1, local_ranks)
+    if to_files:
+        options += ["--redirects=" + ",".join(f"{i}:3" for i in to_files)]
     worker = ["-m", "experiments.worker", str(folder)]
     return [sys.executable, "-m", "torch.distributed.run", *options, *worker]
 
@@ -116,7 +147,7 @@ def run(job: Job, quiet: bool) -> int:
     the ranks in order. Its own messages, a traceback of 300 lines for any failure, go to a file.
     """
     environ = {**os.environ, **job.environ}
-    with open(job.folder / "logs" / "torchrun.log", "wb") as log:
+    with open(job.log, "wb") as log:
         process = subprocess.Popen(
             job.command,
             env=environ,

@@ -73,6 +73,11 @@ class SimulateConfig(TrainConfig):
                 f"layout.{self.layout.open_axis}=-1: a simulated world has the size that its "
                 "layout gives it, so every axis is a number"
             )
+        require(
+            not self.finetune.on or self.method == Method.trace,
+            "finetune=lora: method=formula is of full training; method=trace runs the program "
+            "itself, and a run's own ledger has the closed forms of simulator/lora.py",
+        )
         at_least("rank", self.rank, 0)
         size = self.layout.world_size
         require(

@@ -12,6 +12,7 @@ from types import FrameType
 import psutil
 
 GRACE_S = 10  # between asking the ranks to end and making them
+RANK, TORCHRUN = "experiments.worker", "torch.distributed.run"  # modules
 SAVE_S = 25  # between asking the ranks to save and ending them: SLURM's KillWait is 30
 
 
@@ -35,7 +36,7 @@ def end(status: int) -> None:
 class Forwarding:
     """While open, the first signal to this process ends `process`, and a second one kills it.
 
-    A scheduler's SIGTERM or SIGUSR1 (SLURM: --signal=USR1@60) lets the ranks, the children of
+    A scheduler's SIGTERM or SIGUSR1 (SLURM: --signal=USR1@60) lets the ranks, which are below
     `process`, save first; a terminal's Ctrl-C and hang-up do not wait for that.
     """
 
@@ -61,7 +62,7 @@ class Forwarding:
         if self.received:
             self.process.kill()  # the ranks die with it: die_with_parent
         self.received = self.received or number
-        ranks = children(self.process.pid) if number in self.SAVE else []
+        ranks = ranks_below(self.process.pid) if number in self.SAVE else []
         if ranks:
             # to each rank, and not to torchrun, which would end them before the step is over
             for rank in ranks:
@@ -72,10 +73,23 @@ class Forwarding:
             signal.alarm(GRACE_S)
 
 
-def children(parent: int) -> list[psutil.Process]:
-    """The processes that `parent` started itself and that are still there."""
+def ranks_below(parent: int) -> list[psutil.Process]:
+    """The ranks that were started by `parent`, or by what it started: a torchrun or several."""
+    found = []
+    for process in children(parent, recursive=True):
+        try:
+            line = process.cmdline()
+        except psutil.Error:
+            continue
+        if RANK in line and TORCHRUN not in line:  # torchrun's own line names both
+            found.append(process)
+    return found
+
+
+def children(parent: int, recursive: bool = False) -> list[psutil.Process]:
+    """The processes that `parent` started itself (`recursive`: or they did), if still there."""
     try:
-        return psutil.Process(parent).children()
+        return psutil.Process(parent).children(recursive)
     except psutil.NoSuchProcess:
         return []
 

@@ -1,4 +1,4 @@
-"""./launch.sh replay RUN cluster=NAME [out=DIR] [--json]: a recorded run, on another network.
+"""./launch.sh replay RUN cluster=NAME|FILE [out=DIR] [--json]: a recorded run, on another network.
 
 ./launch.sh strategy=fsdp trace=true run.dir=runs/fsdp
 ./launch.sh replay runs/fsdp cluster=ethernet_10g
@@ -83,7 +83,7 @@ class Replayed:
 def command(argv: list[str]) -> int:
     """Replay, write, and print the table or the ledger."""
     run, given = options(argv)
-    cluster = clusters.load(given["cluster"])
+    cluster = clusters.named_or_file(given["cluster"])
     trace = recorded(run)
     done = replayed(run, trace, cluster)
     layout = done.measured["layout"]

@@ -32,9 +32,13 @@ Step = dict[str, Any]
 def command(argv: list[str]) -> int:
     """Predict, write, and print the tables or the ledger."""
     as_json = "--json" in argv
-    for config in configs_of("simulate", [a for a in argv if a != "--json"]):
+    configs = configs_of("simulate", [a for a in argv if a != "--json"])
+    for number, config in enumerate(configs):
         check(config)
-        folder = make_folder(Path(config.run.dir) if config.run.dir else None, config.layout)
+        given = Path(config.run.dir) if config.run.dir else None
+        if given and len(configs) > 1:  # a sweep (-m)
+            given = given / str(number)
+        folder = make_folder(given, config.layout)
         ledger = simulate(config, folder)
         OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
         ledgers.write(folder / "ledger.json", ledger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,6 +19,7 @@ from experiments.metering import flops_per_token
 from experiments.plan_config import SimulateConfig
 from simulator.event_times import EventTimes
 from simulator.plans import PRECISIONS
+from simulator.programs import sent_by_the_device
 from simulator.replay import replay
 from simulator.search import peak_flops
 from simulator.timeline import Timeline
@@ -32,9 +34,10 @@ def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]
     layout = config.layout
     stride = layout.world_size // layout.pp
     ranks = [place * stride for place in range(layout.pp)] if config.rank is None else [config.rank]
-    # a process of its own: the world of a trace is global
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        found = dict(zip(ranks, process.map(trace_rank, [config] * len(ranks), ranks), strict=True))
+    # processes of their own: the world of a trace is global
+    count = min(len(ranks), os.cpu_count() or 1)
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        found = dict(zip(ranks, pool.map(trace_rank, [config] * len(ranks), ranks), strict=True))
     if config.rank is not None:
         return "traced", [step(config, found[config.rank], dict.fromkeys(("total", *TIME_PARTS)))]
     programs = {rank: one.program for rank, one in found.items()}
@@ -47,7 +50,9 @@ def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]
 
 def trace_rank(config: SimulateConfig, rank: int) -> Traced:
     """In the process that traces."""
-    return trace(config.model, config.layout, config.options, rank, config.optimizer, config.clip)
+    streams = config.cluster.device.asynchronous
+    plan = (config.model, config.layout, config.options, rank)
+    return trace(*plan, config.optimizer, config.clip, streams)
 
 
 def step(config: SimulateConfig, one: Traced, time_s: dict[str, Any]) -> Step:
@@ -72,7 +77,9 @@ def timeline_of(
     config: SimulateConfig, programs: dict[int, Program], like: Callable[[int], int]
 ) -> Timeline:
     """The programs, event by event, on the cluster."""
-    times = EventTimes(config.cluster)
+    times = EventTimes(config.cluster, config.layout.world_size)
+    if not config.cluster.device.asynchronous:
+        programs = {rank: sent_by_the_device(program) for rank, program in programs.items()}
     return replay(programs, times.work, times.message, like)
 
 

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from minigpt.finetune import FinetuneConfig
+
 # Mesh axes, outermost first: neighbours on the last are neighbours in rank, so tp stays in a node.
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 LEFT_OVER = -1
@@ -75,6 +77,12 @@ class Layout:
             f"{axis}{getattr(self, axis)}" for axis in (*MESH_AXES, "ep") if getattr(self, axis) > 1
         ]
         return "-".join(named) or "single"
+
+    def leaves_node(self, axis: str, ranks_a_node: int) -> bool:
+        """Whether neighbours on an axis are on different nodes, which take the ranks in order."""
+        inside = MESH_AXES[MESH_AXES.index(axis) :]
+        together = math.prod(getattr(self, name) for name in inside)
+        return getattr(self, axis) > 1 and ranks_a_node % together != 0
 
     def resolve(self, world_size: int) -> Layout:
         """Put a number in the place of -1.
@@ -214,3 +222,4 @@ class Options:
     micro_batch_size: int = 1
     seq_len: int = 1
     micro_batches: int = 1  # of one optimiser step
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

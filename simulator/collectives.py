@@ -104,6 +104,7 @@ def seconds(collective: str, payload: Number, ranks: Group, cluster: Cluster) ->
 
     all_gather and reduce_scatter go round a ring; the others may go by a tree between nodes.
     """
+    cluster = cluster.of(collective)
     if collective == "all_to_all":
         return all_to_all(payload, ranks, cluster)
     if collective in ("send", "recv"):

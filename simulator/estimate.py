@@ -38,7 +38,8 @@ HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can 
 def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     """Seconds of each part of a step (of costs.ledger.TIME_PARTS; `other` is not modelled), and
     `total`."""
-    slow = straggling(work, cluster)
+    crowded = cluster.crowded(work.pp * work.tp * work.cp * work.dp)
+    slow = straggling(work, cluster) * crowded
     block, head = slow * block_seconds(work, cluster), slow * head_seconds(work, cluster)
     sent = block_messages(work, cluster)
     m, pp = work.micro_batches, work.pp
@@ -54,7 +55,7 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
         "compute": m * mean,
         "exposed_communication": m * messages + exposed_data(work, cluster, block),
         "bubble": np.where(pp > 1, idle, 0.0),
-        "optimizer": optimizer_seconds(work, cluster),
+        "optimizer": crowded * optimizer_seconds(work, cluster),
     }
     return {"total": sum(parts.values()), **parts}
 
@@ -93,8 +94,10 @@ def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array 
 
 def block_seconds(work: Work, cluster: Cluster) -> Array:
     """Compute of one block and micro-batch, forward and backward with what is recomputed: the
-    device's, or the host's where it launches operators more slowly than they run."""
-    return np.maximum(busy_seconds(work, cluster), launch_seconds(work, cluster))
+    device's, or the host's where it launches operators more slowly than they run; both where the
+    device is the host."""
+    busy, launches = busy_seconds(work, cluster), launch_seconds(work, cluster)
+    return np.where(cluster.device.asynchronous, np.maximum(busy, launches), busy + launches)
 
 
 def launch_seconds(work: Work, cluster: Cluster) -> Array:
@@ -185,6 +188,7 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     shown = reduces - np.minimum(pieces, block_seconds(work, cluster))
     idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
     hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
+    hidden = np.where(cluster.device.asynchronous, hidden, 0.0)  # sending is a core's work too
     ep = group(work.ep, work.tp * work.cp, cluster.node_size)
     slots = (4 + 2 * work.recomputed) * collectives.seconds(
         "all_to_all", work.routed_bytes, ep, cluster
@@ -230,7 +234,9 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
     behind = cluster.overlap * last / 3
     once = left(scatter + again, 2 * work.hides_gradients * behind)
     once = once + left(updates, work.hides_updates * behind)
-    return np.where(work.gathers_weights > 0, left(always, prefetched), once)
+    shown = np.where(work.gathers_weights > 0, left(always, prefetched), once)
+    sent = np.where(work.gathers_weights > 0, always, scatter + again + updates)
+    return np.where(cluster.device.asynchronous, shown, sent)  # sending is a core's work too
 
 
 def optimizer_seconds(work: Work, cluster: Cluster) -> Array:

@@ -10,19 +10,22 @@ from simulator.hardware import Cluster
 
 # Names of costs/program.py -> of a device's peaks; fp16 is as fast as bf16
 PEAKS = {"float32": "fp32", "float64": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+LOW = ("bfloat16", "float16")  # a cluster's table of operators was measured without them
 
 
 class EventTimes:
-    """Seconds of each event. Alike events are priced once."""
+    """Seconds of each event. Alike events are priced once. `ranks`: of the world, which may crowd
+    a node."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, ranks: int = 1) -> None:
+        self.cluster, self.slow = cluster, cluster.crowded(ranks)
         self.works: dict[tuple, float] = {}
         self.messages: dict[tuple, float] = {}
 
     def work(self, work: Work) -> float:
-        """As measured; where it was not, the longest of what its products, its bytes and the host's
-        launches take (Williams et al. 2009, Roofline)."""
+        """As measured; where it was not, the longer of what its products and its bytes take
+        (Williams et al. 2009, Roofline), or what its operator takes by the cluster's table. The
+        host's launches come on top where the device is the host; else they may be longer."""
         if work.seconds is not None:
             return work.seconds
         key = (work.flops, work.bytes, work.dtype, work.shape, work.operators, work.name)
@@ -31,18 +34,30 @@ class EventTimes:
         return self.works[key]
 
     def _work(self, work: Work) -> float:
+        device = self.cluster.device
+        launches = work.operators * self.cluster.operator_overhead
+        known = device.operators.get(work.name) if work.dtype not in LOW else None
+        if known:
+            busy = known.seconds(work.flops, work.bytes, work.shape[1:])
+        else:
+            moved = work.bytes / (device.memory_bandwidth * device.efficiency.memory)
+            busy = max(self._products(work), moved)
+        return self.slow * (max(busy, launches) if device.asynchronous else busy + launches)
+
+    def _products(self, work: Work) -> float:
         device, share = self.cluster.device, self.cluster.device.efficiency
-        products = 0.0
-        if work.flops:
-            peak = device.flops(PEAKS.get(work.dtype, "fp32")) * share.matmul
-            # the time that a kernel needs to fill, for each dimension (simulator/estimate.py)
-            slow = 1 + share.half_size * sum(1 / size for size in work.shape[1:] if size)
-            products = work.flops / peak * slow
+        if not work.flops:
+            return 0.0
+        peak = device.flops(PEAKS.get(work.dtype, "fp32"))
         if work.name == "attention" or "scaled_dot_product" in work.name:
-            # counted in full, and a causal kernel leaves half out (simulator/estimate.py)
-            products = work.flops / 2 / (device.flops("bf16") * share.attention)
-        moved = work.bytes / (device.memory_bandwidth * share.memory)
-        return max(products, moved, work.operators * self.cluster.operator_overhead)
+            # counted in full, and a causal kernel leaves half out; rows and columns of scores fill
+            # tiles (simulator/estimate.py)
+            rows, _, columns = work.shape[1:]
+            slow = 1 + share.half_size * (1 / rows + 1 / columns)
+            return work.flops / 2 / (peak * share.attention) * slow
+        # the time that a kernel needs to fill, for each dimension (simulator/estimate.py)
+        slow = 1 + share.half_size * sum(1 / size for size in work.shape[1:] if size)
+        return work.flops / (peak * share.matmul) * slow
 
     def message(self, message: Message) -> float:
         """Of the model (simulator/collectives.py), whatever was measured on another network."""

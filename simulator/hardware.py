@@ -43,8 +43,31 @@ class Efficiency:
 
 
 @dataclass
+class OperatorSpeed:
+    """What one of torch's operators was measured to take: latency + bytes / bandwidth + flops /
+    rate, and flops x (sum of 1 / the sides of its product) / fill. Null: that part is not there."""
+
+    latency: float = 0.0  # seconds
+    bandwidth: float | None = None  # bytes/s, read and written
+    flops: float | None = None  # FLOP/s
+    fill: float | None = None  # FLOP/s x numbers: what small sides cost
+
+    def seconds(self, flops: float, moved: float, sides: tuple[int, ...] = ()) -> float:
+        """Of one call; `sides`: of its product, or none."""
+        total = self.latency
+        if self.bandwidth is not None:
+            total += moved / self.bandwidth
+        if self.flops is not None:
+            total += flops / self.flops
+        if self.fill is not None:
+            total += flops * sum(1 / side for side in sides if side) / self.fill
+        return total
+
+
+@dataclass
 class Device:
-    """One accelerator. `memory_bytes` is what a program can allocate before it fails."""
+    """One accelerator, or one core. `memory_bytes` is what a program can allocate before it
+    fails."""
 
     name: str = ""
     peak_flops: Peak = field(default_factory=Peak)
@@ -52,12 +75,25 @@ class Device:
     memory_bandwidth: float = 0.0  # bytes/s
     clock: float = 1.0  # share of the peaks that a power limit leaves
     efficiency: Efficiency = field(default_factory=Efficiency)
+    # it runs what the host has launched, while the host goes on (a GPU). False: it is the host (a
+    # core): Python's time adds to its own, and so does the work of sending
+    asynchronous: bool = True
+    # by name, as torch has it, in fp32; those that are not here follow the numbers above
+    operators: dict[str, OperatorSpeed] = field(default_factory=dict)
 
     def flops(self, dtype: str) -> float:
         """Peak FLOP/s in a dtype; where it has no units for it, in the next wider one."""
         order = [dtype, *reversed(DTYPES[: DTYPES.index(dtype)]), *DTYPES]
         peaks = (getattr(self.peak_flops, name) for name in order)
         return self.clock * next(peak for peak in peaks if peak is not None)
+
+
+@dataclass
+class Link:
+    """What a message was measured to take: latency + bytes / bandwidth, of each step of a ring."""
+
+    bandwidth: float = math.inf
+    latency: float = 0.0
 
 
 @dataclass
@@ -68,6 +104,15 @@ class Level:
     latency: float = 0.0  # seconds a message, software included
     efficiency: float = 1.0  # share of the bandwidth that large messages reach
     oversubscription: float = 1.0  # devices' bandwidth over what the level carries; 1: none
+    # by name; those that are not here follow the numbers above
+    collectives: dict[str, Link] = field(default_factory=dict)
+
+    def of(self, collective: str) -> Level:
+        """The level as one collective finds it."""
+        own = self.collectives.get(collective)
+        if own is None:
+            return self
+        return replace(self, bandwidth=own.bandwidth, latency=own.latency, collectives={})
 
     @property
     def rate(self) -> float:
@@ -86,8 +131,9 @@ class Cluster:
     between_nodes: Level = field(default_factory=Level)
     operator_overhead: float = 0.0  # seconds that the host needs to launch one operator
     overlap: float = 1.0  # share of the last backward behind which gradients can hide
-    tensor_overlap: float = 0.0  # share of tp's messages that sequence parallelism hides
+    tensor_overlap: float = 0.0  # share of tp's messages that hide in products
     straggling: float = 0.0  # standard deviation of a node's speed, as a share of it
+    crowding: float | None = None  # how much longer work takes when all of a node compute, a share
     sources: dict[str, str] = field(default_factory=dict)  # a number's key -> where it is from
 
     def __post_init__(self) -> None:
@@ -102,6 +148,22 @@ class Cluster:
         """The same cluster with other numbers, by dotted key."""
         return _changed(self, values)
 
+    def crowded(self, ranks: Any) -> Any:
+        """How many times longer work takes where so many ranks compute, packed into nodes; `ranks`
+        may be an array, and so may the numbers of a cluster."""
+        if self.crowding is None:
+            return 1.0
+        neighbours = (ranks < self.node_size) * ranks + (ranks >= self.node_size) * self.node_size
+        others = self.node_size - 1
+        return 1 + self.crowding * (neighbours - 1) / (others + (others == 0))
+
+    def of(self, collective: str) -> Cluster:
+        """The same cluster with its network as one collective finds it."""
+        if not self.in_node.collectives and not self.between_nodes.collectives:
+            return self
+        levels = {name: getattr(self, name).of(collective) for name in ("in_node", "between_nodes")}
+        return replace(self, **levels)
+
 
 MAY_BE_ZERO = (
     "device.efficiency.half_size",
@@ -111,6 +173,7 @@ MAY_BE_ZERO = (
     "overlap",
     "tensor_overlap",
     "straggling",
+    "crowding",
 )
 
 
@@ -122,6 +185,16 @@ def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from numbers(value, f"{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield key, value
+
+
+def tables(cluster: Cluster) -> list[str]:
+    """Keys of the tables that a cluster has beside its numbers."""
+    found = {
+        "device.operators": cluster.device.operators,
+        "in_node.collectives": cluster.in_node.collectives,
+        "between_nodes.collectives": cluster.between_nodes.collectives,
+    }
+    return [key for key, table in found.items() if table]
 
 
 def _changed(node: Any, values: dict[str, float]) -> Any:

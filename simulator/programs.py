@@ -53,6 +53,21 @@ def pipeline_programs(
     return programs
 
 
+def sent_by_the_device(program: Program) -> Program:
+    """What a device does that sends by itself, as a core does: each collective is waited for where
+    it is handed over, for the work of sending it takes the time of computing."""
+    made: Program = []
+    over: set[int] = set()
+    for event in program:
+        if isinstance(event, Wait) and event.number in over:
+            continue
+        made.append(event)
+        if isinstance(event, Message) and event.collective not in ("send", "recv"):
+            made.append(Wait(event.number, event.phase))
+            over.add(event.number)
+    return made
+
+
 def _ends(pipeline: PipelineConfig, step: Step, ranks: int) -> tuple[int, int]:
     """Places of the source and the destination of a message."""
     kind, stage, _ = step

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed._mesh_layout import _MeshLayout
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import (
     _clear_fast_path_sharding_prop_cache,
     _clear_python_sharding_prop_cache,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import minigpt.experts
 import parallel.experts
@@ -203,10 +204,12 @@ def _patches(mode: FakeTensorMode) -> Iterable[tuple[Any, str, Any]]:
     yield DeviceMesh, "__getitem__", _real(DeviceMesh.__getitem__)
     yield DeviceMesh, "__init__", _real(DeviceMesh.__init__)
     yield DeviceMesh, "_concatenate", staticmethod(_real(DeviceMesh._concatenate))
+    # DTensor tries an operator that is new to it on the whole shapes: that is not the rank's work
+    name = "_propagate_tensor_meta_non_cached"
+    yield ShardingPropagator, name, _unseen(getattr(ShardingPropagator, name))
     # DDP makes its buckets as it is made; it compares and broadcasts weights once, before a step
     ddp = torch_ddp.DistributedDataParallel
     yield ddp, "__init__", _within(mode, ddp.__init__)
-    yield ddp, "_pre_forward", _rebuilding(ddp._pre_forward)
     yield torch_ddp, "_verify_param_shape_across_processes", _nothing
     yield torch_ddp, "_sync_module_states", _nothing
 
@@ -220,6 +223,17 @@ def _real(function: Callable) -> Callable:
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return called
+
+
+def _unseen(function: Callable) -> Callable:
+    """`function` outside of every mode: nobody records what it does."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
             return function(*args, **kwargs)
 
     return called
@@ -249,15 +263,10 @@ def _within(mode: FakeTensorMode, function: Callable) -> Callable:
     return called
 
 
-def _rebuilding(original: Callable) -> Callable:
-    """DDP rebuilds its buckets before the second forward, in the order that gradients came."""
-
-    def pre_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _RealIndices():
-            self.reducer._rebuild_buckets()  # a no-op but for once
-        return original(self, *args, **kwargs)
-
-    return pre_forward
+def rebuild_buckets(model: Any) -> None:
+    """As DDP does before its second forward, in the order in which gradients came."""
+    with _RealIndices():
+        model.reducer._rebuild_buckets()  # a no-op but for once
 
 
 @contextmanager

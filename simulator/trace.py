@@ -2,16 +2,17 @@
 
 The very code of parallel/ runs as one rank of N on fake tensors in a world where nobody else is
 (simulator/silent_world.py). What comes out is what a run measures, but for times: every operator,
-every message, memory by category, flops. The step has others before it: the optimizer has its
-state, and DDP the buckets that it makes in its second step.
+every message, memory by category, flops. It is a step that has others before it, of which no more
+is run than leaves a trace: see prepare().
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ from parallel.parallelize import parallelize
 from parallel.passes import MicroBatch
 from parallel.step import Trainer
 from parallel.training import trainer_of
-from simulator.silent_world import filling, heard, replaced, silent_world
+from simulator.silent_world import filling, heard, rebuild_buckets, replaced, silent_world
 from simulator.trace_recorder import Recorder
 
 LR = 1e-3  # any: nothing is learned
+INITIALIZERS = ("_initialize_stages", "_initialize_stage")  # of schedules of many stages and of one
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,11 @@ def trace(
     rank: int = 0,
     optimizer: OptimizerConfig | None = None,
     clip: float | None = 1.0,
+    streams: bool = False,
 ) -> Traced:
     """The optimiser step of `rank`, in a plan that parallel.rules lets pass.
 
+    `streams`: the program overlaps messages as it would on a GPU (simulator/trace_streams.py).
     Dropless experts are assumed to get even shares, gradients to be clipped where `clip` is set.
     Raises ValueError for what cannot be traced, RuntimeError in a process that is in a process
     group: the caller starts one of its own.
@@ -73,10 +77,43 @@ def trace(
         replica = parallelize(model, mesh, options, seed=0, fill=filling(mode))
         with mode:
             trainer = trainer_of(replica, optimizer, options, clip, TracedTrainer)
-            call = getattr(replica.passes, "call", None)
-            for _ in range(2 if isinstance(call, DistributedDataParallel) else 1):
-                trainer.step(batch(options))
-            return record(trainer, options)
+            prepare(trainer, options)
+            return record(trainer, options, streams)
+
+
+def prepare(trainer: Trainer, options: Options) -> None:
+    """Bring a trainer to where each step is like the one before: the optimizer has its state, DDP
+    the buckets that it makes after its first step, a pipeline's stages what they receive into."""
+    passes: Any = trainer.replica.passes
+    call, schedule = getattr(passes, "call", None), getattr(passes, "schedule", None)
+    if isinstance(call, DistributedDataParallel):
+        trainer.step(batch(options))
+        rebuild_buckets(call)
+        return
+    if schedule is not None:
+        initialize(trainer, schedule, options)
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+
+
+class _Initialized(Exception):
+    """Raised out of a pipeline's step that has come so far."""
+
+
+def initialize(trainer: Trainer, schedule: Any, options: Options) -> None:
+    """A schedule's step up to where its stages are initialized; the whole of it where torch calls
+    that by another name than 2.13 does."""
+    name = next((n for n in INITIALIZERS if hasattr(schedule, n)), None)
+    original = getattr(schedule, name) if name else None
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        if original:
+            original(*args, **kwargs)
+            raise _Initialized
+
+    with suppress(_Initialized), replaced(schedule, name or "_not_there", stop):
+        trainer.step(batch(options))
 
 
 def batch(options: Options) -> list[MicroBatch]:
@@ -88,26 +125,27 @@ def batch(options: Options) -> list[MicroBatch]:
     ]
 
 
-def record(trainer: Trainer, options: Options) -> Traced:
+def record(trainer: Trainer, options: Options, streams: bool) -> Traced:
     """One step of a trainer in a silent world."""
     mesh = trainer.replica.mesh
     meter = MemoryMeter(trainer.replica, inner(trainer.optimizer).state)
-    recorder = Recorder(mesh.axis_of_ranks(), meter)
+    recorder = Recorder(mesh.axis_of_ranks(), meter, streams)
     trainer.marks = recorder
     if mesh.layout.pp == 1:
         recorder.follow(trainer.replica.stages)
     with ExitStack() as stack:
         stack.enter_context(no_collector())
-        for method in recorder.of_stages():
+        for method in recorder.patches():
             stack.enter_context(replaced(*method))
         for listening in (meter, recorder, heard(recorder)):
             stack.enter_context(listening)
         with recorder.phase("data"):
             micro_batches = batch(options)
         trainer.step(micro_batches)
-    flops = sum(event.flops for event in recorder.program if isinstance(event, Work))
+    program = recorder.program
+    flops = sum(event.flops for event in program if isinstance(event, Work))
     rows = rows_of(recorder.calls, recorder.axis_of_ranks)
-    return Traced(recorder.program, rows, meter.result(), flops)
+    return Traced(program, rows, meter.result(), flops)
 
 
 @contextmanager

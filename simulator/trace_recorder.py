@@ -18,6 +18,7 @@ from costs.messages import Call, axis_of
 from costs.program import Message, Program, Wait, Work
 from costs.timing import MESSAGE_KINDS
 from simulator.trace_operators import cost_of
+from simulator.trace_streams import Streams
 
 functional = torch.ops._c10d_functional
 # functional collective -> (collective, whether the payload is what it gives, not what it takes)
@@ -38,11 +39,17 @@ class Recorder(TorchDispatchMode):
     its phases.
     """
 
-    def __init__(self, axis_of_ranks: dict[frozenset[int], str], meter: MemoryMeter) -> None:
+    def __init__(
+        self, axis_of_ranks: dict[frozenset[int], str], meter: MemoryMeter, streams: bool = False
+    ) -> None:
+        """`streams`: messages go on streams of their own where the program hands them over so, as
+        on a GPU; without, they hold the rank up until they are over, as on CPUs."""
         super().__init__()
         self.axis_of_ranks, self.meter = axis_of_ranks, meter
-        self.program: Program = []
-        self.sizes: list[int] = []  # of the meter's log, when each event was recorded
+        self.streams = Streams(self) if streams else None
+        self.events: Program = []  # in the order in which the host came to them
+        self.keys: list[float] = []  # of each, in the order of the program
+        self.last_key: dict[tuple, float] = {}  # by group: of its last message
         self.calls: list[Call] = []
         self.label: Label = ("other", None, None)
         self.labels: dict[int, Label] = {}  # of tensors that pipeline stages send or receive
@@ -82,8 +89,25 @@ class Recorder(TorchDispatchMode):
         self._add(work)
 
     def _add(self, event: Work | Message | Wait) -> None:
-        self.program.append(event)
-        self.sizes.append(len(self.meter.log))
+        place = self.streams.place() if self.streams and isinstance(event, Message) else None
+        key = len(self.events) if place is None else place - 0.5  # before the event of that place
+        if isinstance(event, Message):
+            group = (event.axis, event.ranks)
+            key = self.last_key[group] = max(key, self.last_key.get(group, key))
+        self.events.append(event)
+        self.keys.append(key)
+
+    @property
+    def program(self) -> Program:
+        """All events, each in its place."""
+        order = sorted(range(len(self.events)), key=self.keys.__getitem__)
+        return [self.events[i] for i in order]
+
+    def length(self) -> int:
+        return len(self.events)
+
+    def held_up(self, number: int) -> None:
+        self._add(Wait(number, self.label[0]))
 
     # -- messages
 
@@ -104,12 +128,16 @@ class Recorder(TorchDispatchMode):
         )
         made.stage, made.micro_batch = label[1:]
         self._add(made)
+        if self.streams:
+            self.streams.handed_over(number)
         return number
 
     def waited(self, number: int) -> None:
+        if self.streams and self.streams.place() is not None:
+            return  # another stream waits: the one that computes goes on
         if number in self.in_flight:
             self.in_flight.remove(number)
-        self._add(Wait(number, self.label[0]))
+        self.held_up(number)
 
     def will_wait(self, number: int) -> None:
         self.in_flight.append(number)
@@ -166,9 +194,11 @@ class Recorder(TorchDispatchMode):
             self.label = (phase, stage, micro_batch)
         yield
 
-    def of_stages(self) -> Iterator[tuple[type, str, Callable]]:
+    def patches(self) -> Iterator[tuple[type, str, Callable]]:
         """What to put in the place of PipelineStage's methods, so that stage and micro-batch of
-        each message are known: (owner, name, function)."""
+        each message are known, and of torch's streams: (owner, name, function)."""
+        if self.streams:
+            yield from self.streams.patches()
         for name, phase in (
             ("get_fwd_recv_ops", "forward"),
             ("get_fwd_send_ops", "forward"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.config import TrainConfig
 from experiments.metering import Meters
 from experiments.parity import mesh_of
+from experiments.short_runs import run_of
 from experiments.train import train_step
 from minigpt.corpus import prepare
 from parallel.step import Trainer, evaluate
@@ -78,20 +78,6 @@ def every_collective(numbers: int) -> list[Row]:
         assert done is not None
         done.wait()
     return rows_of(meter.calls, {frozenset(range(n)): "world"})
-
-
-def run_of(config: TrainConfig) -> Meters:
-    """The meters of a short run."""
-    trainer, _ = make(config)
-    meters, batches = Meters(config, trainer), make_batches(config, prepare(config.data))
-    for step in range(config.steps):
-        train_step(step, config, trainer, batches, meters)
-    return meters
-
-
-def step_costs(configs: list[TrainConfig]) -> list[dict[str, Any]]:
-    """This rank's `step` of the ledger after a short run of each."""
-    return [run_of(config).costs() for config in configs]
 
 
 def memory_bytes(configs: list[TrainConfig]) -> list[dict[str, int]]:

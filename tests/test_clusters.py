@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from experiments import clusters
-from experiments.calibrate import best, yaml_of
+from experiments.calibrate import yaml_of
 from experiments.compose import Refused
 from experiments.fit import replaced
-from simulator.hardware import Cluster, Device, Peak, numbers
+from simulator.hardware import Cluster, Device, Peak, numbers, tables
 from simulator.published import GPUS
 
 KINDS = ("datasheet", "measured:", "fitted:", "assumed:", "derived:", "set:")
@@ -29,10 +29,11 @@ def test_the_library_has_what_was_asked_for() -> None:
 def test_each_number_of_a_cluster_has_a_source(name: str) -> None:
     cluster = clusters.load(name)
     assert cluster.name == name
-    assert {key for key, _ in numbers(cluster)} == set(cluster.sources)
+    keys = [*(key for key, _ in numbers(cluster)), *tables(cluster)]
+    assert set(keys) == set(cluster.sources)
     assert all(len(text) > 10 for text in cluster.sources.values())
     for key, text in cluster.sources.items():
-        if "efficiency" in key or key in ("overlap", "operator_overhead", "straggling"):
+        if "efficiency" in key or key in ("overlap", "operator_overhead", "straggling", "crowding"):
             assert text.startswith(KINDS[1:]), key
 
 
@@ -82,9 +83,3 @@ def test_a_measured_profile_can_be_read_back(tmp_path: Path) -> None:
     file.write_text(yaml_of(laptop))
     assert clusters.read(file) == laptop
     assert isinstance(laptop, Cluster)
-
-
-def test_best_is_the_fastest_call() -> None:
-    calls: list[int] = []
-    assert best(lambda: calls.append(1), 3) >= 0
-    assert len(calls) == 4  # the first one warms up

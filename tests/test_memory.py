@@ -14,12 +14,12 @@ from costs.ledger import MEMORY_PARTS
 from costs.memory import MemoryMeter
 from experiments.parity import make_config
 from experiments.ranks import run_ranks
+from experiments.short_runs import step_costs
 from minigpt.config import ModelConfig
 from minigpt.model import GPT, token_loss
 from parallel import activation_checkpointing
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.layout import ActivationCheckpointing, Layout
-from tests.on_ranks import step_costs
 
 EVEN = {"model.vocab_size": 96, "clip": 1.0, "steps": 4}
 

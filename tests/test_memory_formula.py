@@ -9,6 +9,7 @@ import pytest
 
 from experiments.config import TrainConfig
 from experiments.parity import make_config
+from experiments.short_runs import step_costs
 from minigpt.config import FFN, ModelConfig, Norm, Positions
 from parallel.layout import ActivationCheckpointing, Layout, Options, PipelineSchedule, Precision
 from simulator.activations import Activations
@@ -16,7 +17,6 @@ from simulator.memory import Memory, memory
 from simulator.plans import Numerics, Plans
 from simulator.schedules import in_flight
 from simulator.shapes import Rank
-from tests.on_ranks import step_costs
 
 EVEN = {"clip": 1.0, "steps": 3}
 FULL = {"activation_checkpointing": ActivationCheckpointing.full}

@@ -16,8 +16,9 @@ import pytest
 
 from experiments.evidence import Evidence
 from experiments.overrides import composed
-from experiments.playground import SLIDERS, moved_to, results_of
+from experiments.playground import SLIDERS, moved_to
 from experiments.playground_plan import Controls, View, choices, view
+from experiments.playground_results import results_of
 from experiments.playground_svg import joined, passes_of
 from simulator.coarse_programs import coarse_programs
 from simulator.event_times import EventTimes

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,15 +14,10 @@ from costs.program import Message, Program, Wait, Work
 from costs.trace import COMMUNICATION, COMPUTE, WAIT, Slice, Trace
 from experiments import clusters
 from experiments.__main__ import main
-from experiments.parity import make_config
-from experiments.ranks import run_ranks
-from experiments.replay import with_delays
-from parallel.layout import Layout
-from simulator.event_times import EventTimes, measured_message, measured_work
+from experiments.given_back import CASES, given_back
+from simulator.event_times import EventTimes
 from simulator.hardware import Cluster, Device, Efficiency, Level, Peak
-from simulator.replay import replay
 from tests.test_ledger import a_ledger
-from tests.trace_on_ranks import traced
 
 
 def a_run(folder: Path, with_trace: bool = True) -> Path:
@@ -153,22 +146,8 @@ def test_recorded_runs_are_given_back() -> None:
     A busy machine holds threads up where nothing records it, which only makes the replay shorter:
     so the lower bound is wide here, and how near it comes is docs/simulator.md's to show.
     """
-    small: dict[str, Any] = {"steps": 8, "trace": True, "model.d_model": 64}
-    cases = [
-        (Layout(dp_replicate=2), {}),
-        (Layout(dp_shard=2), {}),
-        (Layout(tp=2), {}),
-        (Layout(pp=2), {"gradient_accumulation_steps": 4}),
-    ]
-    configs = [make_config(layout, {**small, **changes}) for layout, changes in cases]
-    runs = [config for config in configs for _ in range(3)]
-    ratios: dict[str, list[float]] = defaultdict(list)
-    for config, (trace, _) in zip(runs, run_ranks(2, traced, runs)[0], strict=True):
-        programs = {r: with_delays(r, p, trace) for r, p in trace.programs.items()}
-        total = max(spent["total"] for spent in trace.about["seconds"].values())
-        found = replay(programs, measured_work, measured_message, queued=False).total
-        ratios[config.layout.label].append(found / total)
-    assert len(ratios) == len(cases)
+    ratios = given_back(3)
+    assert len(ratios) == len(CASES)
     for label, of_runs in ratios.items():
         assert 0.7 < statistics.median(of_runs) < 1.05, label
 

@@ -16,12 +16,12 @@ from costs.trace import COMMUNICATION, COMPUTE, WAIT, Trace, lanes
 from experiments.config import TrainConfig
 from experiments.parity import make_config
 from experiments.ranks import run_ranks
+from experiments.short_runs import recorded, step_costs
 from parallel.layout import Impl, Layout, PipelineConfig, PipelineSchedule
 from simulator.plans import Plans
 from simulator.shapes import Rank, weights_of
-from tests.on_ranks import step_costs
 from tests.test_timeline import nesting_fault
-from tests.trace_on_ranks import offset_of_a_clock_that_is_ahead, traced
+from tests.trace_on_ranks import offset_of_a_clock_that_is_ahead
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ Runs = dict[str, tuple[Trace, list[dict[str, Any]]]]
 @pytest.fixture(scope="module")
 def runs() -> Runs:
     """The trace of each, and what the ledger says of each rank."""
-    ranks = run_ranks(2, traced, list(CONFIGS.values()))
+    ranks = run_ranks(2, recorded, list(CONFIGS.values()))
     found = {}
     for i, name in enumerate(CONFIGS):
         trace = ranks[0][i][0]

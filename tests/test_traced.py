@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 
 from costs.messages import payloads
 from costs.program import Message, Wait, Work
+from experiments.agreement import agreements, plans_of, traced
 from experiments.config import TrainConfig
-from experiments.matrix import PLANS
 from experiments.parity import make_config
-from experiments.ranks import run_ranks
 from minigpt.config import ModelConfig
 from parallel.layout import Impl, Layout, Options
-from simulator.communication import exact, payload_bytes
-from simulator.trace import Traced, trace
-from tests.on_ranks import step_costs
-from tests.test_communication import plans_of
-
-CHANGES: dict[int, dict[str, Any]] = {
-    2: {"steps": 3, "clip": 0.5},
-    4: {"steps": 3, "clip": 0.5, "model.tied": True},
-}
-Row = tuple[str, str, int, str, str]
-
-
-def traced(jobs: Sequence[tuple[TrainConfig, int]]) -> list[Traced]:
-    """A trace of each (config, rank), in a process of its own: the world it makes is global."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(trace_all, list(jobs)).result()
-
-
-def trace_all(jobs: list[tuple[TrainConfig, int]]) -> list[Traced]:
-    return [trace(c.model, c.layout, c.options, rank, c.optimizer, c.clip) for c, rank in jobs]
-
-
-def messages(rows: list[dict[str, Any]]) -> dict[Row, tuple[int, int]]:
-    """Calls and payload bytes by collective, axis, group size, dtype and phase."""
-    return {
-        (row["collective"], row["axis"], row["group_size"], row["dtype"], row["phase"]): (
-            row["calls"],
-            row["payload_bytes"],
-        )
-        for row in rows
-    }
+from simulator.communication import payload_bytes
+from simulator.trace import trace
 
 
 def formula_bytes(config: TrainConfig, rank: int) -> dict[tuple[str, str, str], int]:
@@ -59,40 +25,21 @@ def formula_bytes(config: TrainConfig, rank: int) -> dict[tuple[str, str, str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_trace_is_what_ranks_measure(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "changes"), [(2, {}), (4, {"model.tied": True})])
+def test_a_trace_is_what_ranks_measure(world_size: int, changes: dict[str, Any]) -> None:
     """Messages and flops exactly, and the peak of memory; first rank where it differs, and last."""
-    configs = [
-        plan.config(CHANGES[world_size])
-        for plan in PLANS
-        if plan.layout.world_size == world_size
-        and "impl" not in plan.changes
-        and not has_free_choice(plan.config({}))
-    ]
-    assert len(configs) >= 10
-    ranks = [r for r in run_ranks(world_size, step_costs, configs, timeout_s=900)]
-    jobs = [
-        (config, rank)
-        for config in configs
-        for rank in ([0] if config.layout.pp > 1 else []) + [world_size - 1]
-    ]
-    for (config, rank), got in zip(jobs, traced(jobs), strict=True):
-        measured = ranks[rank][configs.index(config)]
-        where = (rank, config.layout.label, config.options)
-        assert messages(got.rows) == messages(measured["communication"]), where
-        assert got.flops == measured["flops"]["hardware"], where
-        peak = measured["memory_bytes"]["peak"]
-        # over tp a trace holds some of the loss's temporaries longer than a run does, and one of
-        # four ranks on two cores is now and then fullest at another moment
-        bound = 0.06 if world_size == 4 else 0.03
-        assert got.memory_bytes["peak"] == pytest.approx(peak, rel=bound), where
-        if exact(plans_of(config)).all():
-            assert payloads(got.rows) == formula_bytes(config, rank), where
-
-
-def has_free_choice(config: TrainConfig) -> bool:
-    """Tokens choose their experts without a limit: what is sent depends on them."""
-    return config.layout.ep > 1 and config.model.capacity_factor is None
+    plans = plans_of(world_size)
+    assert len(plans) >= 10
+    for one in agreements(world_size, plans, changes):
+        where = (one.plan.name, one.rank)
+        measured, traced_calls = one.calls
+        assert traced_calls == measured, where
+        assert one.traced.flops == one.measured["flops"]["hardware"], where
+        peak, traced_peak, _ = one.peaks
+        # one of four ranks on two cores is now and then fullest at another moment
+        assert traced_peak == pytest.approx(peak, rel=0.06 if world_size == 4 else 0.03), where
+        _, sent, formula = one.payloads
+        assert formula in (None, sent), where
 
 
 def test_a_program_says_where_each_event_belongs_and_waits_for_every_message() -> None:

@@ -8,13 +8,13 @@ import torch
 from experiments.by_hand import memory_of, slope
 from experiments.parity import GLOBAL_BATCH, compare, make_config, trajectories, trajectory
 from experiments.ranks import run_ranks
+from experiments.short_runs import step_costs
 from minigpt.by_hand.cross_entropy import token_loss
 from minigpt.config import FFN, ModelConfig, OptimizerName, Pieces
 from minigpt.model import GPT
 from minigpt.model import token_loss as token_loss_of_torch
 from parallel.layout import Impl, Layout, Options, Precision
 from parallel.rules import check
-from tests.on_ranks import step_costs
 
 
 @pytest.mark.parametrize("ffn", [FFN.gelu, FFN.swiglu])

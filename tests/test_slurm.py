@@ -1,0 +1,161 @@
+"""The sbatch script under SLURM's own daemons, where they are installed, and what their variables
+mean to a rank.
+
+    apt install slurmctld slurmd slurm-client munge        as root: two nodes on this machine
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from costs import ledger as ledgers
+from experiments import environment as machine
+from parallel.layout import Layout
+from tests.launching import ROOT, SMALL, environment, wait_until
+
+SCRIPT = ROOT / "experiments" / "cluster" / "train.sbatch"
+TOOLS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "munged")
+CONFIG = """
+ClusterName=lab
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+
+
+def test_the_place_of_a_rank_comes_from_the_scheduler() -> None:
+    by_slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "gpu[003-004]",
+        "SLURM_JOB_ID": "4711",
+    }
+    assert machine.given_rank(by_slurm) == machine.Rank(5, 1, 8, nodes=2)
+    assert machine.rendezvous(2, by_slurm) == {"MASTER_ADDR": "gpu003", "MASTER_PORT": "19711"}
+    own = {**by_slurm, "MASTER_ADDR": "10.0.0.1"}
+    assert machine.rendezvous(2, own) == {"MASTER_PORT": "19711"}, "the user's own wins"
+    alone = machine.rendezvous(1, by_slurm)
+    assert alone["MASTER_ADDR"] == "127.0.0.1" and "GLOO_SOCKET_IFNAME" in alone
+    by_torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
+    assert machine.given_rank(by_torchrun) == machine.Rank(3, 1, 4, nodes=2)
+    assert machine.rendezvous(2, {**by_torchrun, "MASTER_ADDR": "a", "MASTER_PORT": "1"}) == {}
+
+
+def test_tensor_parallelism_that_leaves_a_node_is_warned_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(layout: Layout, ranks_a_node: int) -> str:
+        machine.warn_of_placement(layout, ranks_a_node)
+        return capsys.readouterr().err
+
+    assert said(Layout(dp_shard=2, tp=8), 8) == ""
+    assert said(Layout(dp_shard=16), 8) == "", "data axes may leave it"
+    assert said(Layout(dp_shard=4, tp=2, pp=2), 8) == ""
+    assert "layout.tp=8 crosses nodes of 4 ranks" in said(Layout(dp_shard=2, tp=8), 4)
+    assert "layout.tp=2 would stay inside" in said(Layout(dp_shard=2, tp=4), 6)
+    assert Layout(dp_shard=4, tp=2).leaves_node("dp_shard", 4)
+    assert not Layout(pp=2, dp_shard=2, tp=2).leaves_node("dp_shard", 4)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A controller and two nodes. Yields the variables that their commands need."""
+    missing = [tool for tool in TOOLS if not shutil.which(tool)]
+    if missing or os.geteuid():
+        pytest.skip(f"needs root and SLURM's daemons; not installed: {missing}")
+    folder = tmp_path / "slurm"
+    (folder / "state").mkdir(parents=True)
+    folder.chmod(0o755)
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    config = folder / "slurm.conf"
+    host = socket.gethostname().split(".")[0]
+    config.write_text(CONFIG.format(host=host, folder=folder, ports=free_ports(3)))
+    env = {**environment(), "SLURM_CONF": str(config)}
+    munge = ["munged", "--foreground", "--force", f"--key-file={key}"]
+    munge += [f"--socket={folder}/munge.socket", f"--log-file={folder}/munge.log"]
+    munge += [f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/munge.seed"]
+    lines = [munge, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "node0"]]
+    lines += [["slurmd", "-D", "-N", "node1"]]
+    daemons = []
+    try:
+        for line in lines:
+            quiet = subprocess.DEVNULL
+            daemons.append(subprocess.Popen(line, env=env, stdout=quiet, stderr=quiet))
+            if line is munge:
+                wait_until("munge is up", (folder / "munge.socket").exists)
+        idle = ("sinfo", "-h", "-t", "idle", "-o%D")
+        wait_until("two nodes are idle", lambda: asked(*idle, env=env) == "2")
+        yield env
+    finally:
+        asked("scancel", "--user=root", env=env)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait()
+
+
+def asked(*command: str, env: dict[str, str]) -> str:
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@pytest.mark.slow
+def test_the_script_trains_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
+    """Two tasks on each of two nodes, one run folder, which has the job's number."""
+    door = tmp_path / "launch.sh"
+    door.write_text(f'#!/bin/sh\nexec {ROOT}/launch.sh "$@"\n')
+    door.chmod(0o755)
+    # the nodes have no names of their own that could be looked up
+    env = {**slurm, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    sbatch = ["sbatch", "--parsable", "--overcommit", str(SCRIPT)]
+    plan = ("layout.dp_replicate=-1", "layout.tp=4")
+    job = subprocess.run(
+        [*sbatch, *SMALL, *plan], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    number = job.stdout.strip()
+    output = tmp_path / f"slurm-{number}.out"
+    wait_until("the job is over", lambda: not asked("squeue", "-h", env=env), 240)
+    said = output.read_text()
+    ledger = ledgers.read(tmp_path / "runs" / f"slurm-{number}" / "ledger.json")
+    assert ledger["layout"]["tp"] == 4 and ledger["layout"]["world_size"] == 4
+    assert said.count("layout.tp=4 crosses nodes of 2 ranks") == 1, said
