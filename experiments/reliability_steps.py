@@ -27,7 +27,7 @@ from parallel.layout import Layout
 DISKS = 5  # of each kind
 DISK_BYTES = (4_500_000, 8_000_000)  # room for one checkpoint of 3 MB and less than three
 # of 9 million parameters, 110 MB with the optimizer
-WIDE = {"model.n_layer": 8, "model.d_model": 320, "micro_batch_size": 1, "steps": 99}
+WIDE = {"model.n_layer": 8, "model.d_model": 320, "steps": 99}
 SAVES = 10
 
 
