@@ -9,10 +9,13 @@
 #   ./launch.sh replay RUN cluster=NAME   a recorded run (trace=true), on another network
 #   ./launch.sh simulate [OVERRIDES]      a run on a cluster that you don't have
 #   ./launch.sh search [OVERRIDES]        the best of all plans for so many GPUs
+#   ./launch.sh debug [NAME]      runs that are broken on purpose, and what finds out (--diagnose)
 #   ./launch.sh lab nodes=4 rate=1gbit    many nodes on this machine, over links that slow (Linux)
 #   ./launch.sh export run=DIR out=FILE   its weights as one .safetensors file
 #   ./launch.sh compare RUN RUN...        runs side by side: what differs, and what that changed
 #   ./launch.sh report RUN...             the same as one HTML file, with timelines
+#   ./launch.sh ask [QUESTION]    questions of system design, answered with measured numbers
+#   ./launch.sh playground        a local page with sliders: memory, time, timeline
 #   ./launch.sh python ARGS       the Python that has the packages
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -21,9 +24,10 @@ extra="" # what of pyproject.toml's optional dependencies this command needs
 modules="torch numpy hydra omegaconf rich wandb tokenizers safetensors psutil matplotlib"
 need() { extra="$extra,$1" modules="$modules $2"; }
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
-    need dev "pytest hypothesis ruff mypy simpy accelerate plotly jinja2 tensorboard playwright"
+    need dev "pytest hypothesis ruff mypy simpy accelerate plotly jinja2 tensorboard playwright nicegui"
 else
     if [ "${1:-}" = report ]; then need report "plotly jinja2"; fi
+    if [ "${1:-}" = playground ]; then need playground nicegui; fi
     if [[ " $*" == *" logging="*tensorboard* ]]; then need tensorboard tensorboard; fi
     if [[ " $*" == *" strategy="*accelerate* || " $*" == *" impl="*accelerate* ]]; then
         need accelerate accelerate

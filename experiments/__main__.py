@@ -23,6 +23,9 @@ VERBS = {
     "calibrate": ("experiments.calibrate", "command"),
     "lab": ("experiments.lab", "command"),
     "check": ("experiments.check", "command"),
+    "debug": ("experiments.debug.command", "command"),
+    "ask": ("experiments.ask", "command"),
+    "playground": ("experiments.playground", "command"),
     "export": ("experiments.export", "command"),
 }
 

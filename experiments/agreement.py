@@ -23,7 +23,7 @@ from simulator.memory import memory
 from simulator.plans import Plans
 from simulator.trace import Traced, trace
 
-PATIENCE_S = 900.0  # of all plans of a world size
+PATIENCE_S = 1800.0  # of all plans of a world size
 # Long enough for activations to be a part of the memory
 CHANGES: dict[str, Any] = {"steps": 3, "clip": 0.5, "seq_len": 128, "model.context": 128}
 CHANGES["data.tokens"] = 30_000

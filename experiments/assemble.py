@@ -19,6 +19,7 @@ from experiments.config import Backend, Device, Nonfinite, TrainConfig
 from experiments.environment import Rank, rendezvous
 from experiments.resume import goes_on_in, run_dir
 from experiments.run_folder import Launched, make_folder, write_config
+from experiments.run_weights import is_base, weights_of
 from experiments.verdict import path_of
 from experiments.weights_file import check_init, reader
 from minigpt.corpus import Corpus
@@ -97,6 +98,9 @@ def make_trainer(config: TrainConfig, mesh: Mesh) -> Trainer:
     """The model under its layout, with its optimiser: the same initial weights for every layout."""
     seed_dropout(config, mesh, 0)
     replica = parallelize(config.model, mesh, config.options, config.seed)
+    if is_base(config):
+        base, _ = weights_of(Path(str(config.resume)), "resume")
+        take_weights(replica, base.__getitem__)
     if config.init:
         check_init(Path(config.init), config.model)
         take_weights(replica, reader(Path(config.init)))

@@ -257,7 +257,8 @@ them by `model.impl=by_hand` (LayerNorm, MLP, dropout, cross-entropy),
 `data.tokenizer=by_hand_bpe`, and its ledger shows what they cost. Positions, heads, schedule and
 sampling have one implementation, which is there and which every run uses. k-means serves no run.
 `tests/test_written_out.py` holds outputs and gradients to torch's within 1e-5, and each backward to
-its forward by `gradcheck` in double.
+its forward by `gradcheck` in double. [lora.md](lora.md) has LoRA, [debug.md](debug.md) the runs
+that are broken on purpose.
 
 ## How the peak memory grows with T
 

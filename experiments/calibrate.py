@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # they import torch
     from experiments.operator_times import Steps
 
 RANKS = 2
+PATIENCE_S = 1800.0  # a busy machine may need minutes
 PEAK_S = 1.5  # seconds of products for a peak
 COMMAND = "./launch.sh calibrate"
 GPT2 = {"norm": Norm.layernorm, "positions": Positions.learned, "ffn": FFN.gelu, "tied": True}
@@ -92,7 +93,7 @@ def measured() -> Cluster:
     from experiments import message_times, operator_times
     from experiments.ranks import run_ranks
 
-    found: list[Found] = run_ranks(RANKS, measure_rank)
+    found: list[Found] = run_ranks(RANKS, measure_rank, timeout_s=PATIENCE_S)
     alone = found[0].alone
     assert alone
     slow = max(1.0, sum(rank.steps[WHOLE].seconds for rank in found) / RANKS / alone.step_s)

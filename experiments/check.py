@@ -108,6 +108,7 @@ def configurations() -> dict[str, TrainConfig]:
 
 def measure(configs: dict[str, TrainConfig]) -> dict[str, list[list[dict[str, Any]]]]:
     """`step` of each rank of each round, by name; the layouts take turns."""
+    from experiments.calibrate import PATIENCE_S
     from experiments.ranks import run_ranks
     from experiments.short_runs import step_costs
 
@@ -115,7 +116,8 @@ def measure(configs: dict[str, TrainConfig]) -> dict[str, list[list[dict[str, An
     for number in range(ROUNDS):
         for name, config in configs.items():
             progress(f"measure: {name}, round {number + 1} of {ROUNDS}")
-            ranks = run_ranks(config.layout.world_size, step_costs, [config])
+            size = config.layout.world_size
+            ranks = run_ranks(size, step_costs, [config], timeout_s=PATIENCE_S)
             found[name].append([steps[0] for steps in ranks])
     return found
 

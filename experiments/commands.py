@@ -76,6 +76,7 @@ class Command:
     torchrun: launch.Torchrun
     as_json: bool
     sweep: Points | None = None  # of the sweep that it belongs to
+    fault: str | None = None  # of `debug`
     rows: list[Row] = field(default_factory=list)
     status: int = 0
     logging: LoggingConfig = field(default_factory=LoggingConfig)  # of the last job of a sweep
@@ -99,7 +100,7 @@ class Command:
 
     def prepare(self, config: TrainConfig, overrides: list[str], folder: Path | None) -> launch.Job:
         """Check all that can be checked, and make the run folder. Raises ValueError, Refused."""
-        return launch.prepare_job(config, overrides, self.torchrun, folder)
+        return launch.prepare_job(config, overrides, self.torchrun, folder, self.fault)
 
     def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
         folder = run_dir(config.resume, config.run.dir)
@@ -111,7 +112,8 @@ class Command:
             first = self.torchrun.is_first_node  # the others take part in what it launches
             if first:
                 self.sweep.lock()
-            folder = self.sweep.place(overrides, len(self.rows) - 1, clear=first)
+            dry = config.launch == Launch.dry
+            folder = self.sweep.place(overrides, len(self.rows) - 1, first, dry)
             config.logging.group = config.logging.group or self.sweep.folder.name
             self.logging = config.logging
         job = self.prepare(config, overrides, folder)
@@ -149,10 +151,15 @@ def train(argv: list[str]) -> int:
         return sweep(jobs, Command(torchrun, as_json))
     command = Command(torchrun, as_json)
     run_hydra("train", rest, command)
+    return print_rows(command)
+
+
+def print_rows(command: Command) -> int:
+    """What is left to be said of a single job; its exit status."""
     for row in command.rows:
         if row.status == "refused":
             print(f"launch.sh: {row.reason}", file=sys.stderr)
-        elif as_json and row.status in ("done", "dry"):
+        elif command.as_json and row.status in ("done", "dry"):
             print(json.dumps(row.ledger() or row.said(), indent=1))
     return command.status
 

@@ -47,7 +47,7 @@ def _draw_bars(comparison: Comparison, folder: Path) -> Iterator[Path]:
     time = {f"time_s.{part}": TIME_COLOURS[part] for part in TIME_PARTS}
     yield from bars(comparison, PEAK, memory, folder / "memory", "memory at the peak")
     yield from bars(comparison, STEP, time, folder / "time", "time of a step")
-    title = "on the wire, in a step of a rank"
+    title = "what a rank sends in a step"
     yield from bars(comparison, WIRE, message_colours(comparison), folder / "bytes", title)
 
 

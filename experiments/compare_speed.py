@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import random
 import resource
 import statistics
@@ -49,7 +50,8 @@ def main(run: Path) -> None:
         )
         print(f"({facts['cores']} cores, Python {facts['python']}): {runs:,} ledgers of ", end="")
         print(f"{ledger['layout']['world_size']} ranks, each with a log of {len(lines)} steps.")
-        print(f"Seconds of the whole command, the median of {ROUNDS}; at most {BAR_S:g}.\n")
+        print(f"Seconds of the whole command, the median of {ROUNDS}; at most {BAR_S:g}.")
+        print(f"Load of the machine when it began: {os.getloadavg()[0]:.1f}.\n")
         print(table("command", "seconds", "of them of the processor"))
         print(rule(3))
         for more in FORMATS:

@@ -71,7 +71,8 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
 def configs_of(name: str, argv: list[str]) -> list[Any]:
     """The checked configurations that a command line composes: none with --help and its like."""
     composed: list[DictConfig] = []
-    run_hydra(name, argv, composed.append)
+    for job in jobs_of(argv) or [argv]:
+        run_hydra(name, job, composed.append)
     return [to_config(job, SCHEMAS[name]) for job in composed]
 
 

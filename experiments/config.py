@@ -19,6 +19,7 @@ from minigpt.config import (
     at_least,
     require,
 )
+from minigpt.finetune import FinetuneConfig
 from parallel.layout import (
     ActivationCheckpointing,
     Impl,
@@ -148,6 +149,7 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
 
@@ -224,6 +226,11 @@ class TrainConfig:
         )
 
     @property
+    def parameters(self) -> int:
+        """Numbers in the model and in its adapters, where it has some."""
+        return self.model.parameters + self.finetune.adapters(self.model)
+
+    @property
     def batch_size(self) -> int:
         """Sequences of one optimiser step. Needs a resolved layout."""
         ranks = self.layout.data_parallel
@@ -243,6 +250,7 @@ class TrainConfig:
             micro_batch_size=self.micro_batch_size,
             seq_len=self.seq_len,
             micro_batches=self.gradient_accumulation_steps,
+            finetune=self.finetune,
         )
 
 

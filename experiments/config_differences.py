@@ -104,9 +104,10 @@ def differences_of(runs: list[Run]) -> Differences:
     masks = _masks(codes)
     apart = sum(1 << k for k, key in enumerate(keys) if key in (SOURCE, CLUSTER))
     predictions = _predictions(runs, masks, apart)
+    known = {frozenset(pair) for pair in predictions}
     found: dict[str, Difference] = {}
     for i, j, mask in _edges(masks):
-        if (i, j) in predictions or (j, i) in predictions:
+        if frozenset((i, j)) in known:
             continue  # nothing differs but how it is known
         names = [key for k, key in enumerate(keys) if mask >> k & 1]
         before, after = ({key: settings[x][key] for key in names} for x in (i, j))

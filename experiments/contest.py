@@ -28,7 +28,7 @@ from parallel.mesh import build_mesh
 from parallel.passes import NoMarks
 from parallel.step import Trainer
 
-WARMUP = 5  # steps; by then the meters have looked at the operators (metering.MEMORY_STEP)
+WARMUP = 5  # steps; by then the meters have looked at the operators (step_log.MEMORY_STEP)
 TURN = 3  # steps that are counted
 POLL_S = 0.1  # rarely: everyone who waits takes time from the two cores of the one who runs
 GEMM_SIZE = 1024

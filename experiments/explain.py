@@ -10,6 +10,7 @@ from costs.messages import payloads
 from experiments.config import TrainConfig
 from experiments.metering import flops_per_token
 from parallel.layout import ActivationCheckpointing, Impl
+from simulator import lora
 from simulator.explain import LETTERS, Case, Key, formulas
 from simulator.flops import hardware_flops
 from simulator.plans import Plans
@@ -70,7 +71,10 @@ def messages(case: Case, rows: list[dict[str, Any]] | None, impl: Impl) -> list[
     measured = payloads(rows or [])
     closed, texts, why = dict[Key, int](), dict[Key, str](), case.unknown
     try:
-        closed, texts = case.payload_bytes(), formulas(case)
+        if case.options.finetune.on:
+            closed, texts = of_lora(case)
+        else:
+            closed, texts = case.payload_bytes(), formulas(case)
     except ValueError as reason:
         why = str(reason)
     if case.options.zero_stage == 1 and impl == Impl.by_hand:
@@ -86,6 +90,14 @@ def messages(case: Case, rows: list[dict[str, Any]] | None, impl: Impl) -> list[
         )
         for key in dict.fromkeys([*measured, *closed])
     ]
+
+
+def of_lora(case: Case) -> tuple[dict[Key, int], dict[Key, str]]:
+    """The same of a run with adapters. Raises ValueError where there is no closed form."""
+    if why := lora.unknown(case.layout, case.options):
+        raise ValueError(why)
+    sent = lora.messages(case.model, case.layout, case.options, case.clipped)
+    return {k: size for k, (size, _) in sent.items()}, {k: said for k, (_, said) in sent.items()}
 
 
 def flops(config: TrainConfig, tokens: int, ranks: list[dict[str, Any]]) -> list[Explained]:
@@ -104,9 +116,13 @@ def flops(config: TrainConfig, tokens: int, ranks: list[dict[str, Any]]) -> list
         formula += " + forward of blocks"
     if closed is None:
         why = "each piece of a split backward runs checkpointed blocks again"
+    of_model = "(6 N + 12 L D T) tokens"
+    if config.finetune.on:
+        closed, why = None, "finetune=lora: not where the first adapter's input has a gradient"
+        of_model = "(4 N + 6 adapters + 12 L D T) tokens"
     model, said = flops_per_token(config) * tokens, sum(rank["model"] for rank in ranks)
     return [
-        Explained("model flops", "(6 N + 12 L D T) tokens", model, said, "FLOP"),
+        Explained("model flops", of_model, model, said, "FLOP"),
         Explained(
             "hardware flops",
             None if closed is None else formula,

@@ -4,6 +4,7 @@
 ./launch.sh export run=runs/.../step-200
 
 `init=model.safetensors` starts a run from it. Where the run has checkpoints it is the newest.
+Adapters are merged: the file is a plain model's.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.checkpoints import Damaged, check, steps_of
 from experiments.compose import Refused, run_hydra, to_config
 from experiments.config import ExportConfig
-from experiments.resume import named_checkpoint, run_of
+from experiments.resume import run_of
 from experiments.run_folder import read_config, settings_of
+from experiments.run_weights import weights_of
 
 
 def command(argv: list[str]) -> int:
@@ -38,27 +39,10 @@ def run(config: ExportConfig) -> dict[str, Any]:
     given, out = Path(config.run), Path(config.out)
     if not out.parent.is_dir():
         raise Refused(f"out={out}: {out.parent} is no folder")
-    model = read_config(run_of(given)).model
-    if given != run_of(given) or steps_of(given):
-        source = named_checkpoint(given, "run")
-        try:
-            check(source)
-        except Damaged as error:
-            raise Refused(f"run={given}: {error}") from error
-        from parallel.checkpoint_reader import read_whole  # torch takes seconds
-
-        weights = read_whole(source, "model")
-    else:
-        source = given / "model.pt"
-        if not source.is_file():
-            raise Refused(f"run={given}: no checkpoint and no model.pt there")
-        from experiments.sample import read_model
-
-        weights = dict(read_model(given, model, "cpu").named_parameters())
+    weights, source = weights_of(given, "run")
     from experiments.weights_file import write
 
-    kept = {name: weight.detach() for name, weight in weights.items()}
     settings = settings_of(read_config(run_of(given)))
-    write(out, kept, settings["model"])
-    numbers = sum(weight.numel() for weight in kept.values())
-    return {"out": str(out), "from": str(source), "tensors": len(kept), "parameters": numbers}
+    write(out, weights, settings["model"])
+    numbers = sum(weight.numel() for weight in weights.values())
+    return {"out": str(out), "from": str(source), "tensors": len(weights), "parameters": numbers}

@@ -86,8 +86,8 @@ def _ledgers_in(path: Path) -> list[Path]:
         return [path / LEDGER]
     if not path.is_dir():
         return []
-    below = sorted((child for child in path.iterdir() if child.is_dir()), key=natural)
-    return [ledger for child in below for ledger in _ledgers_in(child)]
+    below = (child for child in path.iterdir() if child.is_dir() and not child.is_symlink())
+    return [ledger for child in sorted(below, key=natural) for ledger in _ledgers_in(child)]
 
 
 def _why_nothing(path: Path) -> str:

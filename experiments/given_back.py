@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from costs.trace import Trace
+from experiments.calibrate import PATIENCE_S
 from experiments.parity import make_config
 from experiments.ranks import run_ranks
 from experiments.replay import with_delays
@@ -27,8 +28,9 @@ def given_back(times: int) -> dict[str, list[float]]:
     """By layout, of so many runs: the step of the slowest rank, replayed over measured."""
     configs = [make_config(layout, {**SMALL, **changes}) for layout, changes in CASES]
     runs = [config for config in configs for _ in range(times)]
+    first, _ = run_ranks(2, recorded, runs, timeout_s=PATIENCE_S)
     ratios: dict[str, list[float]] = defaultdict(list)
-    for config, (trace, _) in zip(runs, run_ranks(2, recorded, runs)[0], strict=True):
+    for config, (trace, _) in zip(runs, first, strict=True):
         ratios[config.layout.label].append(_ratio(trace))
     return ratios
 

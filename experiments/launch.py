@@ -16,6 +16,7 @@ from experiments.config import TrainConfig
 from experiments.process import GRACE_S, Forwarding, die_with_parent
 from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
+from experiments.run_weights import check_base, is_base
 from experiments.verdict import was_stopped
 from experiments.weights_file import check_init
 from minigpt.corpus import check_vocabulary, prepare
@@ -71,7 +72,11 @@ class Job:
 
 
 def prepare_job(
-    config: TrainConfig, overrides: list[str], torchrun: Torchrun, folder: Path | None
+    config: TrainConfig,
+    overrides: list[str],
+    torchrun: Torchrun,
+    folder: Path | None,
+    fault: str | None = None,
 ) -> Job:
     """Check all that can be checked before a process starts, then write the run folder.
 
@@ -92,17 +97,21 @@ def prepare_job(
     corpus.check_length(config.seq_len)
     if nodes > 1 and not here and not config.run.dir:
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
-    found = choose(config.resume, folder)
+    found = None
+    if is_base(config):
+        check_base(config)
+    else:
+        found = choose(config.resume, folder)
     if found:
         check_fits(found, settings_of(config), config.batch_size)
     if config.init:
         check_init(Path(config.init), config.model)
-    again = goes_on_in(config.resume, folder)
+    again = goes_on_in(config.resume, folder) and not is_base(config)
     folder = make_folder(folder, config.layout, not torchrun.is_first_node, again)
     if torchrun.is_first_node:
         # launch.sh hands its process over, so this is when the user's command began
         started = psutil.Process().create_time()
-        write_config(folder, config, Launched(overrides, str(corpus.folder), started))
+        write_config(folder, config, Launched(overrides, str(corpus.folder), started, fault=fault))
     command = torchrun_command(folder, world_size // nodes, torchrun)
     return Job(folder, command, environment.of_a_rank(nodes), folder / "logs" / torchrun.log)
 

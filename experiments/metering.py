@@ -31,6 +31,7 @@ from experiments.step_log import KEPT_STEPS, followed_steps, untimed_steps
 from parallel.moments import inner
 from parallel.precision import DTYPES
 from parallel.step import Trainer
+from simulator import lora
 from simulator.flops import model_flops_per_token
 
 
@@ -234,6 +235,8 @@ def resident_peak() -> int | None:
 
 def flops_per_token(config: TrainConfig) -> int:
     """Model flops of one token, forward and backward."""
+    if config.finetune.on:
+        return lora.model_flops_per_token(config.model, config.finetune, config.seq_len)
     return model_flops_per_token(config.model, config.seq_len)
 
 

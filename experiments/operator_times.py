@@ -66,8 +66,10 @@ class Stopwatch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, int, int, tuple[int, ...]]] = []
-        self.seconds: list[float] = []
+        self.calls: list[Sample] = []
+
+    def seconds(self) -> list[float]:
+        return [call.seconds for call in self.calls]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -81,8 +83,7 @@ class Stopwatch(TorchDispatchMode):
         cost = cost_of(func, args, kwargs, out)
         if cost is not None:
             name = str(func._overloadpacket)
-            self.calls.append((name, cost.flops, cost.bytes, cost.shape[1:]))
-            self.seconds.append(taken)
+            self.calls.append(Sample(name, cost.flops, cost.bytes, cost.shape[1:], taken))
         return out
 
 
@@ -95,9 +96,11 @@ def watch(config: TrainConfig) -> Steps:
         with Stopwatch() as watch:
             step()
         watches.append(watch)
-    times = [statistics.median(each) for each in zip(*(w.seconds for w in watches), strict=True)]
-    pairs = zip(watches[0].calls, times, strict=True)
-    return Steps([Sample(*call, taken) for call, taken in pairs], timed(step, together))
+    times = [statistics.median(each) for each in zip(*(w.seconds() for w in watches), strict=True)]
+    samples = [
+        replace(call, seconds=taken) for call, taken in zip(watches[0].calls, times, strict=True)
+    ]
+    return Steps(samples, timed(step, together))
 
 
 def step_alone(config: TrainConfig) -> float:

@@ -21,6 +21,7 @@ from experiments.config import Backend, Device, TrainConfig
 from experiments.ranks import TIMEOUT_S, run_ranks
 from minigpt.config import DataConfig, ModelConfig, OptimizerConfig, OptimizerName, Source
 from minigpt.corpus import prepare
+from minigpt.finetune import FinetuneConfig
 from parallel.drift import Piece, pieces
 from parallel.layout import ActivationCheckpointing, Layout
 from parallel.mesh import Mesh, build_mesh
@@ -117,7 +118,9 @@ class Difference:
 
 def make_config(layout: Layout, changes: dict[str, Any]) -> TrainConfig:
     """BASE with `changes`, on `layout`, with micro-batches that keep the global batch."""
-    groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "data": {}, "optimizer": {}}
+    groups: dict[str, dict[str, Any]] = {
+        group: {} for group in ("", "model", "data", "optimizer", "finetune")
+    }
     for key, value in {**BASE, **changes}.items():
         group, _, name = key.rpartition(".")
         groups[group][name] = value
@@ -126,6 +129,7 @@ def make_config(layout: Layout, changes: dict[str, Any]) -> TrainConfig:
         model=ModelConfig(**groups["model"]),
         data=DataConfig(**groups["data"]),
         optimizer=OptimizerConfig(**groups["optimizer"]),
+        finetune=FinetuneConfig(**groups["finetune"]),
         layout=layout,
         micro_batch_size=GLOBAL_BATCH // (accumulation * layout.data_parallel),
         global_batch_size=GLOBAL_BATCH,
@@ -242,7 +246,7 @@ class Plan:
 
 
 # Keys that change what is learned; all others change only how, and a single process goes without
-WHAT_IS_LEARNED = ("model.", "data.", "optimizer.", "seq_len", "steps", "seed")
+WHAT_IS_LEARNED = ("model.", "data.", "optimizer.", "finetune.", "seq_len", "steps", "seed")
 
 
 REFERENCES: dict[str, Trajectory] = {}  # of a single process, which many plans are compared with

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from costs.ledger import MEMORY_PARTS
 from costs.trace import COMMUNICATION, COMPUTE, WAIT, MemorySample, Slice, lanes
+from simulator.timeline import Timeline
 
 COLOURS = {
     "data": "#8c8c8c",
@@ -104,6 +105,27 @@ def draw_memory(
         area.tick_params(labelbottom=False)
     _legend(figure, {part: MEMORY_COLOURS[part] for part in MEMORY_PARTS})
     _save(figure, path)
+
+
+def draw_schedules(timelines: dict[str, Timeline], path: Path) -> None:
+    """One step under each schedule, one below the other on one scale: passes and idle time."""
+    ranks = max(len(timeline.programs) for timeline in timelines.values())
+    end = max(timeline.total for timeline in timelines.values())
+    figure, panels = _figure([ranks * 0.28 + 0.25 for _ in timelines], "")
+    shown: set[str] = set()
+    for axes, (name, timeline) in zip(panels, timelines.items(), strict=True):
+        for row, rank in enumerate(sorted(timeline.programs)):
+            shown |= _draw_compute(axes, list(timeline.slices(rank)), row + 0.05, 0.9, end)
+        axes.set_ylim(len(timeline.programs), -0.8)
+        axes.set_yticks([])
+        axes.text(0, -0.1, name, va="bottom", fontsize=9)
+        _finish_time_axis(axes, end)
+    for axes in panels[:-1]:
+        axes.set_xlabel("")
+        axes.tick_params(labelbottom=False)
+    named = {k: COLOURS[k] for k in COLOURS if k in shown}
+    _legend(figure, {NAMES.get(kind, kind): colour for kind, colour in named.items()})
+    figure.savefig(path, dpi=80)
 
 
 def _draw_compute(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -25,6 +25,17 @@ def count_of(key: str, text: str, thousand: int = 1000) -> float:
     if not match or not float(match[1]):
         raise ValueError(f"{key}={text}: must be a number above 0, as 4194304, 4M or 1.5T")
     return float(match[1]) * thousand ** SUFFIXES[match[2]]
+
+
+def plain(node: Any) -> Any:
+    """A checked configuration as a ledger keeps it: dictionaries, lists, names of enums."""
+    if is_dataclass(node):
+        return {field.name: plain(getattr(node, field.name)) for field in fields(node)}
+    if isinstance(node, list | tuple):
+        return [plain(item) for item in node]
+    if isinstance(node, dict):
+        return {key: plain(value) for key, value in node.items()}
+    return node.name if isinstance(node, Enum) else node
 
 
 class Method(str, Enum):
@@ -62,6 +73,11 @@ class SimulateConfig(TrainConfig):
                 f"layout.{self.layout.open_axis}=-1: a simulated world has the size that its "
                 "layout gives it, so every axis is a number"
             )
+        require(
+            not self.finetune.on or self.method == Method.trace,
+            "finetune=lora: method=formula is of full training; method=trace runs the program "
+            "itself, and a run's own ledger has the closed forms of simulator/lora.py",
+        )
         at_least("rank", self.rank, 0)
         size = self.layout.world_size
         require(

@@ -125,7 +125,7 @@ class Record:
             "config": self.settings,
             "layout": {"world_size": layout.world_size, **layout.by_axis},
             "model": {
-                "parameters": config.model.parameters,
+                "parameters": config.parameters,
                 "flops_per_token": meters.flops_per_token,
             },
             "environment": {
@@ -143,6 +143,7 @@ class Record:
             },
             "training": {
                 "steps": len(self.losses),
+                "trainable_parameters": config.finetune.trainable(config.model),
                 "losses": [_finite(loss) for loss in self.losses],
                 "validation_loss": validation_loss,
                 "skipped_steps": self.skipped_steps,
@@ -157,8 +158,10 @@ class Record:
         """One line on what is about to be trained."""
         config, layout = self.config, self.config.layout
         tokens = config.batch_size * config.seq_len
+        trainable = config.finetune.trainable(config.model)
+        trained = f" ({trainable:,} trained)" if config.finetune.on else ""
         return (
-            f"{config.model.parameters:,} parameters, {layout.label} on {layout.world_size} "
+            f"{config.parameters:,} parameters{trained}, {layout.label} on {layout.world_size} "
             f"rank{'s' if layout.world_size > 1 else ''} ({config.device.value}), "
             f"{config.precision.value}: {config.steps} steps of {tokens:,} tokens "
             f"({config.micro_batch_size} x {config.seq_len} a rank"

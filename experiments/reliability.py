@@ -2,11 +2,12 @@
 
 ./launch.sh python -m experiments.reliability > docs/reliability.md       an hour on two cores
 ./launch.sh python -m experiments.reliability damage kills      only those parts, to the screen
-./launch.sh python -m experiments.reliability --few kills       a few trials of each
+./launch.sh python -m experiments.reliability --share=0.1 kills      a tenth of the trials
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -22,11 +23,11 @@ from experiments import (
 from experiments.document import heading
 
 COMMAND = "./launch.sh python -m experiments.reliability > docs/reliability.md"
-FEW = 0.1  # of the trials
 # name -> title, and what yields the part's lines, given a folder to work in and a share of the
 # trials that the document has
 PARTS: dict[str, tuple[str, Callable[[Path, float], Iterator[str]]]] = {
     "kills": ("Killed at any moment", reliability_kills.kills),
+    "saves": ("Killed while it saves", reliability_kills.saves),
     "damage": ("Damaged checkpoints", reliability_state.damage),
     "disk": ("A full disk, and one that is read-only", reliability_steps.disk),
     "same": ("The same configuration again", reliability_state.same),
@@ -43,12 +44,14 @@ PARTS: dict[str, tuple[str, Callable[[Path, float], Iterator[str]]]] = {
 
 def main(arguments: list[str]) -> int:
     """Print the document, or the parts that are asked for."""
-    share = FEW if "--few" in arguments else 1.0
-    names = [a for a in arguments if a != "--few"]
+    parser = argparse.ArgumentParser(prog="python -m experiments.reliability")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--share", type=float, default=1.0, help="of the trials of the document")
+    given = parser.parse_args(arguments)
+    share, names = given.share, given.parts
     unknown = [name for name in names if name not in PARTS]
     if unknown:
-        print(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}", file=sys.stderr)
-        return 2
+        parser.error(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}")
     print(heading("Reliability", COMMAND).rstrip())
     for name in names or PARTS:
         title, part = PARTS[name]

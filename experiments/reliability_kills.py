@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import random
 import re
+import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.checkpoints import FOLDER
+from experiments.checkpoints import FOLDER, folder_of, newest_whole, part_of, publish
 from experiments.trials import (
+    NOTHING_ELSE,
     SMALL,
     STRATEGIES,
     VICTIMS,
@@ -22,10 +27,12 @@ from experiments.trials import (
     newest_in,
     wait_for,
 )
+from parallel.layout import Layout
 
 EVERY = 5  # steps between checkpoints
-LENGTH = 400  # steps of a run
+LENGTH = 120  # steps of a run
 KILLS, INSIDE = 100, 40  # in all, and those of them that are inside of a save
+SAVES = 40  # kills of a process that does nothing but save
 
 
 @dataclass
@@ -96,7 +103,7 @@ def _kill(folder: Path, strategy: str, wanted: int, inside: int) -> tuple[Kills,
 def _killed(launch: Launch, counts: Counter[str], dice: random.Random, inside: bool) -> bool:
     """Kill a launch at a random moment; False where it ended before that."""
     parts = launch.folder / FOLDER
-    at = launch.steps() + dice.randint(1, 60)
+    at = launch.steps() + dice.randint(1, 30)
 
     def saving() -> bool:
         return any(path.name.endswith(".part") for path in _children(parts))
@@ -133,3 +140,55 @@ def _count(kept: Kills, launch: Launch, newest: int | None, reached: int) -> Non
         return
     kept.counts["resumed"] += int(went_on[1]) == newest
     kept.worst_loss = max(kept.worst_loss, reached - int(went_on[1]))
+
+
+# --- a process that does nothing but save
+
+
+def saves(folder: Path, share: float) -> Iterator[str]:
+    """A process that saves over and over, two kept, is killed at a random moment.
+
+    `Lost`: a checkpoint whose name was there before the kill is not there, or not whole.
+    """
+    dice, counts, inside, times = random.Random(0), Counter[str](), 0, few(SAVES, share)
+    for number in range(times):
+        run = folder / f"killed{number}"
+        reading, writing = os.pipe()
+        saver = os.fork()
+        if saver == 0:
+            _save_until_killed(run, writing)
+        os.close(writing)
+        os.read(reading, 1)  # the first is published
+        time.sleep(dice.uniform(0.0, 0.3))
+        os.kill(saver, signal.SIGKILL)
+        os.waitpid(saver, 0)
+        published = 1 + len(os.read(reading, 2**16))
+        os.close(reading)
+        inside += any(p.name.endswith(".part") for p in (run / "checkpoints").iterdir())
+        found, skipped = newest_whole(run)
+        counts["loaded"] += found is not None and not skipped
+        counts["lost"] += found is None or found.step < published
+        shutil.rmtree(run)
+    yield f"{times} SIGKILLs of a process that saves all the time, each at a random moment;"
+    yield f"{inside} of them left a folder half-written.\n"
+    yield "| newest one whole | a published one lost or damaged |"
+    yield "|--:|--:|"
+    yield f"| {counts['loaded']} of {times} | {counts['lost']} |"
+
+
+def _save_until_killed(run: Path, writing: int) -> None:
+    import torch
+
+    from parallel.checkpoint import Writer
+    from parallel.mesh import Mesh
+
+    writer = Writer(Mesh(Layout(), torch.device("cpu"), None, None), asynchronous=False)
+    state = {f"model/{i}": torch.randn(2**16) for i in range(16)}
+    for step in itertools.count(1):
+        folder = folder_of(run, step)
+
+        def seal(folder: Path = folder, step: int = step) -> None:
+            publish(folder, {**NOTHING_ELSE, "step": step}, keep=2)
+
+        writer.write(state, part_of(folder), seal)
+        os.write(writing, b".")

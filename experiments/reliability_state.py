@@ -16,7 +16,7 @@ from experiments.matrix import PLANS
 from experiments.parity import LOSS_BOUND, make_config
 from experiments.ranks import run_ranks
 from experiments.resuming import load_and_go_on, same_state, stop_and_go_on, train_on
-from experiments.trials import few
+from experiments.trials import NOTHING_ELSE, few
 from parallel.layout import Layout
 
 FAULTS = {"bit flipped": 100, "truncated": 100, "4 KiB zeroed": 50, "file missing": 20}
@@ -96,7 +96,7 @@ def _save_one(config: TrainConfig, folder: Path) -> None:
 
     trainer = make_trainer(config, mesh_of(config.layout))
     train_on(config, trainer, 0, 1)
-    facts = {"step": 1, "batch_size": 1, "config": {}, "corpus": "", "scaler": None}
+    facts = {**NOTHING_ELSE, "step": 1}
     writer = Writer(trainer.replica.mesh, asynchronous=False)
     writer.write(state_of(trainer), part_of(folder), lambda: publish(folder, facts, keep=2))
 

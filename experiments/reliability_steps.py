@@ -21,7 +21,7 @@ from experiments.matrix import PLANS
 from experiments.parity import make_config, mesh_of
 from experiments.ranks import run_ranks
 from experiments.resuming import train_on
-from experiments.trials import SMALL, Launch, few, losses_of, wait_for
+from experiments.trials import NOTHING_ELSE, SMALL, Launch, few, losses_of, wait_for
 from parallel.layout import Layout
 
 DISKS = 5  # of each kind
@@ -68,6 +68,7 @@ def disk(folder: Path, share: float) -> Iterator[str]:
                     if kind == "read-only":
                         _turn_read_only(launch, dice.randint(6, 40))
                     counts["ended"] += launch.wait() == 1
+                    said = launch.said.strip().splitlines()[-1]  # before the next overwrites it
                     found, skipped = newest_whole(place)
                     counts["whole"] += found is not None and not skipped
                     _mount("-o", f"remount,rw,size={10**9}", str(place / FOLDER))
@@ -78,7 +79,7 @@ def disk(folder: Path, share: float) -> Iterator[str]:
                 yield f"\nNot run: this user may not mount ({error.stderr.decode().strip()})."
                 return
             if number == 0:
-                examples.append(launch.said.strip().splitlines()[-1].replace(str(folder), "RUNS"))
+                examples.append(said.replace(str(folder), "RUNS"))
         ended = f"| {kind} | {times} | {counts['ended']} | {counts['whole']} |"
         yield f"{ended} {counts['went on']} |"
     yield ""
@@ -190,7 +191,7 @@ def hold_up(config: Any, folder: Path, times: int) -> dict[str, list[float]]:
             target = folder_of(folder / "run", step)
             dist.barrier()
             start = time.perf_counter()
-            publishing = partial(publish, target, {"step": step}, keep=2)
+            publishing = partial(publish, target, {**NOTHING_ELSE, "step": step}, keep=2)
             writer.write(state_of(trainer), part_of(target), publishing)
             seconds[kind].append(time.perf_counter() - start)
             writer.wait()

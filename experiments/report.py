@@ -24,6 +24,7 @@ from experiments.report_figures import PlotlyFigure, figures_of, memory_over_tim
 from experiments.sheets import Sheet
 
 TEMPLATES = Path(__file__).parent / "templates"
+TRACE = "trace.json.gz"
 MOST_TIMELINES = 8  # runs with a trace that are drawn
 MOST_CHANGES = 12  # differences that get a table of their own
 
@@ -50,7 +51,7 @@ def command(argv: list[str]) -> int:
     sections, problems = sections_of(comparison)
     for line in [*comparison.problems, *problems]:
         print(f"launch.sh: {line}", file=sys.stderr)
-    page = rendered(comparison, sections, f"./launch.sh report {shlex.join(argv)}")
+    page = rendered(comparison, sections, shlex.join(["./launch.sh", "report", *argv]))
     try:
         out.write_text(page)
     except OSError as error:
@@ -77,7 +78,7 @@ def timelines_of(comparison: Comparison) -> tuple[list[PlotlyFigure], list[str]]
     """Of each run that has a trace, who did what when and what filled memory."""
     figures: list[PlotlyFigure] = []
     problems = []
-    paths = [(run, run.folder / "trace.json.gz") for run in comparison.runs]
+    paths = [(run, run.folder / TRACE) for run in comparison.runs]
     for run, path in [(run, path) for run, path in paths if path.is_file()][:MOST_TIMELINES]:
         try:
             trace = traces.read(path)
@@ -126,5 +127,8 @@ def summary_of(comparison: Comparison) -> list[str]:
     best = runs[comparison.by_cost()[0]]
     lines = [f"Runs: {sources}. The first of the table is run {best.number}, {best.name}."]
     keys = comparison.differences.keys
-    lines.append(f"What differs: {', '.join(keys)}." if keys else "No key differs between them.")
+    if len(runs) > 1:
+        lines.append(f"What differs: {', '.join(keys)}." if keys else "No key differs.")
+    if not any((run.folder / TRACE).is_file() for run in runs):
+        lines.append("No run has a trace, so there is no timeline; trace=true records one.")
     return lines

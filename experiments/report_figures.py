@@ -52,7 +52,7 @@ def figures_of(comparison: Comparison) -> list[PlotlyFigure]:
     every = [
         bars(comparison, STEP, time, "Time of a step, by part"),
         bars(comparison, PEAK, memory, "Memory at the peak, by category"),
-        bars(comparison, WIRE, sent, "On the wire in a step of a rank, by collective and axis"),
+        bars(comparison, WIRE, sent, "What a rank sends in a step, by collective and axis"),
         losses(comparison, over_seconds=False),
         losses(comparison, over_seconds=True),
         errors(comparison),

@@ -5,6 +5,7 @@ resume=auto run.dir=RUN     the newest whole checkpoint of the run itself; with 
 resume=auto                 the same, of the run in runs/ that wrote a checkpoint last
 resume=RUN                  the newest one of a run, in a new run folder (or the same: run.dir=RUN)
 resume=RUN/step-100         that one
+finetune=lora resume=RUN    where RUN has no adapters: its weights, and a new run (run_weights.py)
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def check_fits(found: Checkpoint, settings: dict[str, Any], batch_size: int) -> 
     theirs = _flat(found.manifest["config"])
     ours = _flat(settings)
     for key in sorted(theirs | ours):
-        must = key.startswith(("model.", "data.")) or key in ("seed", "seq_len", "optimizer.name")
+        what = ("model.", "data.", "finetune.")
+        must = key.startswith(what) or key in ("seed", "seq_len", "optimizer.name")
         if not must or key in HOW_ONLY:
             continue
         if theirs.get(key) != ours.get(key):

@@ -35,6 +35,7 @@ class Launched:
     corpus: str  # folder
     started: float  # time.time() when the user's command began
     run: str = field(default_factory=lambda: uuid.uuid4().hex)  # no other run has this name
+    fault: str | None = None  # of `debug`: what the ranks are to do wrongly
 
 
 def make_folder(
@@ -73,6 +74,8 @@ def hold(folder: Path) -> None:
     except BlockingIOError:
         os.close(number)
         raise ValueError(f"run.dir={folder}: another launch is at work in it") from None
+    except OSError:  # a file system without locks: nothing is known of others
+        os.close(number)
 
 
 def _make(folder: Path, exist_ok: bool = True) -> None:

@@ -18,6 +18,7 @@ from experiments.checkpoints import Checkpoint
 from experiments.config import TrainConfig
 from experiments.resume import AUTO, check_fits, choose, same_layout
 from experiments.run_folder import settings_of
+from experiments.run_weights import is_base
 from experiments.verdict import failure
 from minigpt.corpus import Corpus
 from parallel.checkpoint import Writer, restore, state_of
@@ -74,7 +75,7 @@ class Saver:
         resume, again = self.config.resume, environment.restarts()
         found = choose(AUTO, self.folder) if again or resume == AUTO else None
         if found is None and resume != AUTO:
-            found = choose(resume, self.folder)
+            found = None if is_base(self.config) else choose(resume, self.folder)
         said = [f"start {again + 1} of this run: {failure(self.folder)}"] if again else []
         if found is None:
             if again or resume == AUTO:

@@ -22,7 +22,7 @@ from experiments.compose import Refused
 from experiments.console import DASH, make_console
 from simulator.fit import Problem
 from simulator.published import Row, read
-from simulator.score import MOST_OVER, feasibility, summary
+from simulator.score import FITS, MOST_OVER, feasibility, summary
 
 ROWS = Path(__file__).resolve().parent / "published" / "measured.csv"
 KEYS = ("rows", "plot")
@@ -49,13 +49,23 @@ class Scored:
         values = np.array([measured[i] for i in known], dtype=np.float64)
         return summary(predicted[known], values, [self.rows[i].source for i in known])
 
+    def missed(self) -> list[str]:
+        """Rows that ran out of memory and are predicted to fit."""
+        fits = self.memory_bytes <= FITS * self.capacity
+        return [
+            row.name for row, fit in zip(self.rows, fits, strict=True) if row.out_of_memory and fit
+        ]
+
     def said(self) -> dict[str, Any]:
         """For --json."""
         failed = np.array([row.out_of_memory for row in self.rows], dtype=bool)
         return {
             "time": self.time(),
             "memory": self.memory(),
-            "feasibility": feasibility(self.memory_bytes, self.capacity, failed),
+            "feasibility": {
+                **feasibility(self.memory_bytes, self.capacity, failed),
+                "out_of_memory_but_predicted_to_fit": self.missed(),
+            },
             "not_expressed": self.not_expressed,
         }
 
@@ -101,9 +111,11 @@ def show(scored: Scored) -> None:
     for name in ("time", "memory"):
         console.print(errors_table(f"{name}: predicted against measured", said[name]))
     fits = said["feasibility"]
+    missed = fits["out_of_memory_but_predicted_to_fit"]
     console.print(
         f"{fits['predicted_not_to_fit']} of {fits['out_of_memory']} rows that ran out of memory "
-        f"are predicted not to fit; {fits['ran_above_limit']} of {fits['ran']} that ran are "
+        f"are predicted not to fit{f' (not {chr(32).join(missed)})' if missed else ''}; "
+        f"{fits['ran_above_limit']} of {fits['ran']} that ran are "
         f"predicted to need more than {MOST_OVER} of their device"
     )
     reasons: dict[str, list[str]] = {}

@@ -74,6 +74,15 @@ def document(scored: Scored, problem: Problem, x: np.ndarray, left_out: np.ndarr
         "",
         *time_table(time, out),
         "",
+        *megatron(scored),
+        "",
+        "A row's program is known, and with it what it hides behind compute, which attention "
+        "kernel and loss it has and how it cuts its stages (simulator/habits.py, "
+        "simulator/candidates.py): the same for every row of a program, and no number that is "
+        "fitted; but which of these facts matter was learnt with all sources in sight. What a row "
+        "leaves open (micro-batch, recomputation, stages a rank) is tried, and the fastest that "
+        "fits is taken.",
+        "",
         "## Memory",
         "",
         "Peaks mean what each source means by it: BigScience the whole process, torchtitan and "
@@ -82,12 +91,17 @@ def document(scored: Scored, problem: Problem, x: np.ndarray, left_out: np.ndarr
         *memory_table(said["memory"]),
         "",
         f"Of {fits['out_of_memory']} rows that ran out of memory "
-        f"{fits['predicted_not_to_fit']} are predicted not to fit. Of {fits['ran']} that ran "
+        f"{fits['predicted_not_to_fit']} are predicted not to fit{but(fits)}. Of {fits['ran']} "
+        "that ran "
         f"{fits['ran_above_limit']} are predicted to need more than {MOST_OVER} of their device.",
         "",
         "## Rows without a prediction",
         "",
         *[f"- {n}: {why}" for why, n in Counter(said["not_expressed"].values()).items()],
+        "",
+        "The names of these models lead to shapes (DeepSeek V2 and V3, Qwen3, GPT-OSS) that "
+        "minigpt's model does not have either: heads that are wider than D / heads, latent "
+        "attention, shared experts, first blocks without experts.",
         "",
         "## What was fitted",
         "",
@@ -114,6 +128,26 @@ def time_table(seen: dict[str, Any], unseen: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {origin} | {one['rows']} | {' | '.join([*errors, bias, out])} |")
     means = f"{percent(seen['macro_mape'])} | | | | **{percent(unseen['macro_mape'])}**"
     return [*lines, f"| **mean of sources** | | {seen['rows']} | {means} |"]
+
+
+MEGATRON = ("ptdp", "kort", "meg20")
+
+
+def megatron(scored: Scored) -> list[str]:
+    """The rows of Megatron-LM's own tables on A100, as one figure."""
+    errors = [
+        abs(predicted / row.seconds - 1)
+        for row, predicted in zip(scored.rows, scored.seconds, strict=True)
+        if row.source in MEGATRON and row.cluster.startswith("a100") and row.seconds
+    ]
+    mean = percent(float(np.mean(errors)))
+    return [f"Megatron-LM's tables on A100 ({', '.join(MEGATRON)}): {len(errors)} rows, {mean}."]
+
+
+def but(fits: dict[str, Any]) -> str:
+    """Which rows that ran out of memory are predicted to fit."""
+    missed = fits["out_of_memory_but_predicted_to_fit"]
+    return f" (not {', '.join(missed)})" if missed else ""
 
 
 def memory_table(part: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 ./launch.sh search model=llama3_70b cluster=h100 gpus=512 global_batch_tokens=4M
 ./launch.sh search ... explain=pp8-dp_shard8-tp8    why that layout is not the best
 ./launch.sh search ... plot=front.png               memory against time
+./launch.sh search ... scale.price=2.5              what a million tokens cost, at a price an hour
 ./launch.sh search ... --verify                     trace the winner, and train its tiny twin
 """
 
@@ -19,6 +20,7 @@ from experiments.console import human_bytes
 from experiments.plan_config import SearchConfig, axes_of
 from experiments.scale import run_to_the_end
 from experiments.search_tables import show
+from simulator.at_scale import HOUR
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES
 from simulator.search import Found, search
 from simulator.space import Space, layout_at
@@ -76,7 +78,11 @@ def said_of(config: SearchConfig, found: Found) -> dict[str, Any]:
         "plans": [plan_of(found, int(i)) for i in order[: config.top]],
         "front": [plan_of(found, int(i)) for i in found.front()],
         "rejected": dict(found.reasons().most_common()),
+        "lost_by": found.margins(),
     }
+    if config.scale.price is not None:
+        for plan in said["plans"] + said["front"]:
+            plan["cost_per_million_tokens"] = cost_of(config, plan["time_s"])
     if config.explain is not None:
         said["explained"] = explain(config, found)
     if len(order):
@@ -88,6 +94,13 @@ def said_of(config: SearchConfig, found: Found) -> dict[str, Any]:
             config.gpus,
         )
     return said
+
+
+def cost_of(config: SearchConfig, time_s: float) -> float:
+    """Of a million tokens, in what `scale.price` is in; failures are left out."""
+    assert config.scale.price is not None
+    hours = config.gpus * time_s / HOUR
+    return config.scale.price * hours * 1e6 / (config.batch_size * config.seq_len)
 
 
 def plan_of(found: Found, i: int) -> dict[str, Any]:

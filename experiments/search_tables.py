@@ -11,7 +11,7 @@ from rich.table import Table
 from experiments.console import DASH, human_bytes, human_seconds, make_console, share
 from experiments.plan_config import SearchConfig
 from experiments.scale import say_scale
-from simulator.search import Found
+from simulator.search import OUT_OF_MEMORY, Found
 
 SHORT = {  # names of schedules, for a column; "x2" behind one is two stages a rank
     "interleaved_1f1b": "1f1b",
@@ -44,15 +44,29 @@ def show(config: SearchConfig, found: Found, said: dict[str, Any]) -> None:
     reasons = Table(title="why the others lost", title_justify="left")
     reasons.add_column("reason")
     reasons.add_column("plans", justify="right")
+    reasons.add_column("by, in the median", justify="right")
     for reason, count in said["rejected"].items():
-        reasons.add_row(reason, f"{count:,}")
+        reasons.add_row(reason, f"{count:,}", _margin(reason, said["lost_by"].get(reason)))
     console.print(reasons)
+    if said["plans"] and "cost_per_million_tokens" in said["plans"][0]:
+        costs = [plan["cost_per_million_tokens"] for plan in (said["plans"][0], said["plans"][-1])]
+        console.print(
+            f"a million tokens cost {costs[0]:.4g} with the fastest plan, {costs[1]:.4g} with the "
+            "last one shown",
+            highlight=False,
+        )
     if "explained" in said:
         say_explained(console, said)
     if said.get("to_the_end"):
         say_scale(console, said["to_the_end"])
     if "verified" in said:
         console.print(said["verified"]["says"], markup=False)
+
+
+def _margin(reason: str, by: float | None) -> str:
+    if by is None:
+        return DASH
+    return human_bytes(by) if reason == OUT_OF_MEMORY else human_seconds(by)
 
 
 def thinned(front: list[dict[str, Any]]) -> list[dict[str, Any]]:

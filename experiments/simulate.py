@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from costs import ledger as ledgers
 from experiments.compose import Refused, configs_of
 from experiments.console import costs_tables, human_bytes, human_seconds, make_console, share
-from experiments.plan_config import Method, SimulateConfig
+from experiments.plan_config import Method, SimulateConfig, plain
 from experiments.run_folder import make_folder
 from experiments.scale import run_to_the_end, say_scale
 from parallel.layout import Impl
@@ -32,9 +32,13 @@ Step = dict[str, Any]
 def command(argv: list[str]) -> int:
     """Predict, write, and print the tables or the ledger."""
     as_json = "--json" in argv
-    for config in configs_of("simulate", [a for a in argv if a != "--json"]):
+    configs = configs_of("simulate", [a for a in argv if a != "--json"])
+    for number, config in enumerate(configs):
         check(config)
-        folder = make_folder(Path(config.run.dir) if config.run.dir else None, config.layout)
+        given = Path(config.run.dir) if config.run.dir else None
+        if given and len(configs) > 1:  # a sweep (-m)
+            given = given / str(number)
+        folder = make_folder(given, config.layout)
         ledger = simulate(config, folder)
         OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
         ledgers.write(folder / "ledger.json", ledger)
@@ -75,7 +79,6 @@ def simulate(config: SimulateConfig, folder: Path) -> dict[str, Any]:
 def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[str, Any]:
     """A ledger of one rank of each pipeline place, or of the one that was traced."""
     layout, device = config.layout, config.cluster.device
-    settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     step, end = ledgers.step_of(steps), None
     seconds = step["time_s"]["total"]
     if seconds is not None:
@@ -84,7 +87,7 @@ def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[st
     return {
         "schema": ledgers.SCHEMA,
         "source": source,
-        "config": settings,
+        "config": plain(config),
         "layout": {"world_size": layout.world_size, **layout.by_axis},
         "model": {
             "parameters": config.model.parameters,

@@ -62,17 +62,19 @@ class Points:
         """The finished run of a point; `config` is settled. None where it must be run."""
         return next((f for f in self._of(overrides) if _is_done(f) and _is_same(f, config)), None)
 
-    def place(self, overrides: list[str], number: int, clear: bool) -> Path:
+    def place(self, overrides: list[str], number: int, first: bool, dry: bool = False) -> Path:
         """Where a point runs: `number` in this folder, or the next that is free.
 
-        An attempt that failed gives its folder to the next one. `clear` removes it: the first node
-        does, and what it makes then is where the others find themselves.
+        An attempt that failed gives its folder to the next one. The first node removes what is in
+        it, and what it makes then is where the others find themselves. Where nothing will be
+        started (`dry`), what was started once stays.
         """
         for folder in self._of(overrides):
-            if not _is_done(folder):
-                if clear:
-                    shutil.rmtree(folder)
-                return folder
+            if _is_done(folder) or (dry and _was_started(folder)):
+                continue
+            if first:
+                shutil.rmtree(folder)
+            return folder
         while self.folder / str(number) in self.taken:
             number += 1
         self.taken.add(self.folder / str(number))
@@ -105,6 +107,10 @@ def _is_done(folder: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _was_started(folder: Path) -> bool:
+    return any((folder / "logs").iterdir()) if (folder / "logs").is_dir() else False
 
 
 def _is_same(folder: Path, config: TrainConfig) -> bool:

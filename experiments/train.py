@@ -33,6 +33,7 @@ from experiments.tracking import make_tracker
 from experiments.verdict import mark_stopped
 from minigpt.corpus import open_corpus
 from minigpt.data import Batches
+from minigpt.lora import merged
 from minigpt.tokenizer import make_tokenizer
 from parallel.drift import check_copies
 from parallel.mesh import build_mesh, leave
@@ -94,6 +95,8 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     if config.trace:
         write_trace(meters, folder)
     weights = full_weights(trainer.replica) if config.run.save or config.sample.tokens else {}
+    if config.finetune.on:
+        weights = merged(weights, config.finetune)
     if ledger:  # rank 0
         tracker.finish(ledger)
         if config.run.save:

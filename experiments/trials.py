@@ -27,6 +27,8 @@ SMALL = (
     "sample.tokens=0",
     "run.save=false",
 )
+# what a manifest has besides its step, where no run is to go on from it
+NOTHING_ELSE = {"batch_size": 1, "config": {}, "corpus": "", "scaler": None}
 # how a user asks for them, and how many ranks that are
 STRATEGIES = {
     "ddp": 2,
@@ -37,7 +39,7 @@ STRATEGIES = {
     "fsdp_tp": 4,
 }
 VICTIMS = ("rank", "torchrun", "launcher", "all")
-PATIENCE_S = 120.0  # for what takes seconds: a machine may be busy
+PATIENCE_S = 600.0  # for what takes seconds: a machine may be busy
 
 
 @dataclass

@@ -58,7 +58,12 @@ def main(folder: Path) -> None:
 
         from experiments.train import train  # torch takes seconds: a bad folder is told before
 
-        train(config, launched, folder, rank)
+        if launched.fault is None:
+            train(config, launched, folder, rank)
+        else:
+            from experiments.debug.faults import planted
+
+            planted(launched.fault, train, config, launched, folder, rank)
 
 
 if __name__ == "__main__":

@@ -206,13 +206,15 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     Each has a random stream of its own, made from its global name and always on the CPU, so that
     stages, shards and GPUs start from the same numbers as a single process.
     """
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".lora_b")):
         return torch.zeros(*shape)
     if "norm" in name:
         return torch.ones(*shape)
     std = 0.02
     if name.endswith(("attention.out.weight", "mlp.down.weight", "mlp.experts.down")):
         std /= math.sqrt(2 * config.n_layer)  # so that the residual stream does not grow with depth
+    if name.endswith(".lora_a"):
+        std = 1 / math.sqrt(shape[1])  # so that A x is as large as x
     # a hash, for torch's CPU generator takes no more than 32 bits of its seed
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
     stream = torch.Generator().manual_seed(int.from_bytes(digest, "little"))

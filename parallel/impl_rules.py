@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minigpt.config import Attention, ModelConfig, Pieces, require
+from minigpt.config import FFN, Attention, ModelConfig, Pieces, require
 from parallel.layout import MESH_AXES, ONE_F_ONE_B, Impl, Layout, Options, Precision
 
 BY_HAND = ("dp_replicate", "dp_shard", "tp", "pp")  # axes that parallel/by_hand/ has
@@ -40,6 +40,32 @@ def check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:
             options.zero_stage != 1 or layout.dp_shard == 1,
             "impl=accelerate: zero_stage=1 is none of its ways to shard; 2 and 3 are",
         )
+
+
+def check_finetune(model: ModelConfig, layout: Layout, options: Options) -> None:
+    """Raise ValueError, one line, where LoRA's adapters cannot be put beside what is there."""
+    if not options.finetune.on:
+        return
+    said = "finetune=lora:"
+    cut = [f"layout.{axis}={size}" for axis in ("tp", "ep") if (size := getattr(layout, axis)) > 1]
+    require(
+        not cut, f"{said} {', '.join(cut)} cuts what an adapter takes whole; dp, pp and cp work"
+    )
+    require(
+        options.impl == Impl.torch,
+        f"{said} impl={options.impl.value} has a gradient of every weight; impl=torch works",
+    )
+    require(
+        layout.pp == 1 or not options.pipeline.splits_backward,
+        f"{said} pipeline.schedule={options.pipeline.schedule.value} computes gradients of weights "
+        "apart, frozen ones too; 1f1b, gpipe and interleaved_1f1b work",
+    )
+    in_mlp = "mlp" in options.finetune.targets
+    require(
+        not in_mlp or (model.ffn != FFN.moe and model.impl == Pieces.torch),
+        f"finetune.targets has mlp: model.ffn={FFN(model.ffn).value} with model.impl="
+        f"{Pieces(model.impl).value} has no projections there that take an adapter",
+    )
 
 
 def _check_pieces(model: ModelConfig, layout: Layout, options: Options) -> None:

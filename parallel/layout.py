@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from minigpt.finetune import FinetuneConfig
+
 # Mesh axes, outermost first: neighbours on the last are neighbours in rank, so tp stays in a node.
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 LEFT_OVER = -1
@@ -220,3 +222,4 @@ class Options:
     micro_batch_size: int = 1
     seq_len: int = 1
     micro_batches: int = 1  # of one optimiser step
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -1,8 +1,9 @@
 """From a model and a layout to a replica that trains: the only file that knows the order.
 
-Stages are split first, for each is then a model of its own. Tensor parallel cuts the plain modules.
-Activation checkpointing must see blocks that are already cut, compile must see the checkpoint, and
-the data axes come last: they take weights as they are by then, and their hooks stay outside.
+Stages are split first, for each is then a model of its own. LoRA puts its adapters beside plain
+modules, and tensor parallel cuts plain modules. Activation checkpointing must see blocks that are
+already cut, compile must see the checkpoint, and the data axes come last: they take weights as they
+are by then, and their hooks stay outside.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minigpt.by_hand.cross_entropy import token_loss as token_loss_by_hand
 from minigpt.config import ModelConfig, Pieces
+from minigpt.lora import apply_lora
 from minigpt.model import GPT, initial_value
 from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.context_parallel import apply_context_parallel, local_part
@@ -45,6 +47,8 @@ def parallelize(
     fill = fill or partial(fill_weights, mesh=mesh, seed=seed)
     stages = split_model(config, mesh, options) if layout.pp > 1 else {0: whole_model(config)}
     for stage in stages.values():
+        if options.finetune.on:
+            apply_lora(stage, stage.blocks, options.finetune)
         apply_inside(stage, mesh, options)
     if options.impl == Impl.accelerate:
         from parallel.through_accelerate import apply_accelerate  # a package that may not be there

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from minigpt.lora import is_adapter
 from parallel.replica import Replica
 
 
@@ -43,8 +44,13 @@ def whole_tensor(tensor: DTensor) -> Tensor:
 
 @torch.no_grad()
 def take_weights(replica: Replica, whole: Callable[[str], Tensor]) -> None:
-    """Fill every parameter from `whole(name)`, one at a time; each rank cuts its part out."""
+    """Fill every parameter from `whole(name)`, one at a time; each rank cuts its part out.
+
+    Adapters keep what they have: they are no part of a model's weights.
+    """
     for name, parameter in replica.named_parameters():
+        if is_adapter(name):
+            continue
         value = whole("embedding.weight" if name in replica.copies else name)
         value = value.to(parameter.device, parameter.dtype)
         if isinstance(parameter, DTensor):

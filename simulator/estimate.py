@@ -97,7 +97,7 @@ def block_seconds(work: Work, cluster: Cluster) -> Array:
     device's, or the host's where it launches operators more slowly than they run; both where the
     device is the host."""
     busy, launches = busy_seconds(work, cluster), launch_seconds(work, cluster)
-    return np.maximum(busy, launches) if cluster.device.asynchronous else busy + launches
+    return np.where(cluster.device.asynchronous, np.maximum(busy, launches), busy + launches)
 
 
 def launch_seconds(work: Work, cluster: Cluster) -> Array:
@@ -180,19 +180,20 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     payload = work.tokens * work.width * work.item
     tp = group(work.tp, one, cluster.node_size)
     reduces = (4 + 2 * work.recomputed) * collectives.seconds("all_reduce", payload, tp, cluster)
-    shown = 1 - cluster.tensor_overlap * work.hides_tensor
+    pieces = cluster.tensor_overlap * work.hides_tensor * reduces
     cp = group(work.cp, work.tp, cluster.node_size)
     rounds = (3 + work.recomputed) * (work.cp - 1)
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
+    # no more hides than there is to hide behind
+    shown = reduces - np.minimum(pieces, block_seconds(work, cluster))
     idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
     hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
-    if not cluster.device.asynchronous:
-        hidden = np.zeros_like(ring)  # sending is this device's work too
+    hidden = np.where(cluster.device.asynchronous, hidden, 0.0)  # sending is a core's work too
     ep = group(work.ep, work.tp * work.cp, cluster.node_size)
     slots = (4 + 2 * work.recomputed) * collectives.seconds(
         "all_to_all", work.routed_bytes, ep, cluster
     )
-    return shown * reduces + np.maximum(0.0, ring - hidden) + slots
+    return shown + np.maximum(0.0, ring - hidden) + slots
 
 
 def stage_messages(work: Work, cluster: Cluster) -> Array:
@@ -229,13 +230,13 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
     updates = np.where(work.shards > 1, each("all_gather", work.weight_bytes, calls), 0.0)
     last = work.layers * block  # of one micro-batch: its backward is twice its forward
     always = scatter + 2 * work.micro_batches * gather
-    if not cluster.device.asynchronous:  # sending is this device's work too
-        return np.where(work.gathers_weights > 0, always, scatter + again + updates)
     prefetched = HIDDEN_GATHERS * work.hides_gathers * work.micro_batches * last
     behind = cluster.overlap * last / 3
     once = left(scatter + again, 2 * work.hides_gradients * behind)
     once = once + left(updates, work.hides_updates * behind)
-    return np.where(work.gathers_weights > 0, left(always, prefetched), once)
+    shown = np.where(work.gathers_weights > 0, left(always, prefetched), once)
+    sent = np.where(work.gathers_weights > 0, always, scatter + again + updates)
+    return np.where(cluster.device.asynchronous, shown, sent)  # sending is a core's work too
 
 
 def optimizer_seconds(work: Work, cluster: Cluster) -> Array:

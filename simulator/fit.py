@@ -107,6 +107,9 @@ def stacked(nodes: list[Any]) -> Any:
             setattr(made.peak_flops, name, np.array(rates))
         share: Any = made.efficiency
         share.matmul_fp8 = np.where(np.isnan(share.matmul_fp8), share.matmul, share.matmul_fp8)
+    if isinstance(made, Cluster):
+        whole: Any = made
+        whole.crowding = np.nan_to_num(whole.crowding)  # null: none
     return made
 
 
@@ -175,11 +178,8 @@ class Problem:
         )
 
 
-def fit(problem: Problem, used: Array, rounds: int = 60, start: Array | None = None) -> Array:
-    """The numbers of parameters() that fit the rows where `used` is true, as x of each.
-
-    `start`: where the search begins; None: at the priors.
-    """
+def fit(problem: Problem, used: Array, rounds: int = 60) -> Array:
+    """The numbers of parameters() that fit the rows where `used` is true, as x of each."""
     found = parameters()
     names, counts = np.unique(problem.sources[used], return_counts=True)
     share = dict(zip(names.tolist(), np.sqrt(np.mean(counts) / counts).tolist(), strict=True))
@@ -190,7 +190,7 @@ def fit(problem: Problem, used: Array, rounds: int = 60, start: Array | None = N
         soft = np.sign(z) * np.sqrt(2 * (np.sqrt(1 + z * z) - 1))
         return np.concatenate([weight * soft, x])
 
-    x, damping = np.zeros(len(found)) if start is None else start.copy(), 1.0
+    x, damping = np.zeros(len(found)), 1.0
     r = residual(x)
     stuck = 0
     for _ in range(rounds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from costs.ledger import MEMORY_PARTS, TIME_PARTS, wire_bytes
@@ -22,9 +23,15 @@ Step = dict[str, Any]
 
 
 def formula_steps(
-    model: ModelConfig, layout: Layout, options: Options, cluster: Cluster, clipped: bool = True
+    model: ModelConfig,
+    layout: Layout,
+    options: Options,
+    cluster: Cluster,
+    clipped: bool = True,
+    places: Sequence[int] | None = None,
 ) -> list[Step]:
-    """`step` of a ledger for the first rank of each pp place. Times are those of the whole plan.
+    """`step` of a ledger for the first rank of each pp place, or of some `places`. Times are those
+    of the whole plan.
 
     The plan must be one that parallel.rules lets pass.
     """
@@ -34,7 +41,7 @@ def formula_steps(
     time_s |= {part: None for part in TIME_PARTS if part not in time_s}
     model_flops, peak = float(predicted.model_flops[0]), float(predicted.peak_flops[0])
     steps = []
-    for place in range(layout.pp):
+    for place in range(layout.pp) if places is None else places:
         rank = Rank(plans, place)
         held = memory(plans, place, rank)
         parts = {part: int(getattr(held, part)[0]) for part in MEMORY_PARTS}

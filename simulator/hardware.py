@@ -131,7 +131,7 @@ class Cluster:
     between_nodes: Level = field(default_factory=Level)
     operator_overhead: float = 0.0  # seconds that the host needs to launch one operator
     overlap: float = 1.0  # share of the last backward behind which gradients can hide
-    tensor_overlap: float = 0.0  # share of tp's messages that sequence parallelism hides
+    tensor_overlap: float = 0.0  # share of tp's messages that hide in products
     straggling: float = 0.0  # standard deviation of a node's speed, as a share of it
     crowding: float | None = None  # how much longer work takes when all of a node compute, a share
     sources: dict[str, str] = field(default_factory=dict)  # a number's key -> where it is from
@@ -150,9 +150,12 @@ class Cluster:
 
     def crowded(self, ranks: Any) -> Any:
         """How many times longer work takes where so many ranks compute, packed into nodes; `ranks`
-        may be an array."""
+        may be an array, and so may the numbers of a cluster."""
+        if self.crowding is None:
+            return 1.0
         neighbours = (ranks < self.node_size) * ranks + (ranks >= self.node_size) * self.node_size
-        return 1 + (self.crowding or 0.0) * (neighbours - 1) / max(1, self.node_size - 1)
+        others = self.node_size - 1
+        return 1 + self.crowding * (neighbours - 1) / (others + (others == 0))
 
     def of(self, collective: str) -> Cluster:
         """The same cluster with its network as one collective finds it."""

@@ -20,6 +20,7 @@ from simulator.work import OWN_DTYPE, Work
 OUT_OF_MEMORY = "out of memory"
 # what a plan loses by, where it takes longer than the winner
 LOSSES = ("exposed_communication", "bubble", "optimizer")
+PARTS = ("compute", *LOSSES)
 RECOMPUTES, SMALL_TILES = "recomputation", "tiles too small"
 CHUNK = 20_000  # plans at a time: arrays that stay in the caches
 
@@ -110,16 +111,30 @@ class Found:
             lost.update(Counter(self.lost(order[1:], int(order[0])).tolist()))
         return Counter({reason: count for reason, count in lost.items() if count})
 
+    def margins(self) -> dict[str, float]:
+        """By how much the plans of each reason lose, in the median: bytes over the limit where
+        they are out of memory, else seconds that the part takes more than the winner's."""
+        order, over = self.order, self.predicted.memory_bytes["peak"][~self.fits] - self.limit
+        found = {OUT_OF_MEMORY: float(np.median(over))} if len(over) else {}
+        if len(order) > 1:
+            why = self.lost(order[1:], int(order[0]))
+            worst = np.max(self._excess(order[1:], int(order[0])), axis=0)
+            found |= {name: float(np.median(worst[why == name])) for name in np.unique(why)}
+        return found
+
+    def _excess(self, which: Array, winner: int) -> Array:
+        """(parts, plans): seconds of compute and of LOSSES more than the winner's."""
+        time = self.predicted.time_s
+        return np.stack([time[part][which] - time[part][winner] for part in PARTS])
+
     def lost(self, which: Array, winner: int) -> Array:
         """What each of `which` loses most time by against the winner."""
-        time, plans = self.predicted.time_s, self.predicted.plans
-        parts = ("compute", *LOSSES)
-        excess = np.stack([time[part][which] - time[part][winner] for part in parts])
+        plans, excess = self.predicted.plans, self._excess(which, winner)
         again = (plans.checkpointing[which] != NONE) & (
             plans.checkpointing[which] != plans.checkpointing[winner]
         )
         computing = np.where(again, RECOMPUTES, SMALL_TILES)
-        names = np.array([part.replace("_", " ") for part in parts], dtype=object)
+        names = np.array([part.replace("_", " ") for part in PARTS], dtype=object)
         worst = np.argmax(excess, axis=0)
         return np.where(worst == 0, computing, names[worst])
 

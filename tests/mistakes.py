@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from minigpt.config import FFN, ModelConfig
+from minigpt.finetune import FinetuneConfig, Method
 from parallel.layout import (
     ActivationCheckpointing,
     Impl,
@@ -27,6 +28,7 @@ def schedule(name: str, **settings: Any) -> dict[str, Any]:
 
 SELECTIVE = {"activation_checkpointing": ActivationCheckpointing.selective}
 BY_HAND: dict[str, Any] = {"impl": Impl.by_hand}
+LORA: dict[str, Any] = {"finetune": FinetuneConfig(Method.lora)}
 ACCELERATE: dict[str, Any] = {"impl": Impl.accelerate}
 
 MISTAKES: list[tuple[ModelConfig, Layout, dict[str, Any], str]] = [
@@ -72,6 +74,26 @@ MISTAKES: list[tuple[ModelConfig, Layout, dict[str, Any], str]] = [
         Layout(),
         {"sequence_parallel": True},
         "sequence_parallel=true: it cuts along layout.tp",
+    ),
+    # adapters
+    (
+        MODEL,
+        Layout(dp_replicate=2, tp=2),
+        LORA,
+        "finetune=lora: layout.tp=2 cuts what an adapter takes whole",
+    ),
+    (MODEL, Layout(dp_shard=2), {**LORA, **BY_HAND}, "finetune=lora: impl=by_hand has a gradient"),
+    (
+        MODEL,
+        Layout(pp=2),
+        {**LORA, **schedule("zbv_zero_bubble")},
+        "finetune=lora: pipeline.schedule=zbv_zero_bubble computes gradients of weights apart",
+    ),
+    (
+        MOE,
+        Layout(dp_shard=2),
+        {"finetune": FinetuneConfig(Method.lora, targets=["q", "mlp"])},
+        "finetune.targets has mlp: model.ffn=moe",
     ),
     # context parallelism
     (

@@ -208,6 +208,7 @@ def test_words_become_ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("10", "2", "deep/1"):
         a_run(tmp_path / "sweep" / name)
     (tmp_path / "sweep" / "logs").mkdir()
+    (tmp_path / "sweep" / "round").symlink_to(tmp_path / "sweep")
     in_order = [Path("sweep") / name / "ledger.json" for name in ("2", "10", "deep/1")]
     assert ledger_paths(["sweep"]) == (in_order, [])
     assert ledger_paths(["sweep/[0-9]*"]) == (in_order[:2], [])

@@ -12,6 +12,7 @@ from costs.ledger import TIME_PARTS
 from experiments import clusters
 from minigpt.config import FFN, ModelConfig
 from simulator.estimate import block_seconds, step_seconds
+from simulator.habits import FUSED_LOGIT, KERNELS, MEGATRON_LOGIT, Habits
 from simulator.hardware import Cluster
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Plans
 from simulator.work import Work
@@ -41,8 +42,8 @@ def plans(model: ModelConfig = LLAMA, seq_len: int = 4096, **changes: list[Any])
     return Plans.product(model, seq_len, {**choices, **changes})
 
 
-def total(some: Plans, cluster: Cluster = H100) -> np.ndarray:
-    return step_seconds(Work.of(some), cluster)["total"]
+def total(some: Plans, cluster: Cluster = H100, habits: Habits = Habits()) -> np.ndarray:  # noqa: B008
+    return step_seconds(Work.of(some, habits=habits), cluster)["total"]
 
 
 MANY = {
@@ -148,3 +149,53 @@ def test_fp8_products_are_faster_and_experts_cost_what_is_active() -> None:
 def test_without_a_flash_kernel_the_scores_cost_their_bytes() -> None:
     flash, plain = Work.of(plans()), Work.of(replace(plans(), flash=False))
     assert block_seconds(plain, H100)[0] > 1.2 * block_seconds(flash, H100)[0]
+
+
+HIDING = ["hides_tensor", "hides_stages", "hides_gradients", "hides_updates"]
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_what_a_program_hides_never_makes_a_step_slower(name: str) -> None:
+    some = plans(**MANY)
+    own = Habits(hides_gradients=False)
+    open_, hidden = (
+        step_seconds(Work.of(some, habits=replace(own, **{name: on})), H100) for on in (0, 1)
+    )
+    assert all(np.array_equal(open_[part], hidden[part]) for part in ("compute", "optimizer"))
+    assert np.all(hidden["bubble"] <= open_["bubble"])
+    # in blocks that overlap or at once in the end: many messages pay more latency than one
+    slack = H100.between_nodes.latency * 2 * 64 * LLAMA.n_layer if name == "hides_gradients" else 0
+    assert np.all(hidden["exposed_communication"] <= open_["exposed_communication"] + slack)
+    assert np.any(hidden["exposed_communication"] < open_["exposed_communication"])
+
+
+def test_newer_kernels_and_fused_operators_are_faster() -> None:
+    def block(**habits: Any) -> float:
+        return float(total(plans(seq_len=8192)[[0]], H100, Habits(**habits))[0])
+
+    times = [block(kernel=name) for name in KERNELS]
+    assert times == sorted(times, reverse=True) and times[0] > 1.02 * times[-1]
+    assert block(separate=True) > block()
+    assert block(logit_bytes=MEGATRON_LOGIT) > block(logit_bytes=FUSED_LOGIT)
+
+
+def test_gradients_that_are_sent_last_pay_the_latency_once() -> None:
+    """A ring's latency once, not once a block (Megatron-LM's LocalDDP sends one buffer)."""
+    free = {**FREE, "between_nodes.latency": 1e-3, "in_node.latency": 1e-3, "overlap": 0.0}
+    some = plans(dp_replicate=[64], micro_batches=[1])
+    sent = [
+        step_seconds(Work.of(some, habits=Habits(hides_gradients=on)), H100.changed(free))
+        for on in (True, False)
+    ]
+    by_block, once = (parts["exposed_communication"][0] for parts in sent)
+    assert once == pytest.approx(2 * 63 * 1e-3)
+    assert by_block == pytest.approx(LLAMA.n_layer * once)
+
+
+def test_messages_to_the_next_stage_lengthen_the_bubble() -> None:
+    some = plans(pp=[8], micro_batches=[8])
+    far = H100.changed({"between_nodes.bandwidth": 1e8, "in_node.bandwidth": 1e8})
+    hidden = Habits(hides_stages=True)
+    near, slow = (step_seconds(Work.of(some, habits=hidden), c) for c in (H100, far))
+    assert slow["exposed_communication"][0] == near["exposed_communication"][0]
+    assert slow["bubble"][0] > near["bubble"][0]

@@ -93,6 +93,7 @@ def test_what_it_says(report: Path) -> None:
     assert held == [1.0, 2.000001], "of the fullest rank, megabytes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_it_works_in_a_browser_without_a_network(report: Path, width: int) -> None:
     with opened(report.as_uri(), width) as found:
@@ -109,6 +110,7 @@ def test_it_works_in_a_browser_without_a_network(report: Path, width: int) -> No
             assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
 
+@pytest.mark.slow
 def test_tables_sort_by_mouse_and_keyboard(report: Path) -> None:
     with opened(report.as_uri(), 1400) as found:
         page = found.page

@@ -96,7 +96,14 @@ def test_json_has_what_scripts_read(capsys: pytest.CaptureFixture[str]) -> None:
         assert plan["time_s"] == pytest.approx(sum(plan["time_parts"].values()))
         assert plan["memory_bytes"] == sum(plan["memory_parts"].values())
         assert set(plan["layout"]) == {"pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"}
+        tokens = 1e6 / 2**19
+        assert plan.get("cost_per_million_tokens", 2 * 16 * plan["time_s"] / 3600 * tokens) == (
+            pytest.approx(2 * 16 * plan["time_s"] / 3600 * tokens)
+        )
+    assert "cost_per_million_tokens" in plans[0]
     assert sum(said["rejected"].values()) == said["considered"] - 1
+    lost = {name for name in said["rejected"] if not name.startswith("refused: ")}
+    assert set(said["lost_by"]) == lost and all(by > 0 for by in said["lost_by"].values())
     end = said["to_the_end"]
     steps = 1e12 / 2**19
     assert end["steps"] == pytest.approx(steps) and 0.9 < end["goodput"] < 1

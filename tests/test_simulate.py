@@ -11,6 +11,7 @@ import pytest
 from costs import ledger as ledgers
 from experiments.__main__ import main
 from experiments.clusters import load
+from experiments.comparison import compared
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options
 from simulator.communication import payload_bytes
@@ -24,6 +25,22 @@ def said(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str,
     status = main(["simulate", *argv])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def test_a_sweep_of_simulations_can_be_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    swept = ["cluster=h100,a100_80g", "precision=bf16,fp32", "run.dir=swept"]
+    status, _, error = said(["-m", *PLAN, *swept], capsys)
+    assert (status, error) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["swept"], "Hydra leaves nothing"
+    comparison = compared(["swept"])
+    assert [run.name for run in comparison.runs] == ["0", "1", "2", "3"]
+    found = {tuple(d.keys): d for d in comparison.differences.elementary}
+    assert found[("precision",)].pairs == [(0, 1), (2, 3)]
+    assert found[("cluster",)].pairs == [(0, 2), (1, 3)]
+    assert found[("cluster",)].after == {"cluster": "a100_80g"}
 
 
 def test_the_ledger_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

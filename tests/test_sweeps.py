@@ -61,14 +61,17 @@ def test_what_is_done_is_kept_and_what_failed_runs_again(tmp_path: Path) -> None
     points = Points(tmp_path)
     assert points.done([*DDP[::-1], "run.dir=x"], config) == tmp_path / "0"
     assert points.done(other, settled(other)) is None
-    assert points.place(other, 7, clear=False) == tmp_path / "1"
+    assert points.place(other, 7, first=False) == tmp_path / "1"
     assert (tmp_path / "1").exists(), "another node's"
-    assert points.place(other, 7, clear=True) == tmp_path / "1"
+    (tmp_path / "1" / "logs").mkdir()
+    (tmp_path / "1" / "logs" / "torchrun.log").touch()
+    assert points.place(other, 7, first=True, dry=True) == tmp_path / "7", "nothing is lost"
+    assert points.place(other, 7, first=True) == tmp_path / "1"
     assert not (tmp_path / "1").exists()
     new = ["strategy=tp", "precision=bf16"]
     assert points.done(new, settled(new)) is None
-    assert points.place(new, 0, clear=True) == tmp_path / "2"
-    assert points.place(["strategy=pp"], 1, clear=True) == tmp_path / "3", "each its own"
+    assert points.place(new, 0, first=True) == tmp_path / "2"
+    assert points.place(["strategy=pp"], 1, first=True) == tmp_path / "3", "each its own"
 
 
 def test_a_point_whose_defaults_have_changed_is_not_done(tmp_path: Path) -> None:
@@ -76,7 +79,7 @@ def test_a_point_whose_defaults_have_changed_is_not_done(tmp_path: Path) -> None
     path = tmp_path / "0" / "config.yaml"
     path.write_text(path.read_text().replace("steps: 300", "steps: 200"))
     assert Points(tmp_path).done(DDP, config) is None
-    assert Points(tmp_path).place(DDP, 0, clear=True) == tmp_path / "1"
+    assert Points(tmp_path).place(DDP, 0, first=True) == tmp_path / "1"
     assert (tmp_path / "0" / "ledger.json").exists(), "what was measured stays"
     path.write_text("damaged: [")
     assert Points(tmp_path).done(DDP, config) is None

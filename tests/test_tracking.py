@@ -46,6 +46,7 @@ def a_sweep(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_wandb_has_the_tables_and_pictures_of_a_run(tmp_path: Path) -> None:
     folder, said = a_run(tmp_path / "run"), []
     mirrored(Logger.wandb, folder, {"steps": 2, "api_key": "x"}, said)
@@ -66,6 +67,7 @@ def test_wandb_has_the_tables_and_pictures_of_a_run(tmp_path: Path) -> None:
     assert len(said) == 1 and "wandb sync" in said[0]
 
 
+@pytest.mark.slow
 def test_wandb_has_a_sweeps_comparison_beside_its_runs(tmp_path: Path) -> None:
     folder = a_sweep(tmp_path / "sweep")
     mirrored(Logger.wandb, folder, {}, [])

@@ -1,0 +1,227 @@
+"""./launch.sh playground [port=8642]: a local page with sliders; memory, time and timeline follow.
+
+It listens on 127.0.0.1 only, and calls the simulator of this process: nothing leaves the machine.
+The controls are the browser's own, so that keyboard and screen reader know them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+from experiments.compose import Refused
+from experiments.playground_plan import Controls, choices, view
+from experiments.playground_results import results_of
+
+PORT = 8642
+HOST = "127.0.0.1"
+# sliders over powers of two: key -> (what it says, the highest power)
+SLIDERS: dict[str, tuple[str, int]] = {
+    "pp": ("pipeline stages (pp)", 5),
+    "dp_replicate": ("replicas (dp_replicate)", 9),
+    "dp_shard": ("shards (dp_shard)", 9),
+    "cp": ("context (cp)", 4),
+    "tp": ("tensor (tp)", 4),
+    "micro_batch_size": ("sequences of a micro-batch", 5),
+    "gradient_accumulation_steps": ("micro-batches of a step", 8),
+    "seq_len": ("tokens of a sequence", 17),
+}
+LISTS = {
+    "model": "model",
+    "cluster": "cluster",
+    "schedule": "pipeline schedule",
+    "precision": "precision",
+    "activation_checkpointing": "activation checkpointing",
+    "zero_stage": "ZeRO stage of the shards",
+}
+STYLE = """
+<style>
+:root { color-scheme: light; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d24; background: #fff; margin: 0; }
+.nicegui-content { padding: 0; }
+.page { display: grid; grid-template: "title summary" auto "controls summary" auto
+  "controls details" 1fr / minmax(250px, 320px) minmax(0, 1fr); gap: 4px 32px; width: 100%;
+  max-width: 1360px; margin: 0 auto; padding: 16px; box-sizing: border-box; }
+.title { grid-area: title; } .summary { grid-area: summary; } .controls { grid-area: controls; }
+.details { grid-area: details; min-width: 0; }
+.page h1 { font-size: 20px; line-height: 1.3; margin: 0 0 10px; font-weight: 650; }
+.page h2 { font-size: 15px; line-height: 1.3; margin: 18px 0 4px; font-weight: 650; }
+.control { margin: 0 0 9px; width: 100%; }
+.control label { display: flex; justify-content: space-between; font-size: 13.5px; }
+.control output { font-variant-numeric: tabular-nums; font-weight: 600; }
+.control input[type=range], .control select { width: 100%; accent-color: #2f4f8f; }
+.control select { padding: 4px; border: 1px solid #8c8c8c; border-radius: 4px; background: #fff; }
+.control.check label { justify-content: flex-start; gap: 8px; }
+.numbers { display: flex; flex-wrap: wrap; gap: 2px 26px; margin-top: 8px; font-size: 13.5px; }
+.numbers b { font-size: 20px; line-height: 1.3; font-variant-numeric: tabular-nums;
+  display: block; }
+.verdict { padding: 8px 12px; border-left: 4px solid #2c7d49; background: #f1f7f3; }
+.verdict.bad { border-color: #b3263a; background: #fbf0f1; }
+.picture { width: 100%; display: block; }
+.picture .limit { stroke: #1d1d24; stroke-width: 3; }
+.picture text { font-size: 12px; fill: #1d1d24; }
+.picture text.number { fill: #fff; text-anchor: middle; font-size: 11px; }
+.wide { overflow-x: auto; } .wide .picture { min-width: 720px; }
+.key { display: inline-block; margin-right: 14px; font-size: 13px; white-space: nowrap; }
+.key i { display: inline-block; width: 11px; height: 11px; margin-right: 5px; }
+.command { display: block; padding: 9px 12px; background: #f2f2f5; border-radius: 4px;
+  font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
+.page button { padding: 5px 14px; border: 1px solid #2f4f8f; border-radius: 4px; background: #fff;
+  color: #2f4f8f; cursor: pointer; margin-top: 6px; }
+.page :focus-visible { outline: 3px solid #c77700; outline-offset: 2px; }
+.note { font-size: 13px; color: #55555f; margin: 2px 0; }
+@media (max-width: 760px) {
+  .page { display: block; padding: 12px; }
+  .summary { position: sticky; top: 0; z-index: 1; background: #fff; padding: 4px 0 8px;
+    border-bottom: 1px solid #d5d5dc; margin-bottom: 10px; }
+  .numbers { gap: 0 16px; } .numbers b { font-size: 16px; }
+  .verdict { font-size: 13.5px; padding: 5px 9px; }
+}
+</style>
+"""
+# a control's key and value, to the server; what stands beside its label, at once
+MOVED = """(event) => {
+  const from = event.target, beside = document.querySelector(`output[for=${from.id}]`);
+  const value = from.type === "checkbox" ? from.checked
+    : from.type === "range" ? 2 ** Number(from.value) : from.value;
+  if (beside) beside.textContent = value.toLocaleString("en");
+  emit([from.id, value]);
+}"""
+
+
+def command(argv: list[str]) -> int:
+    """Serve until Ctrl-C."""
+    given = dict(argument.partition("=")[::2] for argument in argv)
+    port = given.pop("port", str(PORT))
+    if given:
+        raise Refused(f"{next(iter(given))}: playground takes port=NUMBER")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise Refused(f"port={port}: must be between 1 and 65535")
+    serve(int(port))
+    return 0
+
+
+def serve(port: int) -> None:
+    """The page at http://127.0.0.1:`port`/."""
+    try:
+        from nicegui import ui
+    except ImportError:
+        raise Refused(
+            "playground: the package nicegui is not installed; pip install 'nicegui>=3,<4', or "
+            "let ./launch.sh playground make its .venv"
+        ) from None
+
+    view(Controls())  # compose and import now, not at the first visit
+    ui.page("/")(lambda: build(ui))
+    print(f"http://{HOST}:{port}/   (Ctrl-C ends it)", flush=True)
+    ui.run(
+        host=HOST,
+        port=port,
+        title="worldsize playground",
+        show=False,
+        reload=False,
+        show_welcome_message=False,
+        dark=False,
+    )
+
+
+def build(ui: Any) -> None:
+    """One visitor's page. It holds where the controls of this visitor stand."""
+    controls = Controls()
+    ui.add_head_html(STYLE)
+    results: dict[str, Any] = {}
+
+    def moved(event: Any) -> None:
+        """A control stands elsewhere."""
+        nonlocal controls
+        controls = moved_to(controls, *event.args)
+        show()
+
+    def show() -> None:
+        for key, text in results_of(view(controls)).items():
+            results[key].set_content(text)
+
+    def result(key: str) -> None:
+        results[key] = ui.html("", sanitize=False).props(f"id=result-{key}")
+
+    with ui.element("main").classes("page"):
+        ui.html("worldsize playground", sanitize=False, tag="h1").classes("title")
+        with ui.element("section").classes("summary").props('aria-label="summary"'):
+            result("verdict")
+            results["verdict"].props("role=status aria-live=polite")
+            result("numbers")
+        form = ui.html(controls_html(controls), sanitize=False, tag="form")
+        form.classes("controls").props('aria-label="controls"').on("input", moved, js_handler=MOVED)
+        with ui.element("section").classes("details").props('aria-label="details"'):
+            for key, title in DETAILS.items():
+                ui.html(title, sanitize=False, tag="h2")
+                result(key)
+            copy = ui.html("copy", sanitize=False, tag="button").props("type=button id=copy")
+            copy.on("click", lambda: ui.clipboard.write(controls.command))
+    show()
+
+
+def moved_to(controls: Controls, key: str, value: Any) -> Controls:
+    """The controls with one of them elsewhere. Raises ValueError for what no control can send."""
+    if key in SLIDERS:
+        allowed: list[Any] = [2**power for power in powers(key)]
+    elif key in LISTS:
+        allowed = [type(getattr(controls, key))(name) for name in choices()[key]]
+        value = type(allowed[0])(value)
+    elif key == "sequence_parallel":
+        allowed = [True, False]
+    else:
+        raise ValueError(f"{key}: no such control")
+    if value not in allowed:
+        raise ValueError(f"{key}={value}: must be one of {', '.join(map(str, allowed))}")
+    return replace(controls, **{key: value})
+
+
+def powers(key: str) -> range:
+    """Of two, that a slider goes over."""
+    _, most = SLIDERS[key]
+    return range(7 if key == "seq_len" else 0, most + 1)
+
+
+DETAILS = {
+    "memory": "Memory of the fullest device",
+    "time": "Time of a step",
+    "timeline": "A step on the pipeline's ranks",
+    "command": "The same on the command line",
+}
+
+
+def controls_html(controls: Controls) -> str:
+    """The form: each control with its label, by the browser's own elements."""
+    offered = choices()
+    made = [_list(key, offered[key], controls) for key in ("model", "cluster")]
+    made += [_slider(key, controls) for key in SLIDERS]
+    after = ("schedule", "precision", "activation_checkpointing", "zero_stage")
+    made += [_list(key, offered[key], controls) for key in after]
+    box = '<input type="checkbox" id="sequence_parallel" checked>'
+    label = f'<label for="sequence_parallel">{box}<span>sequence parallel with tp</span></label>'
+    return "".join([*made, f'<div class="control check">{label}</div>'])
+
+
+def _slider(key: str, controls: Controls) -> str:
+    text, _ = SLIDERS[key]
+    value, among = getattr(controls, key), powers(key)
+    beside = f'<output for="{key}">{value:,}</output>'
+    control = (
+        f'<input type="range" id="{key}" min="{among[0]}" max="{among[-1]}" step="1" '
+        f'value="{value.bit_length() - 1}">'
+    )
+    return _row(key, f"<span>{escape(text)}</span>{beside}", control)
+
+
+def _list(key: str, names: list[str], controls: Controls) -> str:
+    chosen = str(getattr(controls, key))
+    options = "".join(
+        f"<option{' selected' if name == chosen else ''}>{escape(name)}</option>" for name in names
+    )
+    return _row(key, escape(LISTS[key]), f'<select id="{key}">{options}</select>')
+
+
+def _row(key: str, label: str, control: str) -> str:
+    return f'<div class="control"><label for="{key}">{label}</label>{control}</div>'

@@ -1,0 +1,270 @@
+"""The table that textbooks print in words, with numbers: measured on two ranks, and by formula."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiments.answer import Answer, Said, Table, say
+from experiments.ask_runs import (
+    SECONDS,
+    SHAPE,
+    STRATEGIES,
+    agreement,
+    on_laptop,
+    strategy,
+)
+from experiments.evidence import Evidence, Run
+from experiments.quantity import COUNT, Quantity, formula
+
+QUESTION = (
+    "The textbook's table (DDP, FSDP, TP, PP: what is split, memory saved, communication, best "
+    "used when), each cell with its number."
+)
+ORDER = 3
+WORDS = "compare strategies zero sharding tensor pipeline context parallel summary cheat sheet"
+
+SPLIT = {
+    "one process": "nothing",
+    "DDP": "the batch",
+    "ZeRO-1": "and the optimizer's state",
+    "ZeRO-2": "and gradients, weights between steps",
+    "FSDP (ZeRO-3)": "and weights between forward and backward",
+    "TP": "width of each block, vocabulary",
+    "TP + sequence": "and what lies between, by tokens",
+    "PP (1F1B)": "depth",
+    "CP (ring)": "the sequence",
+}
+SHARED = ("parameters", "optimizer", "activations")
+# Llama 3 8B, 64 sequences of 4,096 a step, on 8 H100 of one node and on 8 nodes of one each
+LLAMA = ("model=llama3_8b", "cluster=h100", "seq_len=4096", "activation_checkpointing=full")
+APART = "cluster.node_size=1"
+EIGHT = {
+    "DDP": ("layout.dp_replicate=8", "micro_batch_size=1", "gradient_accumulation_steps=8"),
+    "ZeRO-2": (
+        "layout.dp_shard=8",
+        "zero_stage=2",
+        "micro_batch_size=1",
+        "gradient_accumulation_steps=8",
+    ),
+    "FSDP (ZeRO-3)": ("layout.dp_shard=8", "micro_batch_size=1", "gradient_accumulation_steps=8"),
+    "TP + sequence": (
+        "layout.tp=8",
+        "sequence_parallel=true",
+        "micro_batch_size=1",
+        "gradient_accumulation_steps=64",
+    ),
+    "PP (1F1B)": ("layout.pp=8", "micro_batch_size=1", "gradient_accumulation_steps=64"),
+    "CP (ring)": ("layout.cp=8", "micro_batch_size=1", "gradient_accumulation_steps=64"),
+}
+CLOSE = 1.1  # a plan that takes no more than this times the fastest is as good
+BYTES_OF_A_PARAMETER = 16.0  # fp32 weight, gradient, two moments
+
+
+def answer(evidence: Evidence) -> Answer:
+    runs = {name: strategy(evidence, name) for name in STRATEGIES}
+    twins = [on_laptop(evidence, n, *SHAPE, *keys) for n, keys in STRATEGIES.items()]
+    near = {n: evidence.simulated(f"8B {n}", *LLAMA, *keys) for n, keys in EIGHT.items()}
+    far = {
+        n: evidence.simulated(f"8B {n}, 8 nodes", *LLAMA, *keys, APART) for n, keys in EIGHT.items()
+    }
+    return Answer(
+        conclusion=[*best_when(near, far), memory_order(runs), bytes_order(runs)],
+        tables=[measured_table(runs), simulated_table(near, far), best_table(evidence, near, far)],
+        carries_over=agreement(list(runs.values()), twins),
+        does_not=[
+            say(
+                "The order of the bytes: DDP and FSDP send by the parameters, TP, PP and CP by the "
+                "tokens, and this model is {p} parameters on {t} tokens a step.",
+                p=runs["DDP"].at("model.parameters", COUNT, "parameters"),
+                t=runs["DDP"].at("step.tokens", COUNT, "tokens"),
+            ),
+            SECONDS,
+        ],
+    )
+
+
+def memory_order(runs: dict[str, Run]) -> Said:
+    alone = runs["one process"]
+    others = [run for name, run in runs.items() if name != "one process"]
+    least = min(others, key=lambda run: run.memory().value)
+    most = max(others, key=lambda run: run.memory().value)
+    return say(
+        "Measured on two ranks with the same 16 sequences a step, {least} holds least ({a} of one "
+        "process's {whole}) and {most} most ({b}).",
+        least=least.name,
+        a=(least.memory() / alone.memory()).as_share(),
+        whole=alone.memory(),
+        most=most.name,
+        b=(most.memory() / alone.memory()).as_share(),
+    )
+
+
+def bytes_order(runs: dict[str, Run]) -> Said:
+    """Who sends how many times DDP's bytes."""
+    ddp = runs["DDP"]
+    others = [n for n in runs if n not in ("one process", "DDP")]
+    order = sorted(others, key=lambda name: runs[name].payload().value)
+    each = [say("{n} {r}", n=name, r=runs[name].payload() / ddp.payload()).text for name in order]
+    numbers = tuple(runs[name].payload() / ddp.payload() for name in order)
+    text = f"Bytes of a rank and step, in DDP's ({ddp.payload()}): {', '.join(each)}."
+    return Said(text, (ddp.payload(), *numbers))
+
+
+def best_when(near: dict[str, Run], far: dict[str, Run]) -> list[Said]:
+    """What the formulas say of Llama 3 8B: who fits, and who is fastest in a node and across."""
+    limit, most = device(near), most_parameters(near)
+    said = [
+        say(
+            "DDP while everything fits each device: {each:g} bytes a parameter make {most} "
+            "parameters on an H100 before any activation; 8B in DDP takes {peak}, {fits} {limit}.",
+            each=BYTES_OF_A_PARAMETER,
+            most=most,
+            peak=near["DDP"].memory(),
+            fits="within" if near["DDP"].memory().value <= limit.value else "more than",
+            limit=limit,
+        )
+    ]
+    for where, runs in (("In one node", near), ("On 8 nodes of one H100 each", far)):
+        fitting = {n: r for n, r in runs.items() if r.memory().value <= limit.value}
+        order = sorted(fitting, key=lambda name: fitting[name].seconds().value)
+        best = fitting[order[0]].seconds()
+        as_good = [n for n in order[1:] if fitting[n].seconds().value <= CLOSE * best.value]
+        slowest = fitting[order[-1]].seconds()
+        also = f" ({' and '.join(as_good)} within 10 %)" if as_good else ""
+        said.append(
+            say(
+                "{where} the fastest that fits is {name}{also} with {best} a step; {last} takes "
+                "{times} as long.",
+                where=where,
+                name=order[0],
+                also=also,
+                best=best,
+                last=order[-1],
+                times=slowest / best,
+            )
+        )
+    slower = {n: far[n].seconds() / near[n].seconds() for n in near}
+    worst, least = (
+        max(slower, key=lambda n: slower[n].value),
+        min(slower, key=lambda n: slower[n].value),
+    )
+    said.append(
+        say(
+            "Leaving the node hurts {worst} most ({a}) and {least} least ({b}): the first wants "
+            "the node's network, the second may go between nodes.",
+            worst=worst,
+            a=slower[worst],
+            least=least,
+            b=slower[least],
+        )
+    )
+    return said
+
+
+def device(near: dict[str, Run]) -> Quantity:
+    return near["DDP"].at("environment.device_memory_bytes", "B", "memory of an H100")
+
+
+def most_parameters(near: dict[str, Run]) -> Quantity:
+    """What fits one device without any activation, in fp32 with AdamW."""
+    each = formula("fp32 weight, gradient, two moments", BYTES_OF_A_PARAMETER, "B", "4 x 4 bytes")
+    ratio = device(near) / each
+    return replace(ratio, unit=COUNT, label="parameters that fit one H100")
+
+
+def best_table(evidence: Evidence, near: dict[str, Run], far: dict[str, Run]) -> Table:
+    """When each is the one to take, with the number that says so."""
+    large = evidence.simulated("70B", "model=llama3_70b", "cluster=h100", "layout.dp_replicate=8")
+    states = large.memory("parameters") + large.memory("gradients") + large.memory("optimizer")
+    slower = {name: far[name].seconds() / near[name].seconds() for name in near}
+    ddp, tp, pp = near["DDP"], near["TP + sequence"], near["PP (1F1B)"]
+    optimizer = (ddp.memory("optimizer") / ddp.memory()).as_share()
+    when = {
+        "DDP": say(
+            "all states fit a device: up to {n} parameters on an H100", n=most_parameters(near)
+        ),
+        "ZeRO-2": say(
+            "the model fits but its optimizer does not: {o} of DDP's peak for 8B; {t} a step in "
+            "the node, DDP's {d}",
+            o=optimizer,
+            t=near["ZeRO-2"].seconds(),
+            d=ddp.seconds(),
+        ),
+        "FSDP (ZeRO-3)": say(
+            "the model does not fit, and the network hides its gathers: 70B's states are {n} "
+            "H100's memory; leaving the node costs {s}",
+            n=states / device(near),
+            s=slower["FSDP (ZeRO-3)"],
+        ),
+        "TP + sequence": say(
+            "a layer or its activations are too large, within a node: it holds {m} of DDP's "
+            "activations, and leaving the node costs {s}",
+            m=(tp.memory("activations") / ddp.memory("activations")).as_share(),
+            s=slower["TP + sequence"],
+        ),
+        "PP (1F1B)": say(
+            "the network between nodes is slow and micro-batches are many: it sends {b} of FSDP's "
+            "bytes, and idles {i} of the step with 64 of them",
+            b=(pp.wire() / near["FSDP (ZeRO-3)"].wire()).as_share(),
+            i=(pp.seconds("bubble") / pp.seconds()).as_share(),
+        ),
+        "CP (ring)": say(
+            "sequences are long: activations are {a} of DDP's, while its states are not cut "
+            "({m} a device)",
+            a=(near["CP (ring)"].memory("activations") / ddp.memory("activations")).as_share(),
+            m=near["CP (ring)"].memory(),
+        ),
+    }
+    rows = [[name, said] for name, said in when.items()]
+    return Table("Best used when (Llama 3 8B on 8 H100, as above)", ["strategy", "when"], rows)
+
+
+def held(run: Run, alone: Run, part: str) -> Quantity:
+    """A rank's part of what one process holds."""
+    return (run.memory(part) / alone.memory(part)).as_share().named(f"{run.name}: {part} held")
+
+
+def measured_table(runs: dict[str, Run]) -> Table:
+    alone = runs["one process"]
+    rows = [
+        [
+            name,
+            SPLIT[name],
+            *[held(run, alone, part) for part in SHARED],
+            run.memory("gradients"),
+            ((alone.memory() - run.memory()) / alone.memory()).as_share(),
+            run.payload(),
+        ]
+        for name, run in runs.items()
+    ]
+    head = ["strategy", "splits", "weights", "optim.", "activ.", "gradients", "saved", "sent"]
+    title = (
+        "Two ranks, 16 sequences a step: what a rank holds of one process's when it is fullest, "
+        "and sends in a step"
+    )
+    return Table(title, head, rows)
+
+
+def simulated_table(near: dict[str, Run], far: dict[str, Run]) -> Table:
+    rows = []
+    for name, run in near.items():
+        other = far[name]
+        exposed = [r.seconds("exposed_communication") / r.seconds() for r in (run, other)]
+        rows.append(
+            [
+                name,
+                run.memory(),
+                run.wire(),
+                run.seconds(),
+                exposed[0].as_share(),
+                (run.seconds("bubble") / run.seconds()).as_share(),
+                other.seconds(),
+                exposed[1].as_share(),
+            ]
+        )
+    head = ["strategy", "memory", "wire", "node", "exposed", "bubble", "8 nodes", "exposed"]
+    title = (
+        "Llama 3 8B, bf16, full checkpointing, 64 sequences of 4,096 a step: on 8 H100 of one "
+        "node, and of 8 nodes"
+    )
+    return Table(title, head, rows)

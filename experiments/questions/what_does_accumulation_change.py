@@ -1,0 +1,165 @@
+"""The same 16 sequences a step in 1, 2, 4 and 8 micro-batches, under DDP and FSDP, to the loss."""
+
+from __future__ import annotations
+
+from experiments.answer import Answer, Said, Table, say
+from experiments.ask_runs import SECONDS, SHAPE, agreement, on_laptop
+from experiments.evidence import Evidence, Run
+from experiments.quantity import Quantity
+
+QUESTION = "What does accumulation change in communication, memory and loss?"
+ORDER = 7
+WORDS = "gradient accumulation micro batches no_sync batch size mean of means global"
+
+COUNTS = (1, 2, 4, 8)  # micro-batches of a step
+STEPS = "steps=20"
+KINDS = {"DDP": "layout.dp_replicate=2", "FSDP": "layout.dp_shard=2"}
+LLAMA = ("model=llama3_8b", "cluster=h100", "seq_len=4096")
+
+
+def answer(evidence: Evidence) -> Answer:
+    runs = {(k, n): measured(evidence, k, n) for k in KINDS for n in COUNTS}
+    twins = [on_laptop(evidence, run.name, *keys_of(*key)) for key, run in runs.items()]
+    large = {(k, n): simulated(evidence, k, n) for k in KINDS for n in COUNTS}
+    return Answer(
+        conclusion=[
+            *communication(runs),
+            memory(runs),
+            loss(runs),
+            time(large),
+        ],
+        tables=[
+            table("Two ranks, 16 sequences of 128 a step", runs, losses=True),
+            table("Llama 3 8B on 8 H100, 64 sequences of 4,096 a step", large, losses=False),
+        ],
+        carries_over=[
+            *agreement(list(runs.values()), twins),
+            say(
+                "The loss: a step over the same sequences is the same mathematics, however it is "
+                "cut. What is left are rounding differences of sums in another order."
+            ),
+        ],
+        does_not=[
+            say(
+                "What smaller micro-batches cost in speed: on a GPU small products fill the device "
+                "less, and FSDP has fewer tokens behind which to hide its messages."
+            ),
+            SECONDS,
+        ],
+    )
+
+
+def keys_of(kind: str, count: int) -> tuple[str, ...]:
+    batch = (f"micro_batch_size={8 // count}", f"gradient_accumulation_steps={count}")
+    return (*SHAPE, KINDS[kind], *batch)
+
+
+def measured(evidence: Evidence, kind: str, count: int) -> Run:
+    return evidence.measured(f"{kind}, {count}", *keys_of(kind, count), STEPS)
+
+
+def simulated(evidence: Evidence, kind: str, count: int) -> Run:
+    batch = (f"micro_batch_size={8 // count}", f"gradient_accumulation_steps={count}")
+    axis = KINDS[kind].replace("=2", "=8")
+    full = "activation_checkpointing=full"
+    return evidence.simulated(f"8B {kind}, {count}", *LLAMA, axis, *batch, full)
+
+
+def grew(runs: dict[tuple[str, int], Run], kind: str) -> Quantity:
+    return runs[kind, COUNTS[-1]].payload() / runs[kind, COUNTS[0]].payload()
+
+
+def communication(runs: dict[tuple[str, int], Run]) -> list[Said]:
+    said = []
+    for kind in KINDS:
+        times = grew(runs, kind)
+        if abs(times.value - 1) < 0.01:
+            text = "{kind} sends as much with {n} micro-batches as with one ({bytes} a rank): "
+            text += "gradients are added up here and sent once."
+        else:
+            text = "{kind} sends {times} with {n} micro-batches ({bytes} a rank): weights are "
+            text += "gathered again for each, and gradients scattered."
+        bytes_sent = runs[kind, COUNTS[-1]].payload()
+        said.append(say(text, kind=kind, n=COUNTS[-1], bytes=bytes_sent, times=times))
+    return said
+
+
+def memory(runs: dict[tuple[str, int], Run]) -> Said:
+    """Which parts fall and which rise."""
+    one, many = runs["DDP", COUNTS[0]], runs["DDP", COUNTS[-1]]
+    activations = many.memory("activations") / one.memory("activations")
+    gradients = many.memory("gradients").value - one.memory("gradients").value
+    also = (
+        "gradients, which now stay from one micro-batch to the next, add {more}"
+        if gradients > 0
+        else "gradients take no more than before"
+    )
+    extra = many.memory("gradients") - one.memory("gradients")
+    return say(
+        "Activations fall to {a} of those of one micro-batch ({x} for {y}); {also}; the peak goes "
+        "from {before} to {after}.",
+        a=activations.as_share(),
+        x=many.memory("activations"),
+        y=one.memory("activations"),
+        also=say(also, more=extra) if gradients > 0 else say(also),
+        before=one.memory(),
+        after=many.memory(),
+    )
+
+
+def loss(runs: dict[tuple[str, int], Run]) -> Said:
+    """The largest difference to one micro-batch, over all steps."""
+    differences = {key: apart(run, runs[key[0], 1]) for key, run in runs.items() if key[1] > 1}
+    worst = max(differences.values(), key=lambda q: q.value)
+    last = runs["DDP", 1].at("training.losses[-1]", "nats", "last loss")
+    same = "the same curve" if worst.value < 1e-4 else "another curve"
+    return say(
+        "The loss is {same}: over {n} steps no run is further than {worst} from the one with a "
+        "single micro-batch (last loss {last}). Divide by the valid tokens of the whole batch; a "
+        "mean of the micro-batches' means is wrong as soon as they differ in length.",
+        same=same,
+        n=len(runs["DDP", 1].losses),
+        worst=worst,
+        last=last,
+    )
+
+
+def apart(run: Run, other: Run) -> Quantity:
+    """Largest difference of two loss curves."""
+    pairs = list(zip(run.losses, other.losses, strict=True))
+    step = max(range(len(pairs)), key=lambda i: abs(pairs[i][0] - pairs[i][1]))
+    a, b = (r.at(f"training.losses[{step}]", "nats", f"loss of step {step}") for r in (run, other))
+    return (a - b) if a.value >= b.value else (b - a)
+
+
+def time(large: dict[tuple[str, int], Run]) -> Said:
+    ddp, fsdp = (
+        large[kind, COUNTS[-1]].seconds() / large[kind, COUNTS[0]].seconds() for kind in KINDS
+    )
+    return say(
+        "In time, by formula for Llama 3 8B on 8 H100: {n} micro-batches of one sequence take "
+        "{ddp} the step of one of {n} under DDP, {fsdp} under FSDP.",
+        n=COUNTS[-1],
+        ddp=ddp,
+        fsdp=fsdp,
+    )
+
+
+def table(title: str, runs: dict[tuple[str, int], Run], losses: bool) -> Table:
+    rows = []
+    for (kind, count), run in runs.items():
+        row = [
+            kind,
+            str(count),
+            run.payload(),
+            run.memory(),
+            run.memory("activations"),
+            run.memory("gradients"),
+            run.seconds(),
+        ]
+        if losses:
+            last = len(run.losses) - 1
+            row.append(run.at(f"training.losses[{last}]", "nats", "last loss"))
+        rows.append(row)
+    head = ["strategy", "m", "sent", "peak", "activations", "gradients", "step"]
+    return Table(title, [*head, *(["last loss"] if losses else [])], rows)

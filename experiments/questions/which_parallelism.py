@@ -1,0 +1,239 @@
+"""Every plan for 70B on 512 H100, family by family, and for other sizes: who wins, and why."""
+
+from __future__ import annotations
+
+import math
+
+from experiments.answer import Answer, Cell, Said, Table, listed, say
+from experiments.ask_runs import SECONDS, SHAPE, STRATEGIES, agreement, on_laptop, strategy
+from experiments.ask_search import described, part, plan_number, plans_table, shortly
+from experiments.evidence import Evidence, Run
+from experiments.quantity import COUNT, SHARE, Quantity, formula, published
+
+QUESTION = "Train a large language model across hundreds of GPUs: which parallelism, and why?"
+ORDER = 1
+WORDS = (
+    "llm strategy choose best plan layout 70b 3d fsdp tensor pipeline data cluster h100 thousands"
+)
+
+LLAMA = ("model=llama3_70b", "cluster=h100", "gpus=512", "global_batch_tokens=4M", "top=3")
+NO_MODEL = ("layout.pp=1", "layout.tp=1", "layout.cp=1")
+# family -> what is fixed; of several the best is taken
+FAMILIES: dict[str, list[tuple[str, ...]]] = {
+    "DDP": [(*NO_MODEL, "layout.dp_shard=1")],
+    "FSDP over all": [(*NO_MODEL, "layout.dp_replicate=1")],
+    "HSDP": [(*NO_MODEL, "layout.dp_shard=64")],
+    "TP + data": [("layout.pp=1", "layout.cp=1", f"layout.tp={n}") for n in (2, 4, 8)],
+    "PP + data": [("layout.tp=1", "layout.cp=1", f"layout.pp={n}") for n in (2, 4, 8)],
+    "TP + PP + data": [("layout.cp=1", "layout.tp=8", f"layout.pp={n}") for n in (2, 4, 8)],
+    "all, free": [()],
+}
+FREE = "all, free"
+SIZES = {
+    "8B on 64": ("model=llama3_8b", "cluster=h100", "gpus=64", "global_batch_tokens=1M", "top=1"),
+    "70B on 512": (*LLAMA[:-1], "top=1"),
+    "405B on 4,096": (
+        "model=llama3_405b",
+        "cluster=h100",
+        "gpus=4096",
+        "global_batch_tokens=16M",
+        "schedule=[1f1b,interleaved_1f1b,zbv_zero_bubble]",
+        "top=1",
+    ),
+}
+LLAMA3 = (
+    "Llama team 2024, The Llama 3 Herd of Models, table 4: row llama3-002 of "
+    "experiments/published/measured.csv"
+)
+CHECKED = ("DDP", "FSDP (ZeRO-3)", "TP", "PP (1F1B)")
+
+
+def answer(evidence: Evidence) -> Answer:
+    families = {n: best_of(evidence, n, keys) for n, keys in FAMILIES.items()}
+    sizes = {n: evidence.searched(n, *keys) for n, keys in SIZES.items()}
+    runs = [strategy(evidence, name) for name in CHECKED]
+    twins = [on_laptop(evidence, n, *SHAPE, *STRATEGIES[n]) for n in CHECKED]
+    return Answer(
+        conclusion=[
+            states(evidence),
+            *winner(families),
+            *others(families),
+            by_size(sizes),
+            practice(),
+        ],
+        tables=[family_table(families), size_table(sizes), plans_table(families[FREE])],
+        carries_over=agreement(runs, twins),
+        does_not=[
+            say(
+                "The winner: it is the cluster's, by bandwidths that are {ratio} apart in and "
+                "between nodes of H100; two ranks on a loopback have one network.",
+                ratio=bandwidths(),
+            ),
+            SECONDS,
+        ],
+    )
+
+
+def best_of(evidence: Evidence, name: str, family: list[tuple[str, ...]]) -> Run:
+    """The search of a family that finds the fastest plan; any of them where nothing fits."""
+    runs = [evidence.searched(name, *LLAMA, *keys) for keys in family]
+    found = [run for run in runs if run.ledger["plans"]]
+    return min(found or runs, key=lambda run: seconds_of(run))
+
+
+def seconds_of(run: Run) -> float:
+    plans = run.ledger["plans"]
+    return plans[0]["time_s"] if plans else math.inf
+
+
+def bandwidths() -> Quantity:
+    from experiments.clusters import load
+
+    h100 = load("h100")
+    inside, across = (
+        formula(name, level.bandwidth, "B/s", "configs/cluster/h100.yaml", name)
+        for name, level in (("in_node", h100.in_node), ("between_nodes", h100.between_nodes))
+    )
+    return inside / across
+
+
+def states(evidence: Evidence) -> Said:
+    """Why anything must be split at all."""
+    plan = evidence.simulated(
+        "70B in DDP", "model=llama3_70b", "cluster=h100", "layout.dp_replicate=512"
+    )
+    device = plan.at("environment.device_memory_bytes", "B", "memory of an H100")
+    held = plan.memory("parameters") + plan.memory("gradients") + plan.memory("optimizer")
+    each = held / plan.at("model.parameters", COUNT, "parameters")
+    return say(
+        "Weights, gradients and optimizer of Llama 3 70B take {held} ({each} a parameter), {times} "
+        "an H100's {device}: they have to be split {n} ways at least, before any activation.",
+        held=held,
+        each=each,
+        times=held / device,
+        device=device,
+        n=int(-(-held.value // device.value)),
+    )
+
+
+def winner(families: dict[str, Run]) -> list[Said]:
+    best = families[FREE]
+    if not best.ledger["plans"]:
+        return [say("No plan fits.")]
+    plan = best.ledger["plans"][0]
+    sizes = plan["layout"]
+    used = [axis for axis in ("pp", "tp", "cp", "dp_shard", "dp_replicate") if sizes[axis] > 1]
+    return [
+        say(
+            "Of {n} plans on 512 H100 the fastest that fits is {how}: {time} a step, MFU {mfu}, "
+            "{memory} a device. It uses {used}.",
+            n=best.at("predicted", COUNT, "plans"),
+            how=described(plan),
+            time=plan_number(best, 0, "time_s", "s"),
+            mfu=plan_number(best, 0, "mfu", SHARE),
+            memory=plan_number(best, 0, "memory_bytes", "B"),
+            used=" and ".join(f"{axis}={sizes[axis]}" for axis in used),
+        )
+    ]
+
+
+def others(families: dict[str, Run]) -> list[Said]:
+    """Each family beside the winner, and what it loses by."""
+    free = families[FREE]
+    misses = [n for n, run in families.items() if not run.ledger["plans"]]
+    said = []
+    if misses:
+        said.append(say(f"No plan of {' or '.join(misses)} fits at all, with any checkpointing."))
+    slower = []
+    for name, run in families.items():
+        if name in (FREE, *misses):
+            continue
+        times = plan_number(run, 0, "time_s", "s") / plan_number(free, 0, "time_s", "s")
+        losses = {
+            kind: part_seconds(run, kind).value - part_seconds(free, kind).value
+            for kind in ("compute", "exposed_communication", "bubble")
+        }
+        by = max(losses, key=lambda kind: losses[kind])
+        where = f", by {by.replace('_', ' ')}" if times.value > 1.005 else ""
+        slower.append(say("{n} takes {t}{w}", n=name, t=times, w=where))
+    said.append(say("Beside it the best of each family: {all}.", all=listed(slower)))
+    return said
+
+
+def part_seconds(run: Run, kind: str) -> Quantity:
+    return plan_number(run, 0, f"time_parts.{kind}", "s")
+
+
+def by_size(sizes: dict[str, Run]) -> Said:
+    """What the winner splits as model and cluster grow."""
+    each = []
+    for name, run in sizes.items():
+        if not run.ledger["plans"]:
+            each.append(say("{n}: nothing fits", n=name))
+            continue
+        label = run.ledger["plans"][0]["label"]
+        each.append(say("{n}: {l} (MFU {m})", n=name, l=label, m=plan_number(run, 0, "mfu", SHARE)))
+    return say("By size: {all}.", all=listed(each))
+
+
+def practice() -> Said:
+    """What was run, and reached."""
+    row = published_row("llama3-002")
+    return say(
+        "What Meta ran for Llama 3 405B on {gpus} H100 is such a product: tp{tp}, pp{pp}, the "
+        "rest data parallel, {flops} a GPU.",
+        gpus=row["n_gpus"],
+        tp=row["tp"],
+        pp=row["pp"],
+        flops=published(
+            "Llama 3 405B on 16,384 H100: FLOP/s of a GPU",
+            1e12 * float(row["tflops_per_gpu"]),
+            "FLOP/s",
+            LLAMA3,
+        ),
+    )
+
+
+def published_row(name: str) -> dict[str, str]:
+    import csv
+
+    from experiments.score import ROWS
+
+    with open(ROWS, newline="") as file:
+        return next(row for row in csv.DictReader(file) if row["id"] == name)
+
+
+def family_table(families: dict[str, Run]) -> Table:
+    rows: list[list[Cell]] = []
+    for name, run in families.items():
+        if not run.ledger["plans"]:
+            rows.append([name, "does not fit", *[None] * 6])
+            continue
+        rows.append(
+            [
+                name,
+                *shortly(run.ledger["plans"][0]),
+                *numbers_of(run),
+                plan_number(run, 0, "memory_bytes", "B"),
+                part(run, 0, "exposed_communication"),
+                part(run, 0, "bubble"),
+            ]
+        )
+    head = ["family", "its best", "how", "step", "MFU", "memory", "exposed", "bubble"]
+    title = "Llama 3 70B on 512 H100, 4M tokens a step in sequences of 8,192"
+    return Table(title, head, rows)
+
+
+def numbers_of(run: Run) -> list[Quantity]:
+    """Seconds and MFU of the best."""
+    return [plan_number(run, 0, "time_s", "s"), plan_number(run, 0, "mfu", SHARE)]
+
+
+def size_table(sizes: dict[str, Run]) -> Table:
+    rows: list[list[Cell]] = []
+    for name, run in sizes.items():
+        if run.ledger["plans"]:
+            rows.append([name, *shortly(run.ledger["plans"][0]), *numbers_of(run)])
+        else:
+            rows.append([name, "does not fit", *[None] * 3])
+    return Table("The best plan by size, on H100", ["size", "plan", "how", "step", "MFU"], rows)

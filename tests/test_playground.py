@@ -1,0 +1,181 @@
+"""The playground: its numbers are simulate's, and the page works in a real browser."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiments.evidence import Evidence
+from experiments.overrides import composed
+from experiments.playground import SLIDERS, moved_to
+from experiments.playground_plan import Controls, View, choices, view
+from experiments.playground_results import results_of
+from experiments.playground_svg import joined, passes_of
+from simulator.coarse_programs import coarse_programs
+from simulator.event_times import EventTimes
+from simulator.plan_programs import programs_of
+from simulator.replay import replay
+from tests.browser import opened
+
+ROOT = Path(__file__).resolve().parents[1]
+START = Controls()
+PLACES = [
+    START,
+    replace(START, pp=1, tp=1, dp_shard=8, dp_replicate=2, zero_stage=3),
+    replace(START, schedule="zbv_zero_bubble", activation_checkpointing="full"),
+    replace(START, cp=2, dp_shard=2, precision="fp32", sequence_parallel=False),
+    replace(START, model="llama3_70b", cluster="a100_80g", tp=8, dp_shard=1, dp_replicate=2),
+]
+
+
+@pytest.mark.parametrize("controls", PLACES)
+def test_the_command_says_what_the_page_shows(controls: Controls) -> None:
+    assert composed("simulate", controls.overrides) == controls.config()
+    ledger = Evidence().simulated("same", *controls.overrides).ledger
+    shown = view(controls)
+    assert shown.step and shown.devices == ledger["layout"]["world_size"]
+    for key in ("tokens", "time_s", "memory_bytes", "tokens_per_s", "mfu"):
+        assert shown.step[key] == ledger["step"][key], key
+    assert shown.verdict == ledger["environment"]["verdict"]
+
+
+@pytest.mark.parametrize("controls", PLACES)
+def test_a_pass_at_a_time_ends_when_all_events_do(controls: Controls) -> None:
+    """The coarse timeline against the one that has every operator and message."""
+    config = controls.config()
+    plan = (config.model, config.layout, config.options)
+    times = EventTimes(config.cluster)
+    fine, coarse = (
+        replay(programs, times.work, times.message, like)
+        for programs, like in (programs_of(*plan), coarse_programs(*plan, config.cluster))
+    )
+    assert coarse.total == pytest.approx(fine.total, rel=0.05)
+    assert coarse.programs.keys() == fine.programs.keys()
+
+
+def test_passes_are_numbered_and_split_where_the_schedule_splits() -> None:
+    shown = view(START)
+    assert shown.timeline
+    passes = list(passes_of(shown.timeline, 0))
+    count = START.gradient_accumulation_steps
+    for kind in ("forward", "backward"):
+        numbers = [p.micro_batch for p in passes if p.kind == kind]
+        assert sorted(n for n in numbers if n is not None) == list(range(count))
+    split = view(replace(START, schedule="zbv_zero_bubble")).timeline
+    assert split
+    kinds = [p.kind for p in passes_of(split, 0)]
+    # two stages a rank; where nothing lies between them torch runs both halves as one
+    assert 0 < kinds.count("backward_weight") <= 2 * count and kinds.count("forward") == 2 * count
+
+
+def test_short_passes_are_drawn_together() -> None:
+    shown = view(START)
+    assert shown.timeline
+    passes = list(passes_of(shown.timeline, 0))
+    assert len(joined(passes, 0.0)) == len(passes)
+    assert len(joined(passes_of(shown.timeline, 0), shown.timeline.total)) < len(passes)
+
+
+def test_what_the_rules_refuse_is_shown() -> None:
+    shown = view(replace(START, tp=16))
+    assert shown.refused and "n_kv_head" in shown.refused and shown.step is None
+    assert shown.refused.split(":")[0] in results_of(shown)["verdict"]
+    many = view(replace(START, gradient_accumulation_steps=256, pp=32, tp=1))
+    assert many.timeline is None and many.step
+
+
+def test_every_choice_of_every_list_is_taken() -> None:
+    for key, names in choices().items():
+        for name in names[:: 4 if key in ("cluster", "model") else 1]:
+            value = int(name) if key == "zero_stage" else name
+            shown = view(replace(START, **{key: value}))  # type: ignore[arg-type]
+            assert isinstance(shown, View) and (shown.step or shown.refused), (key, name)
+
+
+def test_only_what_a_control_can_say_is_taken() -> None:
+    assert moved_to(START, "tp", 8).tp == 8 and moved_to(START, "zero_stage", "3").zero_stage == 3
+    assert moved_to(START, "sequence_parallel", False).sequence_parallel is False
+    for key, value in (("tp", 3), ("pp", 2**30), ("model", "tiny"), ("command", "x"), ("tp", "8")):
+        with pytest.raises(ValueError, match=key):
+            moved_to(START, key, value)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A playground on a free port."""
+    pytest.importorskip("nicegui")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "experiments", "playground", f"port={port}"]
+    # nicegui would take itself for a test of its own
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(port, process)
+        listening = [
+            c.laddr.ip
+            for c in psutil.Process(process.pid).net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+        ]
+        assert listening == ["127.0.0.1"]
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, "the playground ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError("the playground does not answer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_in_a_browser(address: str, width: int) -> None:
+    with opened(address, width) as found:
+        page = found.page
+        memory, text = page.locator("#n-memory"), page.locator("#result-command")
+        memory.wait_for()
+        assert START.command in text.inner_text()
+        before = memory.inner_text()
+        slider = page.get_by_label(SLIDERS["micro_batch_size"][0])
+        slider.focus()
+        slider.press("ArrowRight")
+        page.wait_for_function(f"document.querySelector('#n-memory').innerText != '{before}'")
+        moved = replace(START, micro_batch_size=2)
+        assert moved.command in text.inner_text()
+        slider.press("ArrowRight")  # it stands where it was put
+        page.wait_for_function(
+            "document.querySelector('#result-command').innerText.includes('micro_batch_size=4')"
+        )
+        page.get_by_label("precision").select_option("fp32")
+        page.wait_for_function(
+            "document.querySelector('#result-command').innerText.includes('precision=fp32')"
+        )
+        page.get_by_label(SLIDERS["tp"][0]).press("End")
+        page.get_by_text("n_kv_head").wait_for()
+        assert page.locator("#result-timeline svg").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        names = page.evaluate(
+            "[...document.querySelectorAll('input,select,button')].map("
+            "e => e.labels?.[0]?.innerText || e.innerText || e.ariaLabel)"
+        )
+        assert len(names) >= 16 and all(names)
+        assert not found.errors
+        own = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")
+        assert not [url for url in found.requests if not url.startswith(own)]
