@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from experiments.compose import Refused
@@ -35,51 +36,7 @@ LISTS = {
     "activation_checkpointing": "activation checkpointing",
     "zero_stage": "ZeRO stage of the shards",
 }
-STYLE = """
-<style>
-:root { color-scheme: light; }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d24; background: #fff; margin: 0; }
-.nicegui-content { padding: 0; }
-.page { display: grid; grid-template: "title summary" auto "controls summary" auto
-  "controls details" 1fr / minmax(250px, 320px) minmax(0, 1fr); gap: 4px 32px; width: 100%;
-  max-width: 1360px; margin: 0 auto; padding: 16px; box-sizing: border-box; }
-.title { grid-area: title; } .summary { grid-area: summary; } .controls { grid-area: controls; }
-.details { grid-area: details; min-width: 0; }
-.page h1 { font-size: 20px; line-height: 1.3; margin: 0 0 10px; font-weight: 650; }
-.page h2 { font-size: 15px; line-height: 1.3; margin: 18px 0 4px; font-weight: 650; }
-.control { margin: 0 0 9px; width: 100%; }
-.control label { display: flex; justify-content: space-between; font-size: 13.5px; }
-.control output { font-variant-numeric: tabular-nums; font-weight: 600; }
-.control input[type=range], .control select { width: 100%; accent-color: #2f4f8f; }
-.control select { padding: 4px; border: 1px solid #8c8c8c; border-radius: 4px; background: #fff; }
-.control.check label { justify-content: flex-start; gap: 8px; }
-.numbers { display: flex; flex-wrap: wrap; gap: 2px 26px; margin-top: 8px; font-size: 13.5px; }
-.numbers b { font-size: 20px; line-height: 1.3; font-variant-numeric: tabular-nums;
-  display: block; }
-.verdict { padding: 8px 12px; border-left: 4px solid #2c7d49; background: #f1f7f3; }
-.verdict.bad { border-color: #b3263a; background: #fbf0f1; }
-.picture { width: 100%; display: block; }
-.picture .limit { stroke: #1d1d24; stroke-width: 3; }
-.picture text { font-size: 12px; fill: #1d1d24; }
-.picture text.number { fill: #fff; text-anchor: middle; font-size: 11px; }
-.wide { overflow-x: auto; } .wide .picture { min-width: 720px; }
-.key { display: inline-block; margin-right: 14px; font-size: 13px; white-space: nowrap; }
-.key i { display: inline-block; width: 11px; height: 11px; margin-right: 5px; }
-.command { display: block; padding: 9px 12px; background: #f2f2f5; border-radius: 4px;
-  font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
-.page button { padding: 5px 14px; border: 1px solid #2f4f8f; border-radius: 4px; background: #fff;
-  color: #2f4f8f; cursor: pointer; margin-top: 6px; }
-.page :focus-visible { outline: 3px solid #c77700; outline-offset: 2px; }
-.note { font-size: 13px; color: #55555f; margin: 2px 0; }
-@media (max-width: 760px) {
-  .page { display: block; padding: 12px; }
-  .summary { position: sticky; top: 0; z-index: 1; background: #fff; padding: 4px 0 8px;
-    border-bottom: 1px solid #d5d5dc; margin-bottom: 10px; }
-  .numbers { gap: 0 16px; } .numbers b { font-size: 16px; }
-  .verdict { font-size: 13.5px; padding: 5px 9px; }
-}
-</style>
-"""
+STYLE = Path(__file__).resolve().parent / "templates" / "playground.css"
 # a control's key and value, to the server; what stands beside its label, at once
 MOVED = """(event) => {
   const from = event.target, beside = document.querySelector(`output[for=${from.id}]`);
@@ -129,7 +86,7 @@ def serve(port: int) -> None:
 def build(ui: Any) -> None:
     """One visitor's page. It holds where the controls of this visitor stand."""
     controls = Controls()
-    ui.add_head_html(STYLE)
+    ui.add_head_html(f"<style>{STYLE.read_text()}</style>")
     results: dict[str, Any] = {}
 
     def moved(event: Any) -> None:

@@ -180,9 +180,9 @@ def practice() -> Said:
     """What was run, and reached."""
     row = published_row("llama3-002")
     return say(
-        "What Meta ran for Llama 3 405B on {gpus} H100 is such a product: tp{tp}, pp{pp}, the "
-        "rest data parallel, {flops} a GPU.",
-        gpus=row["n_gpus"],
+        "What Meta ran for Llama 3 405B on {gpus} H100: tp{tp}, pp{pp}, the rest data parallel, "
+        "with {flops} a GPU.",
+        gpus=f"{int(row['n_gpus']):,}",
         tp=row["tp"],
         pp=row["pp"],
         flops=published(
