@@ -72,9 +72,9 @@ def agreement(measured: list[Run], formulas: list[Run]) -> list[Said]:
         )
     said.append(
         say(
-            "Memory: the measured peak is within {worst} of the closed form in all {n} runs here.",
+            "Memory: the measured peak is within {worst} of the closed form in {runs} here.",
             worst=off(peaks),
-            n=len(peaks),
+            runs=f"all {len(peaks)} runs" if len(peaks) > 1 else "the run",
         )
     )
     return said

@@ -73,13 +73,13 @@ def _operators() -> dict[str, tuple[Callable[[], Any], float, float]]:
     made: dict[str, tuple[Callable[[], Any], float, float]] = {}
     for n in (32, 128, 512, 1024):
         square = torch.randn(n, n)
-        made[f"matmul {n}"] = partial(torch.mm, square, square), 2.0 * n**3, 3.0 * ITEM * n * n
+        made[f"matmul_{n}"] = partial(torch.mm, square, square), 2.0 * n**3, 3.0 * ITEM * n * n
     weight = torch.randn(width, width)
     rows = 2.0 * tokens * width * width, ITEM * (2.0 * size + width * width)
     made["projection"] = (lambda: x @ weight), *rows
     vector = torch.randn(1, width)
     one = 2.0 * width * width, ITEM * (width * width + 2.0 * width)
-    made["one token"] = (lambda: vector @ weight), *one
+    made["one_token"] = (lambda: vector @ weight), *one
     q = torch.randn(4, 4, 512, 64)
     attention = 4.0 * q.shape[0] * q.shape[1] * 512 * 512 * 64 / 2  # the mask leaves half
     made["attention"] = (

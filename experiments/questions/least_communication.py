@@ -161,7 +161,7 @@ def crossing(evidence: Evidence) -> Said:
         "TP's bytes grow with the tokens and DDP's do not: they are equal at {even} a step. {now} "
         "a step are {relation} it.",
         even=even,
-        now=Quantity("tokens of a step", tokens.value, "tokens", tokens.source, tokens.run),
+        now=tp_run.at("step.tokens", "tokens", "tokens of a step"),
         relation=relation,
     )
 

@@ -100,7 +100,11 @@ def bound(probe: Run) -> list[Said]:
 
     def said(names: list[str]) -> Said:
         return listed(
-            [say("{n} ({f})", n=n, f=of(probe, n, "flops_per_byte")) for n in names] or [say("-")]
+            [
+                say("{n} ({f})", n=n.replace("_", " "), f=of(probe, n, "flops_per_byte"))
+                for n in names
+            ]
+            or [say("-")]
         )
 
     best = max(high, key=lambda n: of(probe, n, "flops_per_s").value)
@@ -110,7 +114,7 @@ def bound(probe: Run) -> list[Said]:
         say(
             "Right of it, bound by compute: {high}; {best} reaches {reached} of the peak.",
             high=said(high),
-            best=best,
+            best=best.replace("_", " "),
             reached=reached,
         ),
     ]
@@ -171,7 +175,7 @@ def operator_table(probe: Run) -> Table:
     for name in operators(probe):
         rate = of(probe, name, "flops_per_s")
         share = (rate / peak(probe)).as_share()
-        rows.append([name, of(probe, name, "flops_per_byte"), rate, share])
+        rows.append([name.replace("_", " "), of(probe, name, "flops_per_byte"), rate, share])
     head = ["operator", "FLOPs a byte", "reached", "of the peak"]
     return Table("Operators on one core, fp32, 2,048 tokens of width 256", head, rows)
 
@@ -185,7 +189,10 @@ def run_table(runs: dict[str, Run]) -> Table:
 def picture(probe: Run) -> Picture:
     top, rate = peak(probe).value / 1e9, bandwidth(probe).value / 1e9
     spots = {
-        n: ([of(probe, n, "flops_per_byte").value], [of(probe, n, "flops_per_s").value / 1e9])
+        n.replace("_", " "): (
+            [of(probe, n, "flops_per_byte").value],
+            [of(probe, n, "flops_per_s").value / 1e9],
+        )
         for n in operators(probe)
     }
     left, right = 0.05, 400.0

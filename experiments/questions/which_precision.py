@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, listed, say
@@ -177,16 +178,16 @@ def guards(trials: dict[str, Run | str]) -> list[Said]:
             "is not finite stops the run before the update, with the weights of the step before "
             "({stopped}). Where nothing overflows none of them speaks ({went_on}): then the "
             "loss itself is the sign.",
-            stopped=", ".join(stopped) or "no trial here",
-            went_on=", ".join(went_on) or "no trial here",
+            stopped="; ".join(stopped) or "no trial here",
+            went_on="; ".join(went_on) or "no trial here",
         )
     )
     return said
 
 
 def short(reason: str) -> str:
-    """Without the traceback's place."""
-    return reason.partition(" (traceback")[0].rstrip(".")
+    """Without the places in the program."""
+    return re.sub(r" at \S+:\d+.*| \(traceback.*", "", reason).rstrip(".")
 
 
 def measured_table(runs: dict[str, Run]) -> Table:
