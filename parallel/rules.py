@@ -20,6 +20,7 @@ from parallel.layout import (
 )
 
 SHOWN = 3  # alternatives that a refusal names
+MOST_RANKS = 2**15  # for which other layouts are proposed
 
 
 def check(model: ModelConfig, layout: Layout, options: Options) -> None:
@@ -67,8 +68,10 @@ def fits(model: ModelConfig, layout: Layout, options: Options) -> bool:
 
 
 def of_size(layout: Layout) -> Iterator[Layout]:
-    """All layouts of as many ranks, with the same ep."""
+    """All layouts of as many ranks, with the same ep; none of more ranks than MOST_RANKS."""
     ranks = layout.world_size
+    if ranks > MOST_RANKS:  # a slip of the pen, whose divisors alone would take hours
+        return
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
 
     def products(rest: int, axes: int) -> Iterator[tuple[int, ...]]:
