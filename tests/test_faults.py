@@ -41,7 +41,7 @@ def test_the_rank_that_failed_is_named(
     outcome = with_fault(tmp_path / "run", asked, fault, rank, AT)
     assert outcome.status == 1 and re.match(said, outcome.said), outcome.said
     assert outcome.stacks
-    if fault == "hang":  # one that was stopped is woken for its stacks, and may be elsewhere by then
+    if fault == "hang":  # one that was stopped is woken first, and may be elsewhere by then
         stacks = path_of(tmp_path / "run", rank, "stacks.txt").read_text()
         assert f"in {FAULTS[fault].__name__}" in stacks
 
