@@ -60,13 +60,13 @@ def instead(target: Any, name: str, bug: Any) -> Callable[[], AbstractContextMan
 
 def before_update(factor: Callable[[Trainer], float]) -> Callable[[], AbstractContextManager]:
     """The plant that multiplies the gradients which a step has left."""
-    true = Trainer._update
 
-    def update(self: Trainer, totals: Tensor) -> step.Result:
+    def forward_backward(self: Trainer, micro_batches: Sequence[Any]) -> Tensor:
+        totals = FORWARD_BACKWARD(self, micro_batches)
         scale_gradients(self.parameters, factor(self))
-        return true(self, totals)
+        return totals
 
-    return instead(Trainer, "_update", update)
+    return instead(Trainer, "_forward_backward", forward_backward)
 
 
 # ---- the loss
@@ -141,13 +141,13 @@ SCHEDULE_CLASS = pipeline.get_schedule_class
 # ---- the norm
 
 
-def norm_of_a_stage(parameters: Sequence[Tensor], mesh: Mesh) -> Tensor:
+def norm_of_a_stage(parameters: Sequence[Tensor], mesh: Mesh, _norms: object) -> Tensor:
     """Each stage of a pipeline clips by its own norm."""
     alone = replace(mesh, layout=replace(mesh.layout, pp=1))
     return gradient_norm(parameters, alone)
 
 
-def norm_with_copies(parameters: Sequence[Tensor], mesh: Mesh) -> Tensor:
+def norm_with_copies(parameters: Sequence[Tensor], mesh: Mesh, _norms: object) -> Tensor:
     """What tp holds as copies counts once for each of them (two)."""
     copies = [p for p in parameters if not isinstance(p, DTensor)]
     return torch.hypot(gradient_norm(parameters, mesh), gradient_norm(copies, mesh))
