@@ -20,7 +20,7 @@ from experiments.verdict import path_of
 from parallel.drift import Drifted, check_copies, checksum
 from parallel.layout import Layout
 
-SOON = ("steps=200", "timeout_s=4")
+SOON = ("steps=200", "timeout_s=10")
 AT = 3  # the step before which a fault comes; the rank is in the one before still
 
 
