@@ -90,15 +90,18 @@ class Points:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.descriptor = os.open(
-                self.folder, os.O_RDONLY
-            )  # the folder itself: no file is left
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"run.dir={self.folder}: a sweep is running there") from error
+            descriptor = os.open(self.folder, os.O_RDONLY)  # the folder itself: no file is left
         except OSError as error:
             said = "is not a folder" if self.folder.is_file() else error.strerror
             raise ValueError(f"run.dir={self.folder}: {said}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            busy = isinstance(error, BlockingIOError)
+            said = "a sweep is running there" if busy else error.strerror
+            raise ValueError(f"run.dir={self.folder}: {said}") from error
+        self.descriptor = descriptor
 
 
 def _is_done(folder: Path) -> bool:

@@ -89,8 +89,9 @@ def test_a_sweep_has_its_folder_to_itself(tmp_path: Path) -> None:
     first, second = Points(tmp_path / "sweep"), Points(tmp_path / "sweep")
     first.lock()
     first.lock()
-    with pytest.raises(ValueError, match="a sweep is running there"):
-        second.lock()
+    for _job in range(2):  # each asks anew: none of them may go on without the lock
+        with pytest.raises(ValueError, match="a sweep is running there"):
+            second.lock()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not a folder"):
         Points(tmp_path / "file").lock()
