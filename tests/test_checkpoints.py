@@ -73,9 +73,9 @@ def test_every_fault_is_noticed_and_its_file_named(fault: str, tmp_path: Path) -
     whole = save(tmp_path / "run", 1)
     for seed in range(25):
         with faulty(whole, fault, seed, tmp_path / "copy") as (folder, name):
-            with pytest.raises(Damaged, match=rf"{name}|manifest") as said:
+            with pytest.raises(Damaged) as said:
                 check(folder)
-            assert "\n" not in str(said.value)
+            assert name in str(said.value) and "\n" not in str(said.value)
 
 
 def test_a_file_of_another_checkpoint_is_noticed(tmp_path: Path) -> None:

@@ -39,12 +39,8 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(
     ranks: int, plans: list[tuple[str, dict]], tmp_path: Path
 ) -> None:
     configs = [config_of(*plan) for plan in plans]
-    for (name, _), (whole, resumed), number in zip(
-        plans,
-        run_ranks(ranks, stop_and_go_on, configs, tmp_path, SAVED)[0],
-        range(99),
-        strict=False,
-    ):
+    losses = run_ranks(ranks, stop_and_go_on, configs, tmp_path, SAVED)[0]
+    for number, ((name, _), (whole, resumed)) in enumerate(zip(plans, losses, strict=True)):
         assert whole == resumed, name
         assert same_state(tmp_path / f"{number}-whole", tmp_path / f"{number}-resumed"), name
 
