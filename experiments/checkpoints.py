@@ -25,6 +25,7 @@ FOLDER = "checkpoints"
 SCHEMA = "worldsize.checkpoint/1"
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 STEP = re.compile(r"step-(\d+)")
+PART = ".part"  # at the end of a name: not whole yet
 
 
 class Damaged(ValueError):
@@ -56,7 +57,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 def part_of(folder: Path) -> Path:
     """Where it lies while it is written."""
-    return folder.with_name(folder.name + ".part")
+    return folder.with_name(folder.name + PART)
 
 
 def steps_of(run: Path) -> list[Path]:
@@ -126,11 +127,15 @@ def _sync(folder: Path) -> None:
         os.close(number)
 
 
+def parts_in(run: Path) -> list[Path]:
+    """What a save that is at work is writing, or one that was cut short has left."""
+    return [path for path in _children(run / FOLDER) if path.name.endswith(PART)]
+
+
 def clean(run: Path) -> None:
-    """Remove what a save that was cut short has left."""
-    for path in _children(run / FOLDER):
-        if path.name.endswith(".part"):
-            shutil.rmtree(path)
+    """Remove what saves that were cut short have left."""
+    for path in parts_in(run):
+        shutil.rmtree(path)
 
 
 def set_aside(paths: list[Path]) -> None:

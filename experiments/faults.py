@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments import environment
 from experiments.launch import Job
-from experiments.process import die_with_parent
+from experiments.process import RANK, die_with_parent
 from experiments.verdict import path_of
 
 HOURS_S = 3 * 3600.0
@@ -121,7 +121,7 @@ def poison(trainer: Any, where: str, value: float) -> None:
 
 def with_fault(job: Job, fault: str, rank: int, step: int) -> Job:
     """The same job, with a fault in it."""
-    start = job.command.index("experiments.worker")
+    start = job.command.index(RANK)
     command = [*job.command[:start], "experiments.faults", *job.command[start + 1 :]]
     return replace(job, command=[*command, fault, str(rank), str(step)])
 

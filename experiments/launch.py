@@ -13,7 +13,7 @@ import psutil
 
 from experiments import environment
 from experiments.config import TrainConfig
-from experiments.process import GRACE_S, Forwarding, die_with_parent
+from experiments.process import GRACE_S, RANK, TORCHRUN, Forwarding, die_with_parent
 from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
 from experiments.run_weights import check_base, is_base
@@ -97,8 +97,8 @@ def prepare_job(
     corpus.check_length(config.seq_len)
     if nodes > 1 and not here and not config.run.dir:
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
-    found = None
-    if is_base(config):
+    found, only_weights = None, is_base(config)
+    if only_weights:
         check_base(config)
     else:
         found = choose(config.resume, folder)
@@ -106,7 +106,7 @@ def prepare_job(
         check_fits(found, settings_of(config), config.batch_size)
     if config.init:
         check_init(Path(config.init), config.model)
-    again = goes_on_in(config.resume, folder) and not is_base(config)
+    again = goes_on_in(config.resume, folder) and not only_weights
     folder = make_folder(folder, config.layout, not torchrun.is_first_node, again)
     if torchrun.is_first_node:
         # launch.sh hands its process over, so this is when the user's command began
@@ -136,8 +136,7 @@ def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list
     to_files = range(0 if quiet else 1, local_ranks)
     if to_files:
         options += ["--redirects=" + ",".join(f"{i}:3" for i in to_files)]
-    worker = ["-m", "experiments.worker", str(folder)]
-    return [sys.executable, "-m", "torch.distributed.run", *options, *worker]
+    return [sys.executable, "-m", TORCHRUN, *options, "-m", RANK, str(folder)]
 
 
 def run(job: Job, quiet: bool) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.checkpoints import FOLDER, folder_of, newest_whole, part_of, publish
+from experiments.checkpoints import folder_of, newest_whole, part_of, parts_in, publish
 from experiments.trials import (
     NOTHING_ELSE,
     SMALL,
@@ -102,11 +102,10 @@ def _kill(folder: Path, strategy: str, wanted: int, inside: int) -> tuple[Kills,
 
 def _killed(launch: Launch, counts: Counter[str], dice: random.Random, inside: bool) -> bool:
     """Kill a launch at a random moment; False where it ended before that."""
-    parts = launch.folder / FOLDER
     at = launch.steps() + dice.randint(1, 30)
 
     def saving() -> bool:
-        return any(path.name.endswith(".part") for path in _children(parts))
+        return bool(parts_in(launch.folder))
 
     # a part that an earlier kill left is gone when the first new step is there
     begun = launch.reach(at)
@@ -122,10 +121,6 @@ def _killed(launch: Launch, counts: Counter[str], dice: random.Random, inside: b
     launch.wait()
     counts["inside"] += saving()
     return True
-
-
-def _children(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _count(kept: Kills, launch: Launch, newest: int | None, reached: int) -> None:
@@ -164,7 +159,7 @@ def saves(folder: Path, share: float) -> Iterator[str]:
         os.waitpid(saver, 0)
         published = 1 + len(os.read(reading, 2**16))
         os.close(reading)
-        inside += any(p.name.endswith(".part") for p in (run / "checkpoints").iterdir())
+        inside += bool(parts_in(run))
         found, skipped = newest_whole(run)
         counts["loaded"] += found is not None and not skipped
         counts["lost"] += found is None or found.step < published

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from experiments.checkpoints import STEP, steps_of
+from experiments.process import TORCHRUN
 from experiments.record import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,12 @@ VICTIMS = ("rank", "torchrun", "launcher", "all")
 PATIENCE_S = 600.0  # for what takes seconds: a machine may be busy
 
 
+def without_scheduler() -> dict[str, str]:
+    """This process's environment, but for what would make a launch a rank or a job of another."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM", "HYDRA")
+    return {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+
+
 @dataclass
 class Launch:
     """`./launch.sh OVERRIDES run.dir=FOLDER`, running."""
@@ -54,12 +61,10 @@ class Launch:
     def __post_init__(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.out = self.folder.with_name(f"{self.folder.name}.out")
-        dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM", "HYDRA")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
         with open(self.out, "w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments", *self.overrides, f"run.dir={self.folder}"],
-                env={**kept, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
+                env={**without_scheduler(), "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
@@ -96,7 +101,7 @@ class Launch:
     def kill(self, victim: str, rank: int = 0) -> None:
         """SIGKILL one of VICTIMS."""
         processes = self.processes()
-        ranks = [p for p in processes if "torch.distributed.run" not in _line(p)]
+        ranks = [p for p in processes if TORCHRUN not in _line(p)]
         chosen = {
             "launcher": [],
             "torchrun": [p for p in processes if p not in ranks],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+
+from experiments.trials import without_scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -25,9 +26,7 @@ SMALL = (
 
 def environment() -> dict[str, str]:
     """The suite's own interpreter, whatever is active, and no variable of a scheduler."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM", "HYDRA")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    return {**kept, "PYTHON": sys.executable}
+    return {**without_scheduler(), "PYTHON": sys.executable}
 
 
 def start(*arguments: str, cwd: Path, **more: str) -> subprocess.Popen:
