@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from experiments import environment
 from experiments.config import TrainConfig
 from experiments.metering import Meters
 from experiments.run_folder import settings_of
+from experiments.step_log import read_metrics
 from minigpt.corpus import Corpus
 from minigpt.tokenizer import BPE_FILE
 from parallel.mesh import Mesh
@@ -173,19 +175,6 @@ class Record:
         )
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line that a kill or a full disk cut short is left out."""
-    found = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and {"step", "loss", "skipped"} <= line.keys():
-            found.append(line)
-    return found
-
-
 def pipeline_of(config: TrainConfig, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The bubble of each rank beside the ideal of its schedule."""
     pipeline, pp = config.pipeline, config.layout.pp
@@ -221,6 +210,6 @@ def save_model(folder: Path, weights: dict[str, torch.Tensor], corpus: Corpus) -
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN: a skipped fp16 step's loss or norm is null."""
-    if isinstance(value, float) and value - value != 0:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -17,7 +17,7 @@ import psutil
 from experiments import faults
 from experiments.compose import configs_of
 from experiments.launch import Torchrun, prepare_job, run
-from experiments.record import read_metrics
+from experiments.step_log import read_metrics
 from experiments.trials import SMALL, STRATEGIES, Launch, few, losses_of, newest_in
 from experiments.verdict import failure, path_of
 

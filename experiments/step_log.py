@@ -55,6 +55,19 @@ def read_log(path: Path) -> StepLog:
     return StepLog(losses, seconds)
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a line that a kill or a full disk cut short is left out."""
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and {"step", "loss", "skipped"} <= line.keys():
+            found.append(line)
+    return found
+
+
 def half_spread(values: list[float]) -> float | None:
     """Half the distance between the quartiles: what one value says about where the middle is.
     None of fewer than FEWEST values."""

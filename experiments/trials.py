@@ -15,7 +15,7 @@ import psutil
 
 from experiments.checkpoints import STEP, steps_of
 from experiments.process import TORCHRUN
-from experiments.record import read_metrics
+from experiments.step_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

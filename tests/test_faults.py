@@ -13,9 +13,9 @@ from experiments.faults import FAULTS
 from experiments.matrix import PLANS
 from experiments.parity import make_config, mesh_of
 from experiments.ranks import run_ranks
-from experiments.record import read_metrics
 from experiments.reliability_runs import with_fault
 from experiments.reliability_steps import meet_nonfinite
+from experiments.step_log import read_metrics
 from experiments.verdict import path_of
 from parallel.drift import Drifted, check_copies, checksum
 from parallel.layout import Layout

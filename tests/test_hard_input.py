@@ -19,9 +19,9 @@ from experiments.__main__ import main
 from experiments.compose import Refused, keys_of
 from experiments.config import TrainConfig
 from experiments.parity import make_config
-from experiments.record import read_metrics
 from experiments.run_folder import Launched, read_config, read_launched, write_config
 from experiments.score import ROWS
+from experiments.step_log import read_metrics
 from experiments.weights_file import check_init
 from minigpt.config import ModelConfig
 from parallel.layout import Layout
