@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
 from costs.ledger import MEMORY_PARTS, TIME_PARTS
-from experiments.comparison import Comparison, names_of_predictions
+from experiments.comparison import MEDIANS, Comparison, names_of_predictions, summary
 from experiments.config_differences import CLUSTER, SOURCE, Difference, Values
 from experiments.console import DASH, human_bytes, human_seconds
 from experiments.run_costs import (
@@ -24,7 +23,6 @@ from experiments.run_costs import (
     Costs,
     error_of,
     ratio_text,
-    says,
 )
 from experiments.sheets import NOTHING, Cell, Sheet
 
@@ -162,12 +160,11 @@ def ratio_cell(changes: list[Change] | None) -> Cell:
     """After over before, the median of all pairs; `none` within the noise."""
     if not changes:
         return NOTHING
-    said = says(changes)
-    ratios = [change.ratio for change in changes if change.ratio is not None]
-    middle = statistics.median(ratios) if ratios else None
-    if said.startswith(NONE):
+    told = summary(changes)
+    middle = told["ratio"]
+    if told["says"].startswith(NONE):
         return Cell(NONE, middle)
-    return Cell(said if middle is None else ratio_text(middle), middle)
+    return Cell(told["says"] if middle is None else ratio_text(middle), middle)
 
 
 def change_sheet(comparison: Comparison, difference: Difference) -> Sheet:
@@ -176,12 +173,8 @@ def change_sheet(comparison: Comparison, difference: Difference) -> Sheet:
     for name, changes in sorted(comparison.changes(difference).items(), key=_in_order):
         if name.startswith("payload_bytes") or not any(c.before or c.after for c in changes):
             continue
-        before, after, apart = (
-            statistics.median(getattr(c, part) for c in changes)
-            for part in ("before", "after", "difference")
-        )
-        noises = [c.noise for c in changes if c.noise is not None]
-        noise = max(noises) if len(noises) == len(changes) else None
+        told = summary(changes)
+        before, after, apart, noise = (told[key] for key in (*MEDIANS, "noise"))
         rows.append(
             (
                 Cell(_of_what(name)),
@@ -189,7 +182,7 @@ def change_sheet(comparison: Comparison, difference: Difference) -> Sheet:
                 Cell(human(name, after), after),
                 Cell(signed(name, apart), apart),
                 Cell(human(name, noise) if noise else DASH, noise),
-                Cell(says(changes)),
+                Cell(told["says"]),
             )
         )
     several = len(difference.pairs) > 1

@@ -23,7 +23,7 @@ from typing import Any
 
 from costs import ledger as ledgers
 from experiments import environment
-from experiments.benchmark import rule, table
+from experiments.document import rule, table
 from parallel.layout import Layout
 
 BAR_S = 5.0
@@ -50,7 +50,9 @@ def main(run: Path) -> None:
         )
         print(f"({facts['cores']} cores, Python {facts['python']}): {runs:,} ledgers of ", end="")
         print(f"{ledger['layout']['world_size']} ranks, each with a log of {len(lines)} steps.")
-        print(f"Seconds of the whole command, the median of {ROUNDS}; at most {BAR_S:g}.")
+        print(
+            f"Seconds of the whole command, the median of {ROUNDS}; the aim is at most {BAR_S:g}."
+        )
         print(f"Load of the machine when it began: {os.getloadavg()[0]:.1f}.\n")
         print(table("command", "seconds", "of them of the processor"))
         print(rule(3))

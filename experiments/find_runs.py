@@ -73,7 +73,8 @@ def ledger_paths(words: list[str]) -> tuple[list[Path], list[str]]:
             given = sorted(map(Path, glob.glob(word)), key=natural)
         inside = [path for one in given for path in _ledgers_in(one)]
         if not inside:
-            problems.append(f"{word}: {_why_nothing(Path(word))}")
+            there = any(path.exists() for path in given)
+            problems.append(f"{word}: {'no run is in it' if there else 'no such file or folder'}")
         paths.update({path.resolve(): path for path in inside if path.resolve() not in paths})
     return list(paths.values()), problems
 
@@ -90,20 +91,14 @@ def _ledgers_in(path: Path) -> list[Path]:
     return [ledger for child in sorted(below, key=natural) for ledger in _ledgers_in(child)]
 
 
-def _why_nothing(path: Path) -> str:
-    if glob.has_magic(str(path)):
-        return "no such file or folder"
-    return "no run is in it" if path.exists() else "no such file or folder"
-
-
 def natural(path: Path) -> list[Any]:
     """Sorts 2 before 10."""
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", str(path))]
 
 
-def short_names(ledgers: list[Path]) -> list[str]:
+def short_names(paths: list[Path]) -> list[str]:
     """Of each run the shortest end of its path that no other run has."""
-    parts = [path.parent.parts if path.name == LEDGER else path.parts for path in ledgers]
+    parts = [path.parent.parts if path.name == LEDGER else path.parts for path in paths]
     names = ["/".join(p[-1:]) for p in parts]
     for length in range(2, max(map(len, parts), default=0) + 1):
         times = Counter(names)
@@ -111,4 +106,4 @@ def short_names(ledgers: list[Path]) -> list[str]:
             "/".join(p[-length:]) if times[name] > 1 else name
             for p, name in zip(parts, names, strict=True)
         ]
-    return [name or str(path) for name, path in zip(names, ledgers, strict=True)]
+    return [name or str(path) for name, path in zip(names, paths, strict=True)]

@@ -73,10 +73,11 @@ def bars(
     data = []
     for name, colour in parts.items():
         held = [comparison.costs[i].get(name) for i in shown]
-        values = [cost.value if cost else 0.0 for cost in held]
+        values = [cost.value if cost else None for cost in held]
         if any(values):
             said = [f"{words_of(name)}: {human(name, value)}" for value in values]
-            data.append(_bar(words_of(name), colour, [v / size for v in values], names, said))
+            lengths = [value and value / size for value in values]  # null where there is none
+            data.append(_bar(words_of(name), colour, lengths, names, said))
     fewest = min(shown, key=lambda i: comparison.costs[i][whole].value)
     least = human(whole, comparison.costs[fewest][whole].value)
     says = f"Least: {least} (run {comparison.runs[fewest].number}). "
@@ -88,7 +89,9 @@ def bars(
 UPWARDS = {"autorange": "reversed", "automargin": True, "tickfont": {"size": 11}}
 
 
-def _bar(name: str, colour: str, x: list[float], y: list[str], said: list[str]) -> dict[str, Any]:
+def _bar(
+    name: str, colour: str, x: Sequence[float | None], y: Sequence[Any], said: list[str]
+) -> dict[str, Any]:
     return {
         "type": "bar",
         "orientation": "h",
