@@ -38,11 +38,6 @@ from parallel.step import Trainer
 # --- the state by name
 
 
-def stored_name(name: str, replica: Replica) -> str:
-    """A copy of a tied head is stored as what it is a copy of."""
-    return "embedding.weight" if name in replica.copies else name
-
-
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """This rank's tensors by their names in the checkpoint; not copied. Every rank calls it."""
     replica = trainer.replica
@@ -85,10 +80,10 @@ def restore(trainer: Trainer, folder: Path, same_layout: bool) -> None:
 
     named: dict[Tensor, str] = {p: name for name, p in replica.named_parameters()}
     for parameter, name in named.items():
-        want(f"model/{stored_name(name, replica)}", parameter.detach())
+        want(f"model/{replica.stored_name(name)}", parameter.detach())
     kept: dict[Tensor, dict[str, Tensor]] = {}
     for parameter in owned(trainer.optimizer):
-        stored = stored_name(named[parameter], replica)
+        stored = replica.stored_name(named[parameter])
         kept[parameter] = {
             key: _like(parameter, about) for key, about in moments.get(stored, {}).items()
         }

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.gradients import local
+from parallel.gradients import axes_that_cut, local
 from parallel.replica import Replica
 
 AT_ONCE = 2**20  # elements: the sum needs sixteen bytes for each
@@ -35,16 +35,13 @@ class Piece(NamedTuple):
 def pieces(replica: Replica) -> Iterator[tuple[Piece, Tensor]]:
     """What this rank holds of each weight. A tied head on another stage is its embedding."""
     for name, parameter in replica.named_parameters():
-        stored = "embedding.weight" if name in replica.copies else name
-        yield Piece(stored, _place(parameter)), local(parameter.detach())
+        yield Piece(replica.stored_name(name), _place(parameter)), local(parameter.detach())
 
 
 def _place(parameter: Tensor) -> tuple[int, ...]:
     if not isinstance(parameter, DTensor):
         return ()
-    mesh = parameter.device_mesh
-    cut = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate()]
-    return tuple(mesh.get_local_rank(i) for i in cut)
+    return tuple(parameter.device_mesh.get_local_rank(i) for i in axes_that_cut(parameter))
 
 
 def checksum(tensor: Tensor) -> Tensor:

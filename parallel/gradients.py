@@ -18,13 +18,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def axes_that_cut(tensor: DTensor) -> list[int]:
+    """Positions in its mesh of the axes along which ranks hold different pieces of it."""
+    return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+
+
 def _shard_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups over which a gradient is cut in pieces, so that their squares must be added."""
     if not isinstance(gradient, DTensor):
         return ()
-    mesh = gradient.device_mesh
-    sharded = [i for i, placement in enumerate(gradient.placements) if not placement.is_replicate()]
-    return tuple(mesh.get_group(i) for i in sharded)
+    return tuple(gradient.device_mesh.get_group(i) for i in axes_that_cut(gradient))
 
 
 @torch.no_grad()

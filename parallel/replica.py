@@ -36,6 +36,11 @@ class Replica:
         for stage in self.stages:
             yield from stage.named_parameters()
 
+    def stored_name(self, name: str) -> str:
+        """A copy of a tied head has the numbers of what it is a copy of, and is known by its
+        name wherever weights are kept or compared."""
+        return "embedding.weight" if name in self.copies else name
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for _, parameter in self.named_parameters())
 

@@ -51,7 +51,7 @@ def take_weights(replica: Replica, whole: Callable[[str], Tensor]) -> None:
     for name, parameter in replica.named_parameters():
         if is_adapter(name):
             continue
-        value = whole("embedding.weight" if name in replica.copies else name)
+        value = whole(replica.stored_name(name))
         value = value.to(parameter.device, parameter.dtype)
         if isinstance(parameter, DTensor):
             where = parameter.device_mesh, parameter.placements
