@@ -1,6 +1,6 @@
 """docs/reliability.md: what was done to runs and checkpoints, and what came of it.
 
-./launch.sh python -m experiments.reliability > docs/reliability.md       an hour on two cores
+./launch.sh python -m experiments.reliability > docs/reliability.md       all, hours on two cores
 ./launch.sh python -m experiments.reliability damage kills      only those parts, to the screen
 ./launch.sh python -m experiments.reliability --share=0.1 kills      a tenth of the trials
 """

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from experiments import faults
 from experiments.compose import configs_of
 from experiments.launch import Torchrun, prepare_job, run
+from experiments.process import ranks_below
 from experiments.step_log import read_metrics
 from experiments.trials import SMALL, STRATEGIES, Launch, few, losses_of, newest_in
 from experiments.verdict import failure, path_of
@@ -69,7 +68,7 @@ def hangs(folder: Path, share: float) -> Iterator[str]:
     for fault in ("hang", "stop", "other-collective", "raise"):
         dice, counts, longest = random.Random(fault), Counter[str](), 0.0
         for number in range(times):
-            strategy = list(STRATEGIES)[number % 5]
+            strategy = list(STRATEGIES)[number % len(STRATEGIES)]
             rank, step = dice.randrange(STRATEGIES[strategy]), dice.randint(1, 6)
             asked = [f"strategy={strategy}", "steps=1000", f"timeout_s={HANG_TIMEOUT_S}"]
             outcome = with_fault(folder / f"{fault}{number}", asked, fault, rank, step)
@@ -164,13 +163,13 @@ def soak(folder: Path, share: float) -> Iterator[str]:
     launch.reach(steps - 50)
     after = resident(launch)
     status = launch.wait()
-    grown = max(a / b - 1 for a, b in zip(after, before, strict=True))
+    grown, size = max((a / b - 1, a) for a, b in zip(after, before, strict=True))
     yield f"{steps:,} steps of two ranks with a checkpoint every 250 (status {status}): resident "
     yield f"memory from step {warm:,} to step {steps - 50:,} grew by {100 * grown:.2f} % on the "
-    yield f"rank that grew most ({max(after) / 1e6:,.0f} MB)."
+    yield f"rank that grew most ({size / 1e6:,.0f} MB)."
 
 
 def resident(launch: Launch) -> list[int]:
-    """Resident bytes of torchrun and each rank, in the order of their numbers."""
-    found = sorted(launch.processes(), key=lambda process: process.pid)
-    return [psutil.Process(process.pid).memory_info().rss for process in found]
+    """Resident bytes of each rank, in the order in which they were started."""
+    ranks = sorted(ranks_below(launch.process.pid), key=lambda rank: rank.pid)
+    return [rank.memory_info().rss for rank in ranks]
