@@ -20,6 +20,7 @@ from experiments.config import ExportConfig
 from experiments.resume import run_of
 from experiments.run_folder import read_config, settings_of
 from experiments.run_weights import weights_of
+from experiments.weights_file import write
 
 
 def command(argv: list[str]) -> int:
@@ -40,8 +41,6 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if not out.parent.is_dir():
         raise Refused(f"out={out}: {out.parent} is no folder")
     weights, source = weights_of(given, "run")
-    from experiments.weights_file import write
-
     settings = settings_of(read_config(run_of(given)))
     write(out, weights, settings["model"])
     numbers = sum(weight.numel() for weight in weights.values())

@@ -124,6 +124,11 @@ PLANS = [
 ]
 
 
+def plan_named(name: str) -> Plan:
+    """One of PLANS."""
+    return next(plan for plan in PLANS if plan.name == name)
+
+
 Row = dict[str, Difference | str]
 
 

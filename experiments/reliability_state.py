@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.checkpoints import Damaged, check, folder_of, part_of, publish
 from experiments.config import TrainConfig
-from experiments.matrix import PLANS
+from experiments.matrix import plan_named
 from experiments.parity import LOSS_BOUND, make_config
 from experiments.ranks import run_ranks
 from experiments.resuming import load_and_go_on, same_state, stop_and_go_on, train_on
@@ -28,8 +28,7 @@ CHANGES = {"model.tied": True, "clip": 0.5}
 
 
 def config_of(name: str, steps: int) -> TrainConfig:
-    plan = next(plan for plan in PLANS if plan.name == name)
-    return plan.config({**CHANGES, "steps": steps})
+    return plan_named(name).config({**CHANGES, "steps": steps})
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments import faults
 from experiments.checkpoints import FOLDER, newest_whole
-from experiments.matrix import PLANS
+from experiments.matrix import plan_named
 from experiments.parity import make_config, mesh_of
 from experiments.ranks import run_ranks
 from experiments.resuming import train_on
@@ -127,7 +127,7 @@ def meet_nonfinite(cases: list[tuple[str, str, float]]) -> list[dict[str, bool]]
 
     found = []
     for name, where, value in cases:
-        config = next(plan for plan in PLANS if plan.name == name).config({"steps": 9})
+        config = plan_named(name).config({"steps": 9})
         trainer = make_trainer(config, mesh_of(config.layout))
         trainer.may_skip = 1
         train_on(config, trainer, 0, 2)

@@ -10,7 +10,7 @@ import torch
 
 from experiments.config import TrainConfig
 from experiments.faults import FAULTS
-from experiments.matrix import PLANS
+from experiments.matrix import plan_named
 from experiments.parity import make_config, mesh_of
 from experiments.ranks import run_ranks
 from experiments.reliability_runs import with_fault
@@ -110,7 +110,7 @@ COPIES = ("ddp2", "zero1 2", "tp2", "tp2 by hand", "cp2", "fsdp2", "pp2 1f1b")
 
 @pytest.mark.slow
 def test_copies_that_differ_are_told_alike_on_all_ranks_and_shards_are_no_copies() -> None:
-    configs = [next(p for p in PLANS if p.name == name).config({"steps": 2}) for name in COPIES]
+    configs = [plan_named(name).config({"steps": 2}) for name in COPIES]
     first, second = run_ranks(2, drift_of, configs)
     assert first == second
     said = dict(zip(COPIES, first, strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.matrix import PLANS
+from experiments.matrix import plan_named
 from experiments.parity import LOSS_BOUND, make_config
 from experiments.ranks import run_ranks
 from experiments.resuming import load_and_go_on, same_state, stop_and_go_on
@@ -29,8 +29,7 @@ SAVED, STEPS = 3, 6
 
 
 def config_of(name: str, changes: dict, steps: int = STEPS) -> TrainConfig:
-    plan = next(plan for plan in PLANS if plan.name == name)
-    return plan.config({**changes, "steps": steps})
+    return plan_named(name).config({**changes, "steps": steps})
 
 
 @pytest.mark.slow
