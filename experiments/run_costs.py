@@ -163,8 +163,10 @@ def _changes(one: Run, other: Run, before: Costs, after: Costs) -> dict[str, Cha
 
 
 def _same_batches(change: Change, name: str, one: Run, other: Run) -> Change:
-    """The same change, its noise from the differences of the losses step by step."""
-    if len(one.losses) != len(other.losses):
+    """The same change, its noise from the differences of the losses step by step; as it is, where
+    the steps are not as many, or not of as many tokens: then they had other batches."""
+    tokens = [run.ledger["step"]["tokens"] for run in (one, other)]
+    if len(one.losses) != len(other.losses) or tokens[0] != tokens[1]:
         return change
     both = zip(tail_of(one.losses), tail_of(other.losses), strict=True)
     apart = [b - a for a, b in both if a is not None and b is not None]

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from experiments.__main__ import main
@@ -17,7 +16,6 @@ from experiments.comparison import Comparison, compared
 from experiments.config_differences import differences_of
 from experiments.find_runs import find_runs, ledger_paths
 from experiments.run_costs import says
-from experiments.step_log import followed_steps, half_spread, read_log, untimed_steps
 from tests.made_runs import a_run
 
 SHARDED = {"layout.dp_replicate": 1, "layout.dp_shard": 2}
@@ -125,6 +123,17 @@ def test_losses_of_the_same_batches_are_compared_step_by_step(tmp_path: Path) ->
     comparison = compared([str(tmp_path)])
     assert changed(comparison, ["model.n_layer"])["loss"].startswith("1.03x")
     assert changed(comparison, ["seed"])["loss"] == "none (within noise)", "other batches"
+
+
+def test_steps_of_more_tokens_are_of_other_batches(tmp_path: Path) -> None:
+    jumps = [3.0 + 0.5 * (i % 2) for i in range(40)]
+    a_run(tmp_path / "a", {"micro_batch_size": 4}, losses=jumps)
+    larger = a_run(tmp_path / "b", {"micro_batch_size": 8}, losses=[x + 0.1 for x in jumps])
+    ledger = json.loads((larger / "ledger.json").read_text())
+    ledger["step"]["tokens"] *= 2
+    (larger / "ledger.json").write_text(json.dumps(ledger))
+    changes = changed(compared([str(tmp_path)]), ["micro_batch_size"])
+    assert changes["loss"] == "none (within noise)"
 
 
 def test_repeats_of_one_configuration_widen_the_noise(tmp_path: Path) -> None:
@@ -261,29 +270,6 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     status, _, err = said([str(tmp_path / "a"), f"out={tmp_path / 'file'}"], capsys)
     assert status == 2 and "out=" in err
-
-
-def test_a_log_that_was_cut_off_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"loss": 3.0, "step_s": 0.5}\n{"loss": null, "step_s": 0.25}\n{"loss": 2')
-    log = read_log(path)
-    assert (log.losses, log.seconds) == ([3.0, None], [0.5, 0.25])
-    path.write_text("")
-    assert read_log(path).losses == []
-
-
-def test_warm_up_and_followed_steps_are_not_timed() -> None:
-    assert followed_steps(300) == (1, 2) and followed_steps(1) == (-1, 0)
-    assert untimed_steps(8, compiled=False) == {0, 1, 2, 3}
-    assert untimed_steps(4, compiled=False) == {0, 1, 2}
-    assert untimed_steps(4, compiled=True) == {0, 1}
-
-
-def test_quartiles_are_numpys() -> None:
-    values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
-    low, high = np.percentile(values, (25, 75))
-    assert half_spread(values) == pytest.approx((high - low) / 2, rel=1e-12)
-    assert half_spread(values[:3]) is None
 
 
 def test_what_a_ledger_does_not_say_differs_from_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""metrics.jsonl read back: lines that were cut off, steps that do not count, quartiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.step_log import followed_steps, half_spread, read_log, untimed_steps
+
+
+def test_a_log_that_was_cut_off_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"loss": 3.0, "step_s": 0.5}\n{"loss": null, "step_s": 0.25}\n{"loss": 2')
+    log = read_log(path)
+    assert (log.losses, log.seconds) == ([3.0, None], [0.5, 0.25])
+    path.write_text("")
+    assert read_log(path).losses == []
+
+
+def test_warm_up_and_followed_steps_are_not_timed() -> None:
+    assert followed_steps(300) == (1, 2) and followed_steps(1) == (-1, 0)
+    assert untimed_steps(8, compiled=False) == {0, 1, 2, 3}
+    assert untimed_steps(4, compiled=False) == {0, 1, 2}
+    assert untimed_steps(4, compiled=True) == {0, 1}
+
+
+def test_quartiles_are_numpys() -> None:
+    values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
+    low, high = np.percentile(values, (25, 75))
+    assert half_spread(values) == pytest.approx((high - low) / 2, rel=1e-12)
+    assert half_spread(values[:3]) is None
