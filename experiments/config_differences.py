@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.find_runs import Run
+from experiments.resume import dotted
 
 # where a run leaves its files, and how it was asked for; none of them is in a step
 NOT_COMPARED = (
@@ -44,7 +45,7 @@ OF_A_STEP = (
     "clip",
     "cluster",
 )
-OF_THE_BATCHES = ("data.", "seed", "seq_len")  # who sees which tokens in which step
+OF_THE_BATCHES = ("data.", "seed", "seq_len")  # which tokens are in a batch, whatever its size
 SOURCE, CLUSTER = "source", "cluster"
 SIMULATED = ("formula", "traced")
 AUTO = "auto"  # nobody asked which it was
@@ -78,23 +79,13 @@ class Differences:
 
 def settings_of(run: Run) -> Values:
     """What a run's configuration says, by dotted key, and where its ledger is from."""
-    flat = _flat({k: v for k, v in run.ledger["config"].items() if k not in NOT_COMPARED})
+    flat = dotted({k: v for k, v in run.ledger["config"].items() if k not in NOT_COMPARED})
     if run.source in SIMULATED:
         flat = {key: v for key, v in flat.items() if key.partition(".")[0] in OF_A_STEP}
     replayed = run.ledger["environment"].get("replay") or {}
     cluster = flat.get("cluster.name") or replayed.get("cluster")
     flat = {key: v for key, v in flat.items() if not key.startswith("cluster.") and v != AUTO}
     return {SOURCE: run.source, CLUSTER: cluster or "-", **flat}
-
-
-def _flat(settings: Values, prefix: str = "") -> Values:
-    flat: Values = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def differences_of(runs: list[Run]) -> Differences:

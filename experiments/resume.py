@@ -115,8 +115,8 @@ def check_fits(found: Checkpoint, settings: dict[str, Any], batch_size: int) -> 
     Layout, precision, learning rate and the number of steps may differ. What is learned, from
     which samples, and in which order may not.
     """
-    theirs = _flat(found.manifest["config"])
-    ours = _flat(settings)
+    theirs = dotted(found.manifest["config"])
+    ours = dotted(settings)
     for key in sorted(theirs | ours):
         what = ("model.", "data.", "finetune.")
         must = key.startswith(what) or key in ("seed", "seq_len", "optimizer.name")
@@ -140,12 +140,14 @@ def check_fits(found: Checkpoint, settings: dict[str, Any], batch_size: int) -> 
         )
 
 
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        return {prefix.rstrip("."): settings}
+def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the keys that a user writes: model.n_layer."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
