@@ -162,16 +162,14 @@ class Record:
         tokens = config.batch_size * config.seq_len
         trainable = config.finetune.trainable(config.model)
         trained = f" ({trainable:,} trained)" if config.finetune.on else ""
+        ranks = "rank" if layout.world_size == 1 else "ranks"
+        parts = config.gradient_accumulation_steps
+        accumulated = f", {parts} micro-batches" if parts > 1 else ""
         return (
             f"{config.parameters:,} parameters{trained}, {layout.label} on {layout.world_size} "
-            f"rank{'s' if layout.world_size > 1 else ''} ({config.device.value}), "
+            f"{ranks} ({config.device.value}), "
             f"{config.precision.value}: {config.steps} steps of {tokens:,} tokens "
-            f"({config.micro_batch_size} x {config.seq_len} a rank"
-            + (
-                f", {config.gradient_accumulation_steps} micro-batches)"
-                if config.gradient_accumulation_steps > 1
-                else ")"
-            )
+            f"({config.micro_batch_size} x {config.seq_len} a rank{accumulated})"
         )
 
 
