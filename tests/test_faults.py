@@ -119,6 +119,7 @@ def test_copies_that_differ_are_told_alike_on_all_ranks_and_shards_are_no_copies
             r"rank 1 has another \S+ than rank 0: the copies have drifted apart", said[name]
         )
     assert said["fsdp2"] == said["pp2 1f1b"] == "", "each weight is on one rank alone"
+    assert said["tp2"] == said["tp2 by hand"] == "", "the last weight, the head, is cut"
 
 
 def test_a_single_process_has_no_copies() -> None:
