@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, say
-from experiments.ask_runs import SECONDS, SHAPE, TWELVE_STEPS, agreement, on_laptop
+from experiments.ask_runs import (
+    SECONDS,
+    SHAPE,
+    TWELVE_STEPS,
+    agreement,
+    on_laptop,
+    share_of_step,
+)
 from experiments.evidence import Evidence, Run
 from experiments.quantity import COUNT, SHARE, Quantity, published
 from experiments.questions.which_parallelism import published_row
@@ -105,7 +112,7 @@ def efficiency(fixed: dict[str, dict[int, Run]]) -> list[Said]:
                 most=f"{max(good):,}",
                 n=COUNTS[-1],
                 kept=kept(last, first),
-                exposed=(last.seconds("exposed_communication") / last.seconds()).as_share(),
+                exposed=share_of_step(last, "exposed_communication"),
             )
         )
     return said
@@ -248,7 +255,7 @@ def here_table(measured: dict[int, Run]) -> Table:
             str(n),
             run.speed,
             kept(run, measured[1]),
-            (run.seconds("exposed_communication") / run.seconds()).as_share(),
+            share_of_step(run, "exposed_communication"),
         ]
         for n, run in measured.items()
     ]

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, agreement, on_laptop
+from experiments.ask_runs import SECONDS, agreement, on_laptop, states
 from experiments.evidence import Evidence, Run
 from experiments.quantity import COUNT, Quantity, mean
 
@@ -107,7 +107,7 @@ def memory_and_speed(runs: dict[str, Run], large: dict[str, Run]) -> list[Said]:
                 where=where,
                 peak=(of["bf16"].memory() / of["fp32"].memory()).as_share(),
                 a=(of["bf16"].memory("activations") / of["fp32"].memory("activations")).as_share(),
-                s=(held(of["bf16"]) / held(of["fp32"])).as_share(),
+                s=(states(of["bf16"]) / states(of["fp32"])).as_share(),
             )
         )
     order = sorted(KINDS, key=lambda kind: runs[kind].seconds().value)
@@ -122,10 +122,6 @@ def memory_and_speed(runs: dict[str, Run], large: dict[str, Run]) -> list[Said]:
         )
     )
     return said
-
-
-def held(run: Run) -> Quantity:
-    return run.memory("parameters") + run.memory("gradients") + run.memory("optimizer")
 
 
 def last_loss(run: Run) -> Quantity | None:
