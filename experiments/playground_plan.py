@@ -12,6 +12,7 @@ from typing import Any
 
 from costs.ledger import MEMORY_PARTS, step_of
 from experiments import clusters
+from experiments.ask_words import models
 from experiments.overrides import composed
 from experiments.plan_config import SimulateConfig
 from parallel.layout import (
@@ -111,8 +112,6 @@ def groups(model: str, cluster: str) -> SimulateConfig:
 
 def choices() -> dict[str, list[str]]:
     """What the lists offer."""
-    from experiments.ask_words import models
-
     return {
         "model": list(models()),
         "cluster": clusters.names(),
