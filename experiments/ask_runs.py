@@ -67,10 +67,9 @@ def share_of_step(run: Run, part: str) -> Quantity:
 
 def off(pairs: list[tuple[Quantity, Quantity]]) -> Quantity:
     """The largest relative difference of pairs (measured, by formula)."""
-    worst = max(pairs, key=lambda pair: abs(pair[0].value / pair[1].value - 1))
-    difference = (worst[0] - worst[1]) / worst[1]
-    shown = difference if difference.value >= 0 else (worst[1] - worst[0]) / worst[1]
-    return shown.as_share().named(f"largest difference to the formula: {worst[0].label}")
+    ours, wanted = max(pairs, key=lambda pair: abs(pair[0].value / pair[1].value - 1))
+    share = (ours.apart(wanted) / wanted).as_share()
+    return share.named(f"largest difference to the formula: {ours.label}")
 
 
 def agreement(measured: list[Run], formulas: list[Run]) -> list[Said]:

@@ -70,7 +70,7 @@ def answer(evidence: Evidence) -> Answer:
     return Answer(
         conclusion=[
             *least(there, eight),
-            same_order(here, there),
+            same_order(here, there, runs),
             crossing(evidence),
             seconds(evidence),
         ],
@@ -130,13 +130,15 @@ def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
     return said
 
 
-def same_order(here: dict[str, Quantity], there: dict[str, Quantity]) -> Said:
+def same_order(here: dict[str, Quantity], there: dict[str, Quantity], runs: dict[str, Run]) -> Said:
     own = sorted(here, key=lambda name: here[name].value)
     theirs = sorted(there, key=lambda name: there[name].value)
     same = own == theirs
+    ledger = next(iter(runs.values())).ledger
+    parameters, tokens = ledger["model"]["parameters"], ledger["step"]["tokens"]
     return say(
         "Measured on four ranks as two nodes of two, with {model}, the order {is_}: {all}.",
-        model="3.3 million parameters and 2,048 tokens a step",
+        model=f"{parameters / 1e6:.1f} million parameters and {tokens:,} tokens a step",
         is_="is the same" if same else "is another, for bytes scale with other things",
         all=listed([say("{n} {b}", n=name, b=here[name]) for name in own]),
     )

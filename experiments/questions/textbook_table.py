@@ -135,7 +135,7 @@ def best_when(near: dict[str, Run], far: dict[str, Run]) -> list[Said]:
         best = fitting[order[0]].seconds()
         as_good = [n for n in order[1:] if fitting[n].seconds().value <= CLOSE * best.value]
         slowest = fitting[order[-1]].seconds()
-        also = f" ({' and '.join(as_good)} within 10 %)" if as_good else ""
+        also = f" ({' and '.join(as_good)} within {100 * (CLOSE - 1):.0f} %)" if as_good else ""
         said.append(
             say(
                 "{where} the fastest that fits is {name}{also} with {best} a step; {last} takes "

@@ -129,7 +129,7 @@ def apart(run: Run, other: Run) -> Quantity:
     pairs = list(zip(run.losses, other.losses, strict=True))
     step = max(range(len(pairs)), key=lambda i: abs(pairs[i][0] - pairs[i][1]))
     a, b = (r.at(f"training.losses[{step}]", "nats", f"loss of step {step}") for r in (run, other))
-    return (a - b) if a.value >= b.value else (b - a)
+    return a.apart(b)
 
 
 def time(large: dict[tuple[str, int], Run]) -> Said:

@@ -135,7 +135,7 @@ def spent(run: Run) -> dict[str, Quantity]:
     """Shares of a step: products at the measured peak, exposed messages, and the rest."""
     products = run.at("step.hfu", SHARE, "products at the peak's rate")
     network = share_of_step(run, "exposed_communication")
-    whole = (run.seconds() / run.seconds()).as_share()
+    whole = share_of_step(run, "total")
     rest = (whole - products - network).named(f"{run.name}: memory-bound operators and the host")
     return {"compute": products, "network": network, "memory and host": rest}
 

@@ -185,14 +185,15 @@ def by_size(sizes: dict[str, Run]) -> Said:
 def practice() -> Said:
     """What was run, and reached."""
     row = published_row("llama3-002")
+    gpus = f"{int(row['n_gpus']):,}"
     return say(
         "What Meta ran for Llama 3 405B on {gpus} H100: tp{tp}, pp{pp}, the rest data parallel, "
         "with {flops} a GPU.",
-        gpus=f"{int(row['n_gpus']):,}",
+        gpus=gpus,
         tp=row["tp"],
         pp=row["pp"],
         flops=published(
-            "Llama 3 405B on 16,384 H100: FLOP/s of a GPU",
+            f"Llama 3 405B on {gpus} H100: FLOP/s of a GPU",
             1e12 * float(row["tflops_per_gpu"]),
             "FLOP/s",
             LLAMA3,

@@ -64,8 +64,7 @@ def answer(evidence: Evidence) -> Answer:
     runs = {kind: evidence.measured(kind, *SHAPE, f"precision={kind}") for kind in KINDS}
     trials = {n: evidence.attempted(n, *SHAPE, *keys) for n, keys in TRIALS.items()}
     large = {k: evidence.simulated(f"8B {k}", *LLAMA, f"precision={k}") for k in KINDS}
-    low = [runs["fp32"]]
-    twins = [on_laptop(evidence, "fp32", *SHAPE)]
+    twin = on_laptop(evidence, "fp32", *SHAPE)
     return Answer(
         conclusion=[
             *memory_and_speed(runs, large),
@@ -76,7 +75,7 @@ def answer(evidence: Evidence) -> Answer:
         tables=[measured_table(runs), large_table(large), trial_table(trials)],
         pictures=[picture(runs, trials)],
         carries_over=[
-            *agreement(low, twins),
+            *agreement([runs["fp32"]], [twin]),
             say(
                 "Range and grain: fp16 ends at 65,504 and needs a loss scaler, bf16 has fp32's "
                 "range with 8 bits of grain. They are the formats', not the machine's."
