@@ -7,7 +7,7 @@ its head, a table of one source in its title.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,7 @@ class Table:
     @property
     def source(self) -> str | None:
         """Of all numbers, where they have the same."""
-        cells = [cell for row in self.rows for cell in row]
-        found = {cell.source for cell in cells if isinstance(cell, Quantity)}
-        return found.pop() if len(found) == 1 else None
+        return only_source(cell for row in self.rows for cell in row)
 
     @property
     def full_title(self) -> str:
@@ -103,12 +101,16 @@ class Table:
             yield [_text(cell, plain) for cell, plain in zip(row, said, strict=True)]
 
     def _source(self, column: int) -> str | None:
-        cells = [row[column] for row in self.rows]
-        found = {cell.source for cell in cells if isinstance(cell, Quantity)}
-        return found.pop() if len(found) == 1 else None
+        return only_source(row[column] for row in self.rows)
 
     def is_number(self, column: int) -> bool:
         return any(isinstance(row[column], Quantity) for row in self.rows)
+
+
+def only_source(cells: Iterable[Cell]) -> str | None:
+    """Of the numbers among them, where they have the same."""
+    found = {cell.source for cell in cells if isinstance(cell, Quantity)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _text(cell: Cell, plain: bool) -> str:

@@ -12,15 +12,14 @@ import gzip
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from experiments import environment
 from experiments.answer import LEGEND, Answer, Picture, markdown
 from experiments.ask import PICTURES, answer_to, names, question
 from experiments.ask_search import answer as search_answer
 from experiments.ask_words import wanted
+from experiments.document import heading
 from experiments.evidence import Evidence
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -50,13 +49,10 @@ def main() -> int:
 
 
 def head() -> list[str]:
-    facts = environment.facts()
     return [
-        "# Questions of system design, answered",
-        "",
-        f"Made by `{COMMAND}` on {time.strftime('%Y-%m-%d')} ({facts['processor']}, "
-        f"{facts['cores']} cores; torch {facts['torch']}, gloo). Sentences are filled from the "
-        "numbers, and follow them where they come out otherwise on another machine.",
+        *heading("Questions of system design, answered", COMMAND).splitlines(),
+        "Sentences are filled from the numbers, and follow them where they come out otherwise on "
+        "another machine.",
         "",
         f"Tags: {LEGEND}. A column of one kind says so in its head. What is measured are real "
         "ranks of this machine; what is by formula is the simulator on a cluster of "

@@ -110,11 +110,11 @@ def free_words(text: str, as_json: bool) -> int:
     if asked.complete:
         from experiments.ask_search import answer
 
-        found, evidence = answer(asked, Evidence()), f"{text}: which plan is the best?"
+        found, title = answer(asked, Evidence()), f"{text}: which plan is the best?"
         if as_json:
-            print(json.dumps({**found.said("search", evidence), "nearest": near}, indent=1))
+            print(json.dumps({**found.said("search", title), "nearest": near}, indent=1))
         else:
-            show(make_console(), "search", evidence, found, PICTURES)
+            show(make_console(), "search", title, found, PICTURES)
     elif as_json:
         print(json.dumps({"nearest": [{"name": n, "question": question(n)} for n in near]}))
     elif not near:

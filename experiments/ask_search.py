@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.answer import Answer, Said, Table, say
+from experiments.answer import Answer, Cell, Said, Table, say
 from experiments.ask_runs import SECONDS
 from experiments.ask_words import Wanted, models
 from experiments.evidence import Evidence, Run
@@ -12,6 +12,7 @@ from experiments.quantity import COUNT, SHARE, Quantity
 from experiments.search_tables import schedule_of
 
 TOP = 5  # plans that are shown
+HEAD = ["layout", "how", "step", "MFU", "memory", "exposed", "bubble"]  # of cells_of
 
 
 def answer(asked: Wanted, evidence: Evidence) -> Answer:
@@ -47,6 +48,15 @@ def plan_number(found: Run, i: int, where: str, unit: str) -> Quantity:
     return found.at(f"plans[{i}].{where}", unit).named(label)
 
 
+def headline(found: Run, i: int) -> dict[str, Quantity]:
+    """What is said first of a plan."""
+    return {
+        "time": plan_number(found, i, "time_s", "s"),
+        "mfu": plan_number(found, i, "mfu", SHARE),
+        "memory": plan_number(found, i, "memory_bytes", "B"),
+    }
+
+
 def part(found: Run, i: int, name: str) -> Quantity:
     """A part of the step, as a share of it."""
     time = plan_number(found, i, "time_s", "s")
@@ -61,9 +71,7 @@ def best_of(found: Run) -> list[Said]:
             "holds {memory}.",
             n=found.at("predicted", COUNT, "plans"),
             how=described(best),
-            time=plan_number(found, 0, "time_s", "s"),
-            mfu=plan_number(found, 0, "mfu", SHARE),
-            memory=plan_number(found, 0, "memory_bytes", "B"),
+            **headline(found, 0),
         )
     ]
     lost = ("exposed_communication", "bubble", "optimizer")
@@ -109,27 +117,22 @@ def described(plan: dict[str, Any]) -> str:
         how.append(schedule_of(plan))
     if plan["zero_stage"]:
         how.append(f"zero_stage={plan['zero_stage']}")
-    how.append(f"{plan['gradient_accumulation_steps']} micro-batches of {plan['micro_batch_size']}")
+    count = plan["gradient_accumulation_steps"]
+    how.append(f"{count} micro-batch{'es' * (count > 1)} of {plan['micro_batch_size']}")
     if plan["activation_checkpointing"] != "none":
         how.append(f"{plan['activation_checkpointing']} checkpointing")
     return ", ".join(how)
 
 
+def cells_of(found: Run, i: int) -> list[Cell]:
+    """A plan's row of a table, under HEAD."""
+    lost = [part(found, i, name) for name in ("exposed_communication", "bubble")]
+    return [*shortly(found.ledger["plans"][i]), *headline(found, i).values(), *lost]
+
+
 def plans_table(found: Run) -> Table:
-    rows = []
-    for i, plan in enumerate(found.ledger["plans"][:TOP]):
-        rows.append(
-            [
-                *shortly(plan),
-                plan_number(found, i, "time_s", "s"),
-                plan_number(found, i, "mfu", SHARE),
-                plan_number(found, i, "memory_bytes", "B"),
-                part(found, i, "exposed_communication"),
-                part(found, i, "bubble"),
-            ]
-        )
-    head = ["layout", "how", "step", "MFU", "memory", "exposed", "bubble"]
+    rows = [cells_of(found, i) for i in range(len(found.ledger["plans"][:TOP]))]
     title = (
         "The fastest plans that fit: schedule, ZeRO stage, micro-batches x sequences, checkpointing"
     )
-    return Table(title, head, rows)
+    return Table(title, HEAD, rows)

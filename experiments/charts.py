@@ -39,7 +39,6 @@ class Lines:
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     log_x: bool = False
     log_y: bool = False
-    level: tuple[float, str] | None = None  # a horizontal line, and what it is
     labels: bool = False  # write each point's name beside it, with no legend
 
 
@@ -92,17 +91,6 @@ def _draw_lines(axes: Any, lines: Lines) -> None:
             axes.annotate(
                 name, (x[0], y[0]), xytext=(4, -3), textcoords="offset points", fontsize=7
             )
-    if lines.level:
-        axes.axhline(lines.level[0], color="#8c8c8c", linewidth=1, linestyle="--")
-        axes.annotate(
-            lines.level[1],
-            (0.01, lines.level[0]),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            fontsize=7,
-            color="#606060",
-        )
     if lines.log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(

@@ -59,26 +59,24 @@ class Run:
         label = label or where.removeprefix("step.").replace("_", " ")
         return Quantity(f"{self.name}: {label}", value, unit, self.source, self.run, where)
 
-    def memory(self, part: str = "peak", rank: int | None = None) -> Quantity:
-        place = "step" if rank is None else f"ranks[{rank}]"
-        return self.at(f"{place}.memory_bytes.{part}", "B", f"memory, {part}")
+    def memory(self, part: str = "peak") -> Quantity:
+        return self.at(f"step.memory_bytes.{part}", "B", f"memory, {part}")
 
     def seconds(self, part: str = "total") -> Quantity:
         return self.at(f"step.time_s.{part}", "s", f"seconds, {part.replace('_', ' ')}")
 
-    def payload(self, rank: int | None = None, **match: str) -> Quantity:
+    def payload(self, **match: str) -> Quantity:
         """Bytes that a rank hands over in a step, of the rows that match (axis, phase ...)."""
-        return self._sent("payload_bytes", rank, match)
+        return self._sent("payload_bytes", match)
 
-    def wire(self, rank: int | None = None, **match: str) -> Quantity:
+    def wire(self, **match: str) -> Quantity:
         """Bytes that a ring sends."""
-        return self._sent("wire_bytes", rank, match)
+        return self._sent("wire_bytes", match)
 
-    def _sent(self, what: str, rank: int | None, match: dict[str, str]) -> Quantity:
-        place = "step" if rank is None else f"ranks[{rank}]"
+    def _sent(self, what: str, match: dict[str, str]) -> Quantity:
         rows = ",".join(f"{key}={value}" for key, value in match.items())
         label = " ".join([what.replace("_", " "), *match.values()])
-        return self.at(f"{place}.communication[{rows}].{what}", "B", label)
+        return self.at(f"step.communication[{rows}].{what}", "B", label)
 
     @property
     def mfu(self) -> Quantity:

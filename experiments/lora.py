@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from experiments.benchmark import rule, table
+from experiments.document import rule, table
 from experiments.ranks import ROOT
 from minigpt.config import ModelConfig
 from minigpt.finetune import FinetuneConfig, Method

@@ -156,7 +156,8 @@ def controls_html(controls: Controls) -> str:
     made += [_slider(key, controls) for key in SLIDERS]
     after = ("schedule", "precision", "activation_checkpointing", "zero_stage")
     made += [_list(key, offered[key], controls) for key in after]
-    box = '<input type="checkbox" id="sequence_parallel" checked>'
+    checked = " checked" if controls.sequence_parallel else ""
+    box = f'<input type="checkbox" id="sequence_parallel"{checked}>'
     label = f'<label for="sequence_parallel">{box}<span>sequence parallel with tp</span></label>'
     return "".join([*made, f'<div class="control check">{label}</div>'])
 

@@ -12,24 +12,23 @@ from typing import Any
 
 from costs.ledger import MEMORY_PARTS, step_of
 from experiments import clusters
+from experiments.ask_words import models
 from experiments.overrides import composed
 from experiments.plan_config import SimulateConfig
 from parallel.layout import (
+    MESH_AXES,
     ActivationCheckpointing,
     Layout,
     PipelineConfig,
     PipelineSchedule,
     Precision,
 )
-from simulator.coarse_programs import coarse_programs
+from simulator.coarse_programs import coarse_timeline
 from simulator.formula_ledger import formula_steps
-from simulator.replay import replay
 from simulator.timeline import Timeline
 from simulator.verdict import verdict
 
-TIME_PARTS = ("compute", "exposed_communication", "bubble", "optimizer")
 MOST_PASSES = 3000  # of all ranks: a step with more is shown without its timeline
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Controls:
     def overrides(self) -> tuple[str, ...]:
         """Keys of `simulate` that say the same; what changes nothing is left out."""
         keys = [f"model={self.model}", f"cluster={self.cluster}", f"seq_len={self.seq_len}"]
-        keys += [f"layout.{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        sizes = zip(MESH_AXES, self.layout.sizes, strict=True)
+        keys += [f"layout.{axis}={size}" for axis, size in sizes if size > 1]
         if self.dp_shard > 1:
             keys.append(f"zero_stage={self.zero_stage}")
         if self.sequence:
@@ -70,6 +70,10 @@ class Controls:
             f"activation_checkpointing={self.activation_checkpointing}",
         ]
         return tuple(keys)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(**{axis: getattr(self, axis) for axis in MESH_AXES})
 
     @property
     def sequence(self) -> bool:
@@ -88,7 +92,7 @@ class Controls:
             model=base.model,
             data=base.data,
             cluster=base.cluster,
-            layout=Layout(**{axis: getattr(self, axis) for axis in AXES}),
+            layout=self.layout,
             pipeline=staged if self.pp > 1 else PipelineConfig(),
             zero_stage=self.zero_stage if self.dp_shard > 1 else SimulateConfig.zero_stage,
             sequence_parallel=self.sequence,
@@ -108,8 +112,6 @@ def groups(model: str, cluster: str) -> SimulateConfig:
 
 def choices() -> dict[str, list[str]]:
     """What the lists offer."""
-    from experiments.ask_words import models
-
     return {
         "model": list(models()),
         "cluster": clusters.names(),
@@ -144,10 +146,9 @@ class View:
 
     @property
     def time(self) -> dict[str, float]:
-        """Seconds of a step: total, and its parts."""
+        """Seconds of a step: total, and those of its parts that are modelled."""
         assert self.step
-        time_s = self.step["time_s"]
-        return {part: time_s[part] or 0.0 for part in ("total", *TIME_PARTS)}
+        return {part: s for part, s in self.step["time_s"].items() if s is not None}
 
     def parts(self) -> list[tuple[str, int]]:
         return [(part, self.memory[part]) for part in MEMORY_PARTS]
@@ -155,7 +156,7 @@ class View:
 
 def view(controls: Controls) -> View:
     """Predict one position of the controls."""
-    devices = controls.pp * controls.dp_replicate * controls.dp_shard * controls.cp * controls.tp
+    devices = controls.layout.world_size
     try:
         config = controls.config()
     except ValueError as error:
@@ -169,14 +170,5 @@ def view(controls: Controls) -> View:
     passes = config.layout.pp * config.options.pipeline.local_stages * 2
     timeline = None
     if passes * config.options.micro_batches <= MOST_PASSES:
-        programs, like = coarse_programs(*plan, config.cluster)
-        timeline = timeline_of(config, programs, like)
+        timeline = coarse_timeline(*plan, config.cluster)
     return View(controls, devices, None, step_of(steps), said, memory, timeline)
-
-
-def timeline_of(config: SimulateConfig, programs: Any, like: Any) -> Timeline:
-    """When each pass runs."""
-    from simulator.event_times import EventTimes
-
-    times = EventTimes(config.cluster)
-    return replay(programs, times.work, times.message, like)

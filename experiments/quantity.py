@@ -78,6 +78,10 @@ class Quantity:
     def __sub__(self, other: Quantity) -> Quantity:
         return combined(f"{self.label} - {other.label}", "-", (self, other), self.unit)
 
+    def apart(self, other: Quantity) -> Quantity:
+        """How far the two are from each other."""
+        return self - other if self.value >= other.value else other - self
+
     def __truediv__(self, other: Quantity) -> Quantity:
         """A ratio, or a rate. Raises ZeroDivisionError."""
         unit = TIMES if self.unit == other.unit else f"{self.unit}/{other.unit}".rstrip("/")

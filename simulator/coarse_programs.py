@@ -18,6 +18,7 @@ from simulator.hardware import Cluster
 from simulator.plan_programs import Writer
 from simulator.programs import PHASE_OF_KIND, pipeline_programs
 from simulator.replay import replay
+from simulator.timeline import Timeline
 
 Known = dict[tuple, float]
 # what a pass is called: the actions of a pipeline, as costs/trace.py has them
@@ -55,6 +56,15 @@ def coarse_programs(
         )
     made = {rank: [*programs[rank], place.end()] for rank, place in zip(ranks, places, strict=True)}
     return made, lambda rank: rank // stride * stride
+
+
+def coarse_timeline(
+    model: ModelConfig, layout: Layout, options: Options, cluster: Cluster
+) -> Timeline:
+    """When each pass runs."""
+    programs, like = coarse_programs(model, layout, options, cluster)
+    times = EventTimes(cluster)
+    return replay(programs, times.work, times.message, like)
 
 
 class Place:

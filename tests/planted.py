@@ -7,7 +7,7 @@ it, for none shows everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +22,7 @@ import parallel.tensor_parallel as tensor_parallel
 import parallel.training as training
 from experiments import assemble
 from experiments.config import TrainConfig
+from experiments.debug.patches import Bug, instead
 from experiments.parity import make_config
 from minigpt.config import OptimizerConfig
 from parallel import context_parallel, experts, passes, pipeline, step, strategies
@@ -44,7 +45,7 @@ class Plant:
     """A bug, and the smallest plan that it hurts."""
 
     name: str
-    bug: Callable[[], AbstractContextManager]
+    bug: Bug
     layout: Layout
     changes: Changes = field(default_factory=dict)
 
@@ -53,12 +54,7 @@ class Plant:
         return make_config(self.layout, {**SMALL, **self.changes})
 
 
-def instead(target: Any, name: str, bug: Any) -> Callable[[], AbstractContextManager]:
-    """The plant that puts `bug` in the place of an attribute."""
-    return lambda: patch.object(target, name, bug)
-
-
-def before_update(factor: Callable[[Trainer], float]) -> Callable[[], AbstractContextManager]:
+def before_update(factor: Callable[[Trainer], float]) -> Bug:
     """The plant that multiplies the gradients which a step has left."""
 
     def forward_backward(self: Trainer, micro_batches: Sequence[Any]) -> Tensor:

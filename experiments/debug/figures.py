@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.benchmark import rule, table
 from experiments.compose import configs_of
 from experiments.config import TrainConfig
 from experiments.debug.diagnose import Diagnosis, conclude
 from experiments.debug.faults import FAULTS, NONE, Fault, Program, fault_of, planted
 from experiments.debug.observe import Seen, watch
+from experiments.document import rule, table
 from experiments.environment import settle
 from experiments.ranks import run_ranks
 

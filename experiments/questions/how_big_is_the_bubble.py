@@ -12,9 +12,7 @@ from experiments.overrides import composed
 from experiments.quantity import SHARE, Quantity, formula, mean
 from parallel.layout import PipelineConfig, PipelineSchedule
 from parallel.stages import ideal_bubble
-from simulator.coarse_programs import coarse_programs
-from simulator.event_times import EventTimes
-from simulator.replay import replay
+from simulator.coarse_programs import coarse_timeline
 from simulator.timeline import Timeline
 
 QUESTION = (
@@ -234,10 +232,7 @@ def timelines() -> Picture:
     def timeline_of(schedule: str) -> Timeline:
         more = (f"pipeline.schedule={schedule}", "gradient_accumulation_steps=8")
         config = composed("simulate", (*keys, *more))
-        plan = (config.model, config.layout, config.options, config.cluster)
-        programs, like = coarse_programs(*plan)
-        times = EventTimes(config.cluster)
-        return replay(programs, times.work, times.message, like)
+        return coarse_timeline(config.model, config.layout, config.options, config.cluster)
 
     def draw(path: Path) -> None:
         from experiments.pictures import draw_schedules  # matplotlib takes a second

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, say
-from experiments.ask_runs import SECONDS, SHAPE, TWELVE_STEPS, agreement, on_laptop
+from experiments.ask_runs import (
+    SECONDS,
+    SHAPE,
+    TWELVE_STEPS,
+    agreement,
+    on_laptop,
+    share_of_step,
+)
 from experiments.evidence import Evidence, Run
 from experiments.quantity import COUNT, SHARE, Quantity, published
 from experiments.questions.which_parallelism import published_row
@@ -24,7 +31,9 @@ COUNTS = (8, 16, 32, 64, 128, 256, 512)  # GPUs, at the fixed batch
 MORE = (1024, 2048, 4096)  # where the batch has to grow
 SLOW = "cluster.between_nodes.bandwidth=3.125e9"
 NETWORKS = {"400 Gbit/s": (), "25 Gbit/s": (SLOW,)}
-MONEY = ("scale.tokens=1T", "scale.price=2.5")
+TOKENS, PRICE = "1T", "2.5"  # of a run to its end; $ of a GPU-hour
+MONEY = (f"scale.tokens={TOKENS}", f"scale.price={PRICE}")
+GOOD = 0.9  # of its speed on the fewest, that each GPU keeps
 DEARER = 1.10  # times the cheapest: the most that time saved is worth here
 RANKS = (1, 2, 4)
 MPT = ("mpt-039", "mpt-012", "mpt-011", "mpt-010")  # MPT-7B on 8, 128, 256, 512 H100
@@ -95,17 +104,18 @@ def efficiency(fixed: dict[str, dict[int, Run]]) -> list[Said]:
     said = []
     for network, runs in fixed.items():
         first, last = runs[COUNTS[0]], runs[COUNTS[-1]]
-        good = [n for n in COUNTS if kept(runs[n], first).value >= 0.9]
+        good = [n for n in COUNTS if kept(runs[n], first).value >= GOOD]
         said.append(
             say(
                 "Llama 3 8B, 4M tokens a step, {network} a GPU between nodes: up to {most} GPUs "
-                "each keeps 90 % of its speed on 8; on {n} it keeps {kept}, and {exposed} of the "
-                "step is exposed communication.",
+                "each keeps {good:.0f} % of its speed on 8; on {n} it keeps {kept}, and {exposed} "
+                "of the step is exposed communication.",
                 network=network,
                 most=f"{max(good):,}",
+                good=100 * GOOD,
                 n=COUNTS[-1],
                 kept=kept(last, first),
-                exposed=(last.seconds("exposed_communication") / last.seconds()).as_share(),
+                exposed=share_of_step(last, "exposed_communication"),
             )
         )
     return said
@@ -158,11 +168,13 @@ def others() -> Said:
 
 
 def cost(run: Run) -> Quantity:
-    return run.at("environment.to_the_end.cost", "$", "cost of 1T tokens at 2.5 a GPU-hour")
+    return run.at(
+        "environment.to_the_end.cost", "$", f"cost of {TOKENS} tokens at {PRICE} a GPU-hour"
+    )
 
 
 def days(run: Run) -> Quantity:
-    return run.at("environment.to_the_end.time_s", "s", "time of 1T tokens")
+    return run.at("environment.to_the_end.time_s", "s", f"time of {TOKENS} tokens")
 
 
 def budget(runs: dict[int, Run]) -> list[Said]:
@@ -171,9 +183,11 @@ def budget(runs: dict[int, Run]) -> list[Said]:
     most, fastest = runs[max(worth)], min(runs.values(), key=lambda run: days(run).value)
     return [
         say(
-            "1T tokens at $ 2.5 a GPU-hour: cheapest is {c} with {x} in {d}; the most that cost no "
-            "more than {dearer:.0%} of it are {n:,} GPUs, {y} in {e}: up to there time is nearly "
-            "free.",
+            "{tokens} tokens at $ {price} a GPU-hour: cheapest is {c} with {x} in {d}; the most "
+            "that cost no more than {dearer:.0%} of it are {n:,} GPUs, {y} in {e}: up to there "
+            "time is nearly free.",
+            tokens=TOKENS,
+            price=PRICE,
             c=cheapest.name,
             x=cost(cheapest),
             d=days(cheapest),
@@ -220,8 +234,8 @@ def fixed_table(fixed: dict[str, dict[int, Run]]) -> Table:
                 cost(run),
             ]
         )
-    head = ["GPUs", "m", "step", "kept", "kept, 25 Gbit/s", "MFU", "1T tokens", "cost"]
-    title = "Llama 3 8B with FSDP on H100, 4M tokens a step, $ 2.5 a GPU-hour"
+    head = ["GPUs", "m", "step", "kept", "kept, 25 Gbit/s", "MFU", f"{TOKENS} tokens", "cost"]
+    title = f"Llama 3 8B with FSDP on H100, 4M tokens a step, $ {PRICE} a GPU-hour"
     return Table(title, head, rows)
 
 
@@ -230,7 +244,7 @@ def grown_table(grown: dict[int, Run]) -> Table:
         [f"{n:,}", run.at("step.tokens", "tokens"), run.seconds(), run.mfu, days(run), cost(run)]
         for n, run in grown.items()
     ]
-    head = ["GPUs", "tokens a step", "step", "MFU", "1T tokens", "cost"]
+    head = ["GPUs", "tokens a step", "step", "MFU", f"{TOKENS} tokens", "cost"]
     return Table("One sequence a GPU: the batch grows with them", head, rows)
 
 
@@ -248,7 +262,7 @@ def here_table(measured: dict[int, Run]) -> Table:
             str(n),
             run.speed,
             kept(run, measured[1]),
-            (run.seconds("exposed_communication") / run.seconds()).as_share(),
+            share_of_step(run, "exposed_communication"),
         ]
         for n, run in measured.items()
     ]

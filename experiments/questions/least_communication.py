@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, SHAPE, agreement, on_laptop
+from experiments.ask_runs import SECONDS, SHAPE, agreement, fits, on_laptop
 from experiments.evidence import Evidence, Run
 from experiments.node_bytes import leaving
 from experiments.quantity import COUNT, Quantity, formula
@@ -70,9 +70,9 @@ def answer(evidence: Evidence) -> Answer:
     return Answer(
         conclusion=[
             *least(there, eight),
-            same_order(here, there),
+            same_order(here, there, runs),
             crossing(evidence),
-            seconds(evidence, eight),
+            seconds(evidence),
         ],
         tables=[table(here, runs, there, eight)],
         pictures=[picture(evidence)],
@@ -99,9 +99,8 @@ def simulated(evidence: Evidence, name: str, keys: tuple[str, ...], *more: str) 
 
 def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
     """Who sends least between nodes, of all and of those that fit."""
-    limit = next(iter(eight.values())).at("environment.device_memory_bytes", "B", "of an H100")
     order = sorted(there, key=lambda name: there[name].value)
-    fits = [name for name in order if eight[name].memory().value <= limit.value]
+    fitting = [name for name in order if fits(eight[name])]
     three = [name for name in order if name.endswith("over all")]
     said = [
         say(
@@ -115,7 +114,7 @@ def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
             z=there[three[2]],
         )
     ]
-    best = fits[0] if fits else order[0]
+    best = fitting[0] if fitting else order[0]
     other = "" if best == order[0] else f" ({order[0]} sends less, but does not fit)"
     said.append(
         say(
@@ -131,13 +130,15 @@ def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
     return said
 
 
-def same_order(here: dict[str, Quantity], there: dict[str, Quantity]) -> Said:
+def same_order(here: dict[str, Quantity], there: dict[str, Quantity], runs: dict[str, Run]) -> Said:
     own = sorted(here, key=lambda name: here[name].value)
     theirs = sorted(there, key=lambda name: there[name].value)
     same = own == theirs
+    ledger = next(iter(runs.values())).ledger
+    parameters, tokens = ledger["model"]["parameters"], ledger["step"]["tokens"]
     return say(
         "Measured on four ranks as two nodes of two, with {model}, the order {is_}: {all}.",
-        model="3.3 million parameters and 2,048 tokens a step",
+        model=f"{parameters / 1e6:.1f} million parameters and {tokens:,} tokens a step",
         is_="is the same" if same else "is another, for bytes scale with other things",
         all=listed([say("{n} {b}", n=name, b=here[name]) for name in own]),
     )
@@ -166,25 +167,24 @@ def crossing(evidence: Evidence) -> Said:
     )
 
 
-def seconds(evidence: Evidence, eight: dict[str, Run]) -> Said:
+def seconds(evidence: Evidence) -> Said:
     """Bytes are not time: on this network, and on one ten times slower."""
-    limit = next(iter(eight.values())).at("environment.device_memory_bytes", "B", "of an H100")
     said = []
     for network, change in (
         ("400 Gbit/s a GPU", ()),
         ("10 Gbit/s a GPU", ("cluster.between_nodes.bandwidth=1.25e9",)),
     ):
         runs = {n: simulated(evidence, n, keys, *change) for n, keys in EIGHT.items()}
-        fits = {n: r for n, r in runs.items() if r.memory().value <= limit.value}
-        order = sorted(fits, key=lambda name: fits[name].seconds().value)
+        seconds_of = {n: r.seconds() for n, r in runs.items() if fits(r)}
+        order = sorted(seconds_of, key=lambda name: seconds_of[name].value)
         said.append(
             say(
                 "with {network} {best} is fastest ({a} a step), {worst} slowest ({b})",
                 network=network,
                 best=order[0],
-                a=fits[order[0]].seconds(),
+                a=seconds_of[order[0]],
                 worst=order[-1],
-                b=fits[order[-1]].seconds(),
+                b=seconds_of[order[-1]],
             )
         )
     return say(

@@ -10,7 +10,11 @@ from experiments.ask_runs import (
     SHAPE,
     STRATEGIES,
     agreement,
+    fits,
+    h100_memory,
     on_laptop,
+    share_of_step,
+    states,
     strategy,
 )
 from experiments.evidence import Evidence, Run
@@ -112,25 +116,26 @@ def bytes_order(runs: dict[str, Run]) -> Said:
 
 def best_when(near: dict[str, Run], far: dict[str, Run]) -> list[Said]:
     """What the formulas say of Llama 3 8B: who fits, and who is fastest in a node and across."""
-    limit, most = device(near), most_parameters(near)
+    ddp = near["DDP"]
+    most = most_parameters(ddp)
     said = [
         say(
             "DDP while everything fits each device: {each:g} bytes a parameter make {most} "
             "parameters on an H100 before any activation; 8B in DDP takes {peak}, {fits} {limit}.",
             each=BYTES_OF_A_PARAMETER,
             most=most,
-            peak=near["DDP"].memory(),
-            fits="within" if near["DDP"].memory().value <= limit.value else "more than",
-            limit=limit,
+            peak=ddp.memory(),
+            fits="within" if fits(ddp) else "more than",
+            limit=h100_memory(ddp),
         )
     ]
     for where, runs in (("In one node", near), ("On 8 nodes of one H100 each", far)):
-        fitting = {n: r for n, r in runs.items() if r.memory().value <= limit.value}
+        fitting = {n: r for n, r in runs.items() if fits(r)}
         order = sorted(fitting, key=lambda name: fitting[name].seconds().value)
         best = fitting[order[0]].seconds()
         as_good = [n for n in order[1:] if fitting[n].seconds().value <= CLOSE * best.value]
         slowest = fitting[order[-1]].seconds()
-        also = f" ({' and '.join(as_good)} within 10 %)" if as_good else ""
+        also = f" ({' and '.join(as_good)} within {100 * (CLOSE - 1):.0f} %)" if as_good else ""
         said.append(
             say(
                 "{where} the fastest that fits is {name}{also} with {best} a step; {last} takes "
@@ -161,27 +166,22 @@ def best_when(near: dict[str, Run], far: dict[str, Run]) -> list[Said]:
     return said
 
 
-def device(near: dict[str, Run]) -> Quantity:
-    return near["DDP"].at("environment.device_memory_bytes", "B", "memory of an H100")
-
-
-def most_parameters(near: dict[str, Run]) -> Quantity:
+def most_parameters(ddp: Run) -> Quantity:
     """What fits one device without any activation, in fp32 with AdamW."""
     each = formula("fp32 weight, gradient, two moments", BYTES_OF_A_PARAMETER, "B", "4 x 4 bytes")
-    ratio = device(near) / each
+    ratio = h100_memory(ddp) / each
     return replace(ratio, unit=COUNT, label="parameters that fit one H100")
 
 
 def best_table(evidence: Evidence, near: dict[str, Run], far: dict[str, Run]) -> Table:
     """When each is the one to take, with the number that says so."""
     large = evidence.simulated("70B", "model=llama3_70b", "cluster=h100", "layout.dp_replicate=8")
-    states = large.memory("parameters") + large.memory("gradients") + large.memory("optimizer")
     slower = {name: far[name].seconds() / near[name].seconds() for name in near}
     ddp, tp, pp = near["DDP"], near["TP + sequence"], near["PP (1F1B)"]
     optimizer = (ddp.memory("optimizer") / ddp.memory()).as_share()
     when = {
         "DDP": say(
-            "all states fit a device: up to {n} parameters on an H100", n=most_parameters(near)
+            "all states fit a device: up to {n} parameters on an H100", n=most_parameters(ddp)
         ),
         "ZeRO-2": say(
             "the model fits but its optimizer does not: {o} of DDP's peak for 8B; {t} a step in "
@@ -193,7 +193,7 @@ def best_table(evidence: Evidence, near: dict[str, Run], far: dict[str, Run]) ->
         "FSDP (ZeRO-3)": say(
             "the model does not fit, and the network hides its gathers: 70B's states are {n} "
             "H100's memory; leaving the node costs {s}",
-            n=states / device(near),
+            n=states(large) / h100_memory(ddp),
             s=slower["FSDP (ZeRO-3)"],
         ),
         "TP + sequence": say(
@@ -206,7 +206,7 @@ def best_table(evidence: Evidence, near: dict[str, Run], far: dict[str, Run]) ->
             "the network between nodes is slow and micro-batches are many: it sends {b} of FSDP's "
             "bytes, and idles {i} of the step with 64 of them",
             b=(pp.wire() / near["FSDP (ZeRO-3)"].wire()).as_share(),
-            i=(pp.seconds("bubble") / pp.seconds()).as_share(),
+            i=share_of_step(pp, "bubble"),
         ),
         "CP (ring)": say(
             "sequences are long: activations are {a} of DDP's, while its states are not cut "
@@ -249,17 +249,17 @@ def simulated_table(near: dict[str, Run], far: dict[str, Run]) -> Table:
     rows = []
     for name, run in near.items():
         other = far[name]
-        exposed = [r.seconds("exposed_communication") / r.seconds() for r in (run, other)]
+        exposed = [share_of_step(r, "exposed_communication") for r in (run, other)]
         rows.append(
             [
                 name,
                 run.memory(),
                 run.wire(),
                 run.seconds(),
-                exposed[0].as_share(),
-                (run.seconds("bubble") / run.seconds()).as_share(),
+                exposed[0],
+                share_of_step(run, "bubble"),
                 other.seconds(),
-                exposed[1].as_share(),
+                exposed[1],
             ]
         )
     head = ["strategy", "memory", "wire", "node", "exposed", "bubble", "8 nodes", "exposed"]

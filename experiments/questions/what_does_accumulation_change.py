@@ -13,14 +13,14 @@ WORDS = "gradient accumulation micro batches no_sync batch size mean of means gl
 
 COUNTS = (1, 2, 4, 8)  # micro-batches of a step
 STEPS = "steps=20"
-KINDS = {"DDP": "layout.dp_replicate=2", "FSDP": "layout.dp_shard=2"}
+AXES = {"DDP": "dp_replicate", "FSDP": "dp_shard"}
 LLAMA = ("model=llama3_8b", "cluster=h100", "seq_len=4096")
 
 
 def answer(evidence: Evidence) -> Answer:
-    runs = {(k, n): measured(evidence, k, n) for k in KINDS for n in COUNTS}
+    runs = {(k, n): measured(evidence, k, n) for k in AXES for n in COUNTS}
     twins = [on_laptop(evidence, run.name, *keys_of(*key)) for key, run in runs.items()]
-    large = {(k, n): simulated(evidence, k, n) for k in KINDS for n in COUNTS}
+    large = {(k, n): simulated(evidence, k, n) for k in AXES for n in COUNTS}
     return Answer(
         conclusion=[
             *communication(runs),
@@ -49,9 +49,13 @@ def answer(evidence: Evidence) -> Answer:
     )
 
 
+def batch(count: int) -> tuple[str, ...]:
+    """Eight sequences of a rank in so many micro-batches."""
+    return (f"micro_batch_size={8 // count}", f"gradient_accumulation_steps={count}")
+
+
 def keys_of(kind: str, count: int) -> tuple[str, ...]:
-    batch = (f"micro_batch_size={8 // count}", f"gradient_accumulation_steps={count}")
-    return (*SHAPE, KINDS[kind], *batch)
+    return (*SHAPE, f"layout.{AXES[kind]}=2", *batch(count))
 
 
 def measured(evidence: Evidence, kind: str, count: int) -> Run:
@@ -59,10 +63,8 @@ def measured(evidence: Evidence, kind: str, count: int) -> Run:
 
 
 def simulated(evidence: Evidence, kind: str, count: int) -> Run:
-    batch = (f"micro_batch_size={8 // count}", f"gradient_accumulation_steps={count}")
-    axis = KINDS[kind].replace("=2", "=8")
-    full = "activation_checkpointing=full"
-    return evidence.simulated(f"8B {kind}, {count}", *LLAMA, axis, *batch, full)
+    axis, full = f"layout.{AXES[kind]}=8", "activation_checkpointing=full"
+    return evidence.simulated(f"8B {kind}, {count}", *LLAMA, axis, *batch(count), full)
 
 
 def grew(runs: dict[tuple[str, int], Run], kind: str) -> Quantity:
@@ -71,7 +73,7 @@ def grew(runs: dict[tuple[str, int], Run], kind: str) -> Quantity:
 
 def communication(runs: dict[tuple[str, int], Run]) -> list[Said]:
     said = []
-    for kind in KINDS:
+    for kind in AXES:
         times = grew(runs, kind)
         if abs(times.value - 1) < 0.01:
             text = "{kind} sends as much with {n} micro-batches as with one ({bytes} a rank): "
@@ -88,20 +90,18 @@ def memory(runs: dict[tuple[str, int], Run]) -> Said:
     """Which parts fall and which rise."""
     one, many = runs["DDP", COUNTS[0]], runs["DDP", COUNTS[-1]]
     activations = many.memory("activations") / one.memory("activations")
-    gradients = many.memory("gradients").value - one.memory("gradients").value
-    also = (
-        "gradients, which now stay from one micro-batch to the next, add {more}"
-        if gradients > 0
-        else "gradients take no more than before"
-    )
     extra = many.memory("gradients") - one.memory("gradients")
+    also = say("gradients take no more than before")
+    if extra.value > 0:
+        text = "gradients, which now stay from one micro-batch to the next, add {more}"
+        also = say(text, more=extra)
     return say(
         "Activations fall to {a} of those of one micro-batch ({x} for {y}); {also}; the peak goes "
         "from {before} to {after}.",
         a=activations.as_share(),
         x=many.memory("activations"),
         y=one.memory("activations"),
-        also=say(also, more=extra) if gradients > 0 else say(also),
+        also=also,
         before=one.memory(),
         after=many.memory(),
     )
@@ -129,12 +129,12 @@ def apart(run: Run, other: Run) -> Quantity:
     pairs = list(zip(run.losses, other.losses, strict=True))
     step = max(range(len(pairs)), key=lambda i: abs(pairs[i][0] - pairs[i][1]))
     a, b = (r.at(f"training.losses[{step}]", "nats", f"loss of step {step}") for r in (run, other))
-    return (a - b) if a.value >= b.value else (b - a)
+    return a.apart(b)
 
 
 def time(large: dict[tuple[str, int], Run]) -> Said:
     ddp, fsdp = (
-        large[kind, COUNTS[-1]].seconds() / large[kind, COUNTS[0]].seconds() for kind in KINDS
+        large[kind, COUNTS[-1]].seconds() / large[kind, COUNTS[0]].seconds() for kind in AXES
     )
     return say(
         "In time, by formula for Llama 3 8B on 8 H100: {n} micro-batches of one sequence take "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, TWELVE_STEPS, agreement, on_laptop
+from experiments.ask_runs import SECONDS, TWELVE_STEPS, agreement, on_laptop, share_of_step
 from experiments.clusters import load
 from experiments.evidence import Evidence, Run
 from experiments.quantity import SHARE, Quantity, combined, formula
@@ -134,8 +134,8 @@ def above(probe: Run) -> str:
 def spent(run: Run) -> dict[str, Quantity]:
     """Shares of a step: products at the measured peak, exposed messages, and the rest."""
     products = run.at("step.hfu", SHARE, "products at the peak's rate")
-    network = (run.seconds("exposed_communication") / run.seconds()).as_share()
-    whole = (run.seconds() / run.seconds()).as_share()
+    network = share_of_step(run, "exposed_communication")
+    whole = share_of_step(run, "total")
     rest = (whole - products - network).named(f"{run.name}: memory-bound operators and the host")
     return {"compute": products, "network": network, "memory and host": rest}
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, say
-from experiments.ask_runs import SECONDS, SHAPE, TWELVE_STEPS, agreement, on_laptop
+from experiments.ask_runs import (
+    SECONDS,
+    SHAPE,
+    TWELVE_STEPS,
+    agreement,
+    on_laptop,
+    share_of_step,
+)
 from experiments.evidence import Evidence, Run
 from experiments.quantity import Quantity
 
@@ -16,8 +23,8 @@ QUESTION = (
 ORDER = 5
 WORDS = "slower than ddp exposed overlap network nvlink zero3 sharding hide prefetch across tp fsdp"
 
+AXES = {"DDP": "dp_replicate", "FSDP": "dp_shard"}
 BATCHES = (1, 4, 16)  # sequences of a rank, measured
-LLAMA = ("model=llama3_8b", "cluster=h100", "seq_len=4096", "activation_checkpointing=full")
 TOKENS = (512, 1024, 2048, 4096, 8192)  # of a rank and micro-batch
 NETWORKS = {  # between nodes, bytes/s of a GPU
     "400 Gbit/s": 5.0e10,
@@ -32,9 +39,9 @@ NODES = (8, 4, 2)  # H100 of a node, over which eight ranks of tp are laid
 def answer(evidence: Evidence) -> Answer:
     measured = {
         (kind, size): evidence.measured(
-            f"{kind}, {size} a rank", *SHAPE, *keys, f"micro_batch_size={size}", TWELVE_STEPS
+            f"{kind}, {size} a rank", *keys_of((kind, size)), TWELVE_STEPS
         )
-        for kind, keys in (("DDP", ("layout.dp_replicate=2",)), ("FSDP", ("layout.dp_shard=2",)))
+        for kind in AXES
         for size in BATCHES
     }
     twins = [on_laptop(evidence, run.name, *keys_of(key)) for key, run in measured.items()]
@@ -69,8 +76,14 @@ def answer(evidence: Evidence) -> Answer:
 
 
 def keys_of(key: tuple[str, int]) -> tuple[str, ...]:
-    axis = "layout.dp_replicate=2" if key[0] == "DDP" else "layout.dp_shard=2"
-    return (*SHAPE, axis, f"micro_batch_size={key[1]}")
+    kind, size = key
+    return (*SHAPE, f"layout.{AXES[kind]}=2", f"micro_batch_size={size}")
+
+
+def llama(tokens: int) -> tuple[str, ...]:
+    """Llama 3 8B on H100, with sequences of so many."""
+    full = "activation_checkpointing=full"
+    return ("model=llama3_8b", "cluster=h100", f"seq_len={tokens}", full)
 
 
 def curve(evidence: Evidence, rate: float) -> dict[int, tuple[Run, Run]]:
@@ -81,8 +94,8 @@ def curve(evidence: Evidence, rate: float) -> dict[int, tuple[Run, Run]]:
 
 
 def both(evidence: Evidence, tokens: int, count: int, *more: str) -> tuple[Run, Run]:
-    keys = (*LLAMA[:2], f"seq_len={tokens}", LLAMA[3], *more, "micro_batch_size=1")
-    keys = (*keys, f"gradient_accumulation_steps={count}")
+    batch = ("micro_batch_size=1", f"gradient_accumulation_steps={count}")
+    keys = (*llama(tokens), *more, *batch)
     return (
         evidence.simulated(f"FSDP, {tokens} tokens", *keys, "layout.dp_shard=64"),
         evidence.simulated(f"DDP, {tokens} tokens", *keys, "layout.dp_replicate=64"),
@@ -96,7 +109,7 @@ def extra(pair: tuple[Run, Run]) -> Quantity:
 
 
 def exposed(run: Run) -> Quantity:
-    return (run.seconds("exposed_communication") / run.seconds()).as_share()
+    return share_of_step(run, "exposed_communication")
 
 
 def sharded(curves: dict[str, dict[int, tuple[Run, Run]]]) -> list[Said]:
@@ -171,7 +184,12 @@ def here(measured: dict[tuple[str, int], Run]) -> Said:
 
 def tensor_runs(evidence: Evidence, node: int) -> tuple[Run, Run]:
     """(tp=8, tp=node) of Llama 3 8B on eight H100 in nodes of `node`; the rest is data parallel."""
-    keys = (*LLAMA, f"cluster.node_size={node}", "micro_batch_size=1", "sequence_parallel=true")
+    keys = (
+        *llama(4096),
+        f"cluster.node_size={node}",
+        "micro_batch_size=1",
+        "sequence_parallel=true",
+    )
     whole = evidence.simulated(
         f"tp8 over nodes of {node}", *keys, "layout.tp=8", "gradient_accumulation_steps=32"
     )
@@ -226,7 +244,7 @@ def tensor_in_node(tensor: dict[int, tuple[Run, Run]]) -> list[Said]:
 def measured_table(measured: dict[tuple[str, int], Run]) -> Table:
     rows = []
     for size in BATCHES:
-        for kind in ("DDP", "FSDP"):
+        for kind in AXES:
             run = measured[kind, size]
             rows.append([f"{kind}, {size}", run.wire(), run.seconds(), exposed(run), run.speed])
     head = ["strategy, sequences a rank", "wire", "step", "exposed", "speed"]

@@ -12,8 +12,11 @@ from experiments.ask_runs import (
     SHAPE,
     STRATEGIES,
     agreement,
+    fits,
+    h100_memory,
     on_laptop,
     parts_of,
+    states,
 )
 from experiments.evidence import Evidence, Run
 from experiments.quantity import COUNT, Quantity
@@ -93,7 +96,7 @@ def answer(evidence: Evidence) -> Answer:
     twins = [on_laptop(evidence, n, *SHAPE, *keys) for n, keys in REMEDIES.items()]
     eight = {n: evidence.simulated(f"8B {n}", *LLAMA, *keys) for n, keys in ON_EIGHT.items()}
     offload = evidence.attempted("offload", *SHAPE, *DDP, "activation_checkpointing=offload")
-    device = eight[BASE].at("environment.device_memory_bytes", "B", "memory of an H100")
+    device = h100_memory(eight[BASE])
     return Answer(
         conclusion=[
             *where_it_goes(runs[BASE]),
@@ -116,7 +119,7 @@ def where_it_goes(base: Run) -> list[Said]:
     parts = parts_of(base)
     largest = max(parts, key=lambda name: parts[name].value)
     parameters = base.at("model.parameters", COUNT, "parameters")
-    states = parts["parameters"] + parts["gradients"] + parts["optimizer"]
+    held = states(base)
     return [
         say(
             "Of {peak} in plain DDP the largest part is {largest}: {part}, {share}.",
@@ -128,8 +131,8 @@ def where_it_goes(base: Run) -> list[Said]:
         say(
             "Weights, gradients and AdamW's two moments are {states}: {each} a parameter, whatever "
             "the batch; only activations grow with it.",
-            states=states,
-            each=states / parameters,
+            states=held,
+            each=held / parameters,
         ),
     ]
 
@@ -179,7 +182,7 @@ def together(runs: dict[str, Run]) -> Said:
 
 
 def on_h100(eight: dict[str, Run], device: Quantity) -> list[Said]:
-    fit = [name for name, run in eight.items() if run.memory().value <= device.value]
+    fit = [name for name, run in eight.items() if fits(run)]
     out = [name for name in eight if name not in fit]
     said = [
         say(
@@ -190,8 +193,8 @@ def on_h100(eight: dict[str, Run], device: Quantity) -> list[Said]:
         )
     ]
     low, wide = parts_of(eight["bf16"]), parts_of(eight[BASE])
-    states = [wide[p].value - low[p].value for p in ("parameters", "gradients", "optimizer")]
-    if not any(states):
+    kept = ("parameters", "gradients", "optimizer")
+    if all(low[part].value == wide[part].value for part in kept):
         said.append(
             say(
                 "bf16 by autocast cuts activations only ({low} for {wide}): weights, gradients and "

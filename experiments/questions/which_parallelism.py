@@ -5,8 +5,17 @@ from __future__ import annotations
 import math
 
 from experiments.answer import Answer, Cell, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, SHAPE, STRATEGIES, agreement, on_laptop, strategy
-from experiments.ask_search import described, part, plan_number, plans_table, shortly
+from experiments.ask_runs import (
+    SECONDS,
+    SHAPE,
+    STRATEGIES,
+    agreement,
+    h100_memory,
+    on_laptop,
+    states,
+    strategy,
+)
+from experiments.ask_search import HEAD, cells_of, described, headline, plan_number, plans_table
 from experiments.evidence import Evidence, Run
 from experiments.quantity import COUNT, SHARE, Quantity, formula, published
 
@@ -55,7 +64,7 @@ def answer(evidence: Evidence) -> Answer:
     twins = [on_laptop(evidence, n, *SHAPE, *STRATEGIES[n]) for n in CHECKED]
     return Answer(
         conclusion=[
-            states(evidence),
+            why_split(evidence),
             *winner(families),
             *others(families),
             by_size(sizes),
@@ -97,13 +106,12 @@ def bandwidths() -> Quantity:
     return inside / across
 
 
-def states(evidence: Evidence) -> Said:
+def why_split(evidence: Evidence) -> Said:
     """Why anything must be split at all."""
     plan = evidence.simulated(
         "70B in DDP", "model=llama3_70b", "cluster=h100", "layout.dp_replicate=512"
     )
-    device = plan.at("environment.device_memory_bytes", "B", "memory of an H100")
-    held = plan.memory("parameters") + plan.memory("gradients") + plan.memory("optimizer")
+    device, held = h100_memory(plan), states(plan)
     each = held / plan.at("model.parameters", COUNT, "parameters")
     return say(
         "Weights, gradients and optimizer of Llama 3 70B take {held} ({each} a parameter), {times} "
@@ -129,9 +137,7 @@ def winner(families: dict[str, Run]) -> list[Said]:
             "{memory} a device. It uses {used}.",
             n=best.at("predicted", COUNT, "plans"),
             how=described(plan),
-            time=plan_number(best, 0, "time_s", "s"),
-            mfu=plan_number(best, 0, "mfu", SHARE),
-            memory=plan_number(best, 0, "memory_bytes", "B"),
+            **headline(best, 0),
             used=" and ".join(f"{axis}={sizes[axis]}" for axis in used),
         )
     ]
@@ -179,14 +185,15 @@ def by_size(sizes: dict[str, Run]) -> Said:
 def practice() -> Said:
     """What was run, and reached."""
     row = published_row("llama3-002")
+    gpus = f"{int(row['n_gpus']):,}"
     return say(
         "What Meta ran for Llama 3 405B on {gpus} H100: tp{tp}, pp{pp}, the rest data parallel, "
         "with {flops} a GPU.",
-        gpus=f"{int(row['n_gpus']):,}",
+        gpus=gpus,
         tp=row["tp"],
         pp=row["pp"],
         flops=published(
-            "Llama 3 405B on 16,384 H100: FLOP/s of a GPU",
+            f"Llama 3 405B on {gpus} H100: FLOP/s of a GPU",
             1e12 * float(row["tflops_per_gpu"]),
             "FLOP/s",
             LLAMA3,
@@ -209,31 +216,16 @@ def family_table(families: dict[str, Run]) -> Table:
         if not run.ledger["plans"]:
             rows.append([name, "does not fit", *[None] * 6])
             continue
-        rows.append(
-            [
-                name,
-                *shortly(run.ledger["plans"][0]),
-                *numbers_of(run),
-                plan_number(run, 0, "memory_bytes", "B"),
-                part(run, 0, "exposed_communication"),
-                part(run, 0, "bubble"),
-            ]
-        )
-    head = ["family", "its best", "how", "step", "MFU", "memory", "exposed", "bubble"]
+        rows.append([name, *cells_of(run, 0)])
     title = "Llama 3 70B on 512 H100, 4M tokens a step in sequences of 8,192"
-    return Table(title, head, rows)
-
-
-def numbers_of(run: Run) -> list[Quantity]:
-    """Seconds and MFU of the best."""
-    return [plan_number(run, 0, "time_s", "s"), plan_number(run, 0, "mfu", SHARE)]
+    return Table(title, ["family", "its best", *HEAD[1:]], rows)
 
 
 def size_table(sizes: dict[str, Run]) -> Table:
     rows: list[list[Cell]] = []
     for name, run in sizes.items():
         if run.ledger["plans"]:
-            rows.append([name, *shortly(run.ledger["plans"][0]), *numbers_of(run)])
+            rows.append([name, *cells_of(run, 0)[:4]])
         else:
             rows.append([name, "does not fit", *[None] * 3])
-    return Table("The best plan by size, on H100", ["size", "plan", "how", "step", "MFU"], rows)
+    return Table("The best plan by size, on H100", ["size", "plan", *HEAD[1:4]], rows)

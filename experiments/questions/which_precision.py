@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, agreement, on_laptop
+from experiments.ask_runs import SECONDS, agreement, on_laptop, states
 from experiments.evidence import Evidence, Run
 from experiments.quantity import COUNT, Quantity, mean
 
@@ -64,8 +64,7 @@ def answer(evidence: Evidence) -> Answer:
     runs = {kind: evidence.measured(kind, *SHAPE, f"precision={kind}") for kind in KINDS}
     trials = {n: evidence.attempted(n, *SHAPE, *keys) for n, keys in TRIALS.items()}
     large = {k: evidence.simulated(f"8B {k}", *LLAMA, f"precision={k}") for k in KINDS}
-    low = [runs["fp32"]]
-    twins = [on_laptop(evidence, "fp32", *SHAPE)]
+    twin = on_laptop(evidence, "fp32", *SHAPE)
     return Answer(
         conclusion=[
             *memory_and_speed(runs, large),
@@ -76,7 +75,7 @@ def answer(evidence: Evidence) -> Answer:
         tables=[measured_table(runs), large_table(large), trial_table(trials)],
         pictures=[picture(runs, trials)],
         carries_over=[
-            *agreement(low, twins),
+            *agreement([runs["fp32"]], [twin]),
             say(
                 "Range and grain: fp16 ends at 65,504 and needs a loss scaler, bf16 has fp32's "
                 "range with 8 bits of grain. They are the formats', not the machine's."
@@ -107,7 +106,7 @@ def memory_and_speed(runs: dict[str, Run], large: dict[str, Run]) -> list[Said]:
                 where=where,
                 peak=(of["bf16"].memory() / of["fp32"].memory()).as_share(),
                 a=(of["bf16"].memory("activations") / of["fp32"].memory("activations")).as_share(),
-                s=(held(of["bf16"]) / held(of["fp32"])).as_share(),
+                s=(states(of["bf16"]) / states(of["fp32"])).as_share(),
             )
         )
     order = sorted(KINDS, key=lambda kind: runs[kind].seconds().value)
@@ -122,10 +121,6 @@ def memory_and_speed(runs: dict[str, Run], large: dict[str, Run]) -> list[Said]:
         )
     )
     return said
-
-
-def held(run: Run) -> Quantity:
-    return run.memory("parameters") + run.memory("gradients") + run.memory("optimizer")
 
 
 def last_loss(run: Run) -> Quantity | None:
