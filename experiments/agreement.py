@@ -1,6 +1,6 @@
 """What a step costs, of three sources: real ranks, the program traced, the closed forms.
 
-docs/simulator.md has the table of it, and tests hold it to its bounds.
+experiments/simulator_figures.py makes a table of it, and tests hold it to its bounds.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from costs.ledger import step_of
 from experiments import clusters
 from experiments.compose import Refused
 from experiments.config import TrainConfig
-from experiments.console import human_bytes, human_seconds, make_console
+from experiments.console import human_bytes, human_seconds, make_console, progress
 from experiments.plan_config import Method, SimulateConfig
 from simulator.formula_ledger import formula_steps
 from simulator.hardware import Cluster
@@ -148,11 +147,6 @@ def simulated(config: TrainConfig, cluster: Cluster) -> SimulateConfig:
     """The same run, to be simulated on a cluster by tracing it."""
     own = {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
     return SimulateConfig(**own, cluster=cluster, method=Method.trace)
-
-
-def progress(text: str) -> None:
-    """To the person who waits; results go to standard output."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def said(one: Checked) -> dict[str, Any]:

@@ -37,6 +37,11 @@ def make_console() -> Console:
     return PatientConsole(highlight=False, width=PLAIN_WIDTH)
 
 
+def progress(text: str) -> None:
+    """To the person who waits; results go to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Reporter:
     """Progress of one run. Rank 0 shows it; every other rank has one that says nothing."""
 

@@ -29,7 +29,7 @@ from experiments.calibrate import yaml_of
 from experiments.commands import Command, Row
 from experiments.compose import Refused, jobs_of, run_hydra
 from experiments.config import Device, TrainConfig
-from experiments.console import human_seconds, make_console
+from experiments.console import DASH, human_seconds, make_console
 from experiments.lab_profile import profile_of
 from experiments.replay import recorded
 from experiments.run_folder import read_config
@@ -181,7 +181,10 @@ def comparison(lab: Lab, row: Row) -> dict[str, Any]:
         "delay": lab.links.delay,
         "measured_time_s": measured,
         "predicted": {
-            name: {"time_s": seconds, "error": seconds / measured - 1 if seconds else None}
+            name: {
+                "time_s": seconds,
+                "error": seconds / measured - 1 if seconds and measured else None,
+            }
             for name, seconds in predicted.items()
         },
     }
@@ -214,7 +217,7 @@ def show(lab: Lab, found: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "from" else "right")
     table.add_row("measured", human_seconds(found["measured_time_s"]), "")
     for name, said in found["predicted"].items():
-        off = "-" if said["error"] is None else f"{said['error']:+.1%}"
+        off = DASH if said["error"] is None else f"{said['error']:+.1%}"
         table.add_row(f"{name}, {lab.machine.name}", human_seconds(said["time_s"]), off)
     console = make_console()
     console.print(table)

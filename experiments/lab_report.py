@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from costs import ledger as ledgers
-from experiments import environment
-from experiments.benchmark import rule, table
 from experiments.calibrate import measured as calibrated
+from experiments.console import DASH, progress
+from experiments.document import heading, rule, table
 from experiments.lab import profile_of_run, rate_of, seconds_over
 from experiments.shaped_links import Links
 from simulator.hardware import Cluster
 
 COMMAND = "./launch.sh python -m experiments.lab_report > docs/lab.md"
-PICTURE = Path("docs/lab")
+PICTURE = Path("docs/lab.png")
 NODES = 2
 STRATEGIES = ("ddp", "fsdp")
 RATES = ("100mbit", "1gbit", "10gbit")
@@ -72,7 +71,7 @@ def measure(folder: Path, machine: Cluster) -> dict[str, Found]:
     found = {strategy: Found() for strategy in STRATEGIES}
     for number in range(ROUNDS):
         for strategy, its in found.items():
-            print(f"round {number + 1} of {ROUNDS}: {strategy}", file=sys.stderr, flush=True)
+            progress(f"round {number + 1} of {ROUNDS}: {strategy}")
             of_round = folder / f"{strategy}-{number}"
             fast = run(of_round / "fast", f"strategy={strategy}", "trace=true")
             its.fast.append(fast["step"]["time_s"]["total"])
@@ -103,7 +102,9 @@ def rows(found: dict[str, Found]) -> list[str]:
     lines = [table(*head), rule(len(head))]
     for strategy, its in found.items():
         fast = statistics.median(its.fast)
-        lines.append(table(strategy, "as fast as the machine", ms(fast), span(its.fast), *"---"))
+        lines.append(
+            table(strategy, "as fast as the machine", ms(fast), span(its.fast), *[DASH] * 3)
+        )
         for rate in RATES:
             seconds = statistics.median(its.measured[rate])
             exposed = statistics.median(its.exposed[rate]) / seconds
@@ -131,7 +132,7 @@ def span(seconds: list[float]) -> str:
 
 def draw(found: dict[str, Found]) -> None:
     """Step time against the links' rate: predicted curves, measured points."""
-    with rc_context({"svg.hashsalt": "worldsize", "font.size": 9}):
+    with rc_context({"font.size": 9}):
         figure = Figure(figsize=(8, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -157,9 +158,7 @@ def draw(found: dict[str, Found]) -> None:
         axes.set(xlabel="rate of each link, bits/s", ylabel="milliseconds of a step")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-        for suffix in (".png", ".svg"):
-            metadata = {"Date": None} if suffix == ".svg" else None
-            figure.savefig(PICTURE.with_suffix(suffix), dpi=130, metadata=metadata)
+        figure.savefig(PICTURE, dpi=130)
 
 
 def said_rate(rate: float) -> str:
@@ -169,14 +168,12 @@ def said_rate(rate: float) -> str:
 
 
 def main() -> None:
-    facts = environment.facts()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print("calibrate", file=sys.stderr, flush=True)
+        progress("calibrate")
         found = measure(folder, calibrated())
     draw(found)
-    print(f"# The network lab\n\nMade by `{COMMAND}` on {time.strftime('%Y-%m-%d')}")
-    print(f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).\n")
+    print(heading("The network lab", COMMAND))
     print(
         f"{NODES} nodes of one rank on this machine, each a network namespace behind a link of the "
         "given rate (`./launch.sh lab`); the default model, fp32. The prediction is the run on "

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.check import progress
+from experiments.console import progress
 from experiments.ranks import ROOT
 
 CLUSTER = "h100"

@@ -33,15 +33,15 @@ def calls(size: int) -> dict[str, Callable[[], Any]]:
     """Each collective on a payload of `size` numbers, by NCCL's convention."""
     n, rank = dist.get_world_size(), dist.get_rank()
     whole, part, other = torch.ones(size), torch.ones(size // n), torch.empty(size)
-    pair = [rank ^ 1 if rank ^ 1 < n else rank]
+    peer = rank ^ 1  # ranks send in pairs; of an odd number the last has none
 
     def send() -> None:
-        if pair[0] == rank:
+        if peer >= n:
             return
         if rank % 2:
-            dist.recv(other, pair[0])
+            dist.recv(other, peer)
         else:
-            dist.send(whole, pair[0])
+            dist.send(whole, peer)
 
     return {
         "all_reduce": lambda: dist.all_reduce(whole),

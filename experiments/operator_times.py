@@ -92,15 +92,15 @@ def watch(config: TrainConfig) -> Steps:
     step = step_of(config)
     watches = []
     for _ in range(WATCHED):
-        together()
-        with Stopwatch() as watch:
+        dist.barrier()
+        with Stopwatch() as one:
             step()
-        watches.append(watch)
+        watches.append(one)
     times = [statistics.median(each) for each in zip(*(w.seconds() for w in watches), strict=True)]
     samples = [
         replace(call, seconds=taken) for call, taken in zip(watches[0].calls, times, strict=True)
     ]
-    return Steps(samples, timed(step, together))
+    return Steps(samples, timed(step, dist.barrier))
 
 
 def step_alone(config: TrainConfig) -> float:
@@ -127,11 +127,6 @@ def timed(step: Callable[[], object], ready: Callable[[], object]) -> float:
         step()
         taken.append(time.thread_time() - start)
     return statistics.median(taken)
-
-
-def together() -> None:
-    """Wait for all ranks."""
-    dist.barrier()
 
 
 def fit(samples: list[Sample]) -> dict[str, OperatorSpeed]:

@@ -44,8 +44,12 @@ class Scored:
     def memory(self) -> dict[str, Any]:
         return self._summary([row.memory_bytes for row in self.rows], self.memory_bytes)
 
+    def known(self, measured: list[float | None]) -> list[int]:
+        """Places of the rows that ran and have a value in `measured`."""
+        return [i for i, value in enumerate(measured) if value and not self.rows[i].out_of_memory]
+
     def _summary(self, measured: list[float | None], predicted: np.ndarray) -> dict[str, Any]:
-        known = [i for i, value in enumerate(measured) if value and not self.rows[i].out_of_memory]
+        known = self.known(measured)
         values = np.array([measured[i] for i in known], dtype=np.float64)
         return summary(predicted[known], values, [self.rows[i].source for i in known])
 
@@ -111,10 +115,10 @@ def show(scored: Scored) -> None:
     for name in ("time", "memory"):
         console.print(errors_table(f"{name}: predicted against measured", said[name]))
     fits = said["feasibility"]
-    missed = fits["out_of_memory_but_predicted_to_fit"]
+    missed = " ".join(fits["out_of_memory_but_predicted_to_fit"])
     console.print(
         f"{fits['predicted_not_to_fit']} of {fits['out_of_memory']} rows that ran out of memory "
-        f"are predicted not to fit{f' (not {chr(32).join(missed)})' if missed else ''}; "
+        f"are predicted not to fit{f' (not {missed})' if missed else ''}; "
         f"{fits['ran_above_limit']} of {fits['ran']} that ran are "
         f"predicted to need more than {MOST_OVER} of their device"
     )
@@ -132,14 +136,15 @@ def errors_table(title: str, part: dict[str, Any]) -> Table:
     for name in ("source", "rows", "mean |error|", "median", "90th percentile", "bias"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for name, one in part["sources"].items():
-        table.add_row(name, str(one["rows"]), *cells(one))
+        table.add_row(name, str(one["rows"]), *error_cells(one))
     table.add_section()
     macro = part["macro_mape"]
     table.add_row("mean of sources", str(part["rows"]), DASH if macro is None else percent(macro))
     return table
 
 
-def cells(one: dict[str, Any]) -> list[str]:
+def error_cells(one: dict[str, Any]) -> list[str]:
+    """Mean, median, 90th percentile and bias of one source."""
     values = [percent(one[key]) for key in ("mape", "median", "p90")]
     return [*values, f"{100 * one['bias']:+.1f} %"]
 

@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.document import table
 from experiments.fit import timed_problem
-from experiments.score import ROWS, Scored, percent, score
+from experiments.score import ROWS, Scored, error_cells, percent, score
 from simulator.fit import Problem, fit, leave_one_source_out, parameters
 from simulator.score import MOST_OVER, summary
 
@@ -122,10 +123,9 @@ def time_table(seen: dict[str, Any], unseen: dict[str, Any]) -> list[str]:
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, one in seen["sources"].items():
-        errors = [percent(one[key]) for key in ("mape", "median", "p90")]
-        bias, out = f"{100 * one['bias']:+.1f} %", percent(unseen["sources"][name]["mape"])
-        origin = ORIGINS.get(name, "")
-        lines.append(f"| {name} | {origin} | {one['rows']} | {' | '.join([*errors, bias, out])} |")
+        out = percent(unseen["sources"][name]["mape"])
+        cells = (name, ORIGINS.get(name, ""), str(one["rows"]), *error_cells(one), out)
+        lines.append(table(*cells))
     means = f"{percent(seen['macro_mape'])} | | | | **{percent(unseen['macro_mape'])}**"
     return [*lines, f"| **mean of sources** | | {seen['rows']} | {means} |"]
 
@@ -156,8 +156,7 @@ def memory_table(part: dict[str, Any]) -> list[str]:
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, one in part["sources"].items():
-        errors = " | ".join(percent(one[key]) for key in ("mape", "median", "p90"))
-        lines.append(f"| {name} | {one['rows']} | {errors} | {100 * one['bias']:+.1f} % |")
+        lines.append(table(name, str(one["rows"]), *error_cells(one)))
     macro = percent(part["macro_mape"])
     return [*lines, f"| **mean of sources** | {part['rows']} | **{macro}** | | | |"]
 
@@ -198,7 +197,7 @@ def draw(scored: Scored, path: Path) -> None:
 
 def _scatter(axes: Any, scored: Scored, measured: list, predicted: np.ndarray, what: str) -> None:
     sources = list(dict.fromkeys(row.source for row in scored.rows))
-    known = [i for i, value in enumerate(measured) if value and not scored.rows[i].out_of_memory]
+    known = scored.known(measured)
     for number, source in enumerate(sources):
         own = [i for i in known if scored.rows[i].source == source]
         marker, colour = "os^DvP*"[number % 7], f"C{number % 10}"

@@ -24,7 +24,7 @@ BLUE, RED, GREY = "#4878cf", "#d1495b", "#8c8c8c"
 TICKS = np.array([1, 1.5, 2, 3, 4, 5, 7])
 
 
-def draw(found: Found, config: SearchConfig, path: Path) -> None:
+def draw(found: Found, config: SearchConfig, path: Path, svg_too: bool = True) -> None:
     """Write `path`, and the same beside it as .svg. Raises ValueError where no plan fits."""
     if not found.fits.any():
         raise ValueError(f"plot={path}: no plan fits, so there is nothing to draw")
@@ -33,7 +33,7 @@ def draw(found: Found, config: SearchConfig, path: Path) -> None:
         FigureCanvasAgg(figure)
         _draw_plans(figure.subplots(), found, config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in {path.suffix or ".png", ".svg"}:
+        for suffix in {path.suffix or ".png", *([".svg"] if svg_too else [])}:
             metadata = {"Date": None} if suffix == ".svg" else None
             figure.savefig(path.with_suffix(suffix), dpi=130, metadata=metadata)
 

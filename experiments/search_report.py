@@ -58,8 +58,7 @@ def main() -> int:
         lines += with_what_they_had(given, had, layout)
     lines += ["", "## How long it takes", "", *timings()]
     config = configured(PICTURE)
-    draw(find(config), config, DOCS / "search.png")
-    (DOCS / "search.svg").unlink()  # which it writes too
+    draw(find(config), config, DOCS / "search.png", svg_too=False)
     lines += ["", "## Memory against time", "", f"`./launch.sh search {PICTURE}`", ""]
     lines += ["![memory against time of all plans](search.png)"]
     print("\n".join(lines))

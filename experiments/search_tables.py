@@ -11,6 +11,7 @@ from rich.table import Table
 from experiments.console import DASH, human_bytes, human_seconds, make_console, share
 from experiments.plan_config import SearchConfig
 from experiments.scale import say_scale
+from parallel.layout import PipelineConfig, PipelineSchedule
 from simulator.search import OUT_OF_MEMORY, Found
 
 SHORT = {  # names of schedules, for a column; "x2" behind one is two stages a rank
@@ -108,9 +109,11 @@ def plans_table(title: str, plans: list[dict[str, Any]]) -> Table:
 
 def schedule_of(plan: dict[str, Any]) -> str:
     """Short, as "1f1b x4": interleaved, four stages a rank."""
-    name = plan["schedule"] or DASH
-    looped = name in ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
-    return SHORT.get(name, name) + (f" x{plan['stages_per_rank']}" if looped else "")
+    if plan["schedule"] is None:
+        return DASH
+    name, how = plan["schedule"], PipelineConfig(PipelineSchedule(plan["schedule"]))
+    loops = not (how.one_stage_a_rank or how.is_v_shaped)
+    return SHORT.get(name, name) + (f" x{plan['stages_per_rank']}" if loops else "")
 
 
 def broken(label: str) -> str:

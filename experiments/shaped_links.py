@@ -77,13 +77,16 @@ def command(spec: Path | None = None) -> list[str]:
 
 def write(spec: Path, links: Links, commands: list[list[str]]) -> None:
     """What `command(spec)` reads: the links, and what each node runs."""
-    spec.write_text(json.dumps({"links": asdict(links), "commands": commands}, indent=1))
+    spec.write_text(_spec(links, commands))
+
+
+def _spec(links: Links, commands: list[list[str]]) -> str:
+    return json.dumps({"links": asdict(links), "commands": commands}, indent=1)
 
 
 def probe(links: Links) -> None:
     """Build the network and take it down again. Raises Missing where that fails."""
-    text = json.dumps({"links": asdict(links), "commands": []})
-    tried = subprocess.run(command(), input=text, capture_output=True, text=True)
+    tried = subprocess.run(command(), input=_spec(links, []), capture_output=True, text=True)
     if tried.returncode == REFUSED:
         raise Missing(tried.stderr.strip())
     if tried.returncode:

@@ -18,7 +18,14 @@ from omegaconf import OmegaConf
 
 from costs import ledger as ledgers
 from experiments.compose import Refused, configs_of
-from experiments.console import costs_tables, human_bytes, human_seconds, make_console, share
+from experiments.console import (
+    DASH,
+    costs_tables,
+    human_bytes,
+    human_seconds,
+    make_console,
+    share,
+)
 from experiments.plan_config import Method, SimulateConfig, plain
 from experiments.run_folder import make_folder
 from experiments.scale import run_to_the_end, say_scale
@@ -118,7 +125,7 @@ def show(config: SimulateConfig, ledger: dict[str, Any], folder: Path) -> None:
         console.print(table)
     step = ledger["step"]
     total = step["time_s"]["total"]
-    speed = "-" if step["tokens_per_s"] is None else f"{step['tokens_per_s']:,.0f}"
+    speed = DASH if step["tokens_per_s"] is None else f"{step['tokens_per_s']:,.0f}"
     console.print(
         f"{human_seconds(total)} a step, {speed} tokens/s  MFU {share(step['mfu'], 1.0)}  "
         f"HFU {share(step['hfu'], 1.0)}; peak {human_bytes(step['memory_bytes']['peak'])} of "

@@ -15,7 +15,7 @@ from costs import trace as traces
 from costs.ledger import TIME_PARTS
 from costs.program import Program
 from costs.trace import Trace
-from experiments.metering import flops_per_token
+from experiments.metering import flops_per_token, utilisation
 from experiments.plan_config import SimulateConfig
 from simulator.event_times import EventTimes
 from simulator.plans import PRECISIONS
@@ -68,8 +68,8 @@ def step(config: SimulateConfig, one: Traced, time_s: dict[str, Any]) -> Step:
         "communication": one.rows,
         "flops": {"model": model, "hardware": one.flops},
         "tokens_per_s": tokens / total if total else None,
-        "mfu": model / total / peak if total else None,
-        "hfu": one.flops / total / peak if total else None,
+        "mfu": utilisation(model, total, peak),
+        "hfu": utilisation(one.flops, total, peak),
     }
 
 

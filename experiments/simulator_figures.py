@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 
 from experiments import clusters
 from experiments.agreement import Agreement, agreements, plans_of
-from experiments.check import MEMORY_BAR, TIME_BAR, check, configurations, progress
+from experiments.check import MEMORY_BAR, ROUNDS, TIME_BAR, check, configurations
+from experiments.console import progress
 from experiments.document import heading, rule, table
 from experiments.given_back import given_back
 from experiments.large_traces import CLUSTER, both_ways, simulate
@@ -56,7 +57,8 @@ def ranks() -> Iterator[str]:
         "column behind counts the messages, by collective, axis, group size, dtype and phase, of "
         "which calls or bytes differ between measured and traced, and those, by collective, axis "
         "and dtype, of which bytes differ between traced and closed form, over all ranks that "
-        "were traced (the last, and the first where stages differ). *peak*: memory of a rank at "
+        "were traced (the last; where stages differ the first, and of many stages one in the "
+        "middle). *peak*: memory of a rank at "
         f"its fullest, MB (10^6 bytes). Bars: no byte; {MEMORY_BAR:.0%} traced to measured, "
         f"{FORMULA_BAR:.0%} formula to traced; bold marks what is not within them."
     )
@@ -118,7 +120,7 @@ def seconds() -> Iterator[str]:
     yield prose(
         f"Predicted after `./launch.sh calibrate` (GPT of {model.n_layer} layers, width "
         f"{model.d_model}, 8 sequences of {model.context}, fp32, two ranks of one thread; models "
-        "of other shapes are calibrated on; measured is the median of three turns). Bars: "
+        f"of other shapes are calibrated on; measured is the median of {ROUNDS} turns). Bars: "
         f"{TIME_BAR:.0%} of the time, {MEMORY_BAR:.0%} of the memory; bold is not within. The same "
         "table: `./launch.sh check`."
     )

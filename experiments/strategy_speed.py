@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from costs.timing import intersection, length
 from experiments import contest
 from experiments.benchmark import SHAPES
+from experiments.console import progress
 from experiments.contest import ALONE
 from experiments.document import heading, rule, table
 from experiments.ranks import run_ranks
@@ -62,7 +63,7 @@ def contestants(names: tuple[str, ...]) -> list[str]:
 
 def measure(names: tuple[str, ...]) -> Times:
     """One contest."""
-    print(f"{', '.join(names)} ...", file=sys.stderr, flush=True)
+    progress(f"{', '.join(names)} ...")
     return contest.hold(contestants(names), 2, SHAPES["L"], ROUNDS)
 
 
@@ -111,7 +112,7 @@ def outside_operators(kind: str) -> float:
         inside = [span for name, span in events if is_operator(name)]
         waited = length(step.meters.last.held_up())
         here = whole[1] - whole[0] - 1e6 * waited
-        outside += whole[1] - whole[0] - 1e6 * waited - length(intersection(inside, [whole]))
+        outside += here - length(intersection(inside, [whole]))
         total += here
     return outside / total
 

@@ -182,8 +182,8 @@ def _local_stages(cells: Cells, model: ModelConfig, pp: int) -> list[int]:
     least = 2 if cells.get("pp_schedule") else 1
     held = {n: -(-model.n_layer // (pp * n)) * pp * n for n in range(1, 13)}
     most = 1.05 * model.n_layer
-    even = [n for n, layers in held.items() if layers <= most and pp * n <= model.n_layer]
-    return [n for n in even if n >= least] or [least]
+    near = [n for n, layers in held.items() if layers <= most and pp * n <= model.n_layer]
+    return [n for n in near if n >= least] or [least]
 
 
 def _micro_batch_sizes(cells: Cells, batch: int, layout: Layout) -> list[int]:
@@ -237,8 +237,9 @@ def _numerics(kind: str, program: str, precision: Precision) -> Numerics:
     return Numerics(weights=2, gradients=2 if half else 4, optimizer=12)
 
 
-# of a logit: low, fp32, its log-softmax and gradient in fp32; Megatron-LM's loss works in place
-TORCH_LOGIT, MEGATRON_LOGIT = 14.0, 8.0
+# Bytes kept of a logit (those moved for one are in simulator/habits.py): low, fp32, its log-softmax
+# and gradient in fp32; Megatron-LM's loss works in place
+TORCH_LOGIT_KEPT, MEGATRON_LOGIT_KEPT = 14.0, 8.0
 CONTEXT_BYTES = 3 * 2.0**30  # of a process: CUDA's context, NCCL's buffers, libraries' workspaces
 RESERVED = 1.05  # over allocated: what the caching allocator cannot use
 
@@ -251,7 +252,7 @@ def _memory(cells: Cells, flash: bool) -> Program:
     return Program(
         fused=program not in ("torchtitan", "nanotron"),
         every_second_product=flash,
-        logit_bytes=TORCH_LOGIT if program == "torchtitan" else MEGATRON_LOGIT,
+        logit_bytes=TORCH_LOGIT_KEPT if program == "torchtitan" else MEGATRON_LOGIT_KEPT,
         context_bytes=CONTEXT_BYTES if process else 0.0,
         spare=RESERVED if process or "reserved" in note or program == "nanotron" else 1.0,
     )

@@ -21,7 +21,7 @@ import numpy as np
 from simulator.hardware import Cluster
 
 Number = Any  # a float or an array of them
-REDUCING = ("all_reduce", "broadcast", "reduce")  # NCCL has trees for these alone
+TREES = ("all_reduce", "broadcast", "reduce")  # what a tree serves
 
 
 class Group(NamedTuple):
@@ -70,7 +70,7 @@ def hierarchical(collective: str, payload: Number, ranks: Group, cluster: Cluste
     k, inner, outer = np.asarray(ranks.in_node), cluster.in_node, cluster.between_nodes
     nodes = np.ceil(ranks.size / k)
     across = ring(collective, payload / k, nodes, outer.latency, outer.rate)
-    if collective in REDUCING:
+    if collective in TREES:
         by_tree = tree(collective, payload / k, nodes, outer.latency, outer.rate)
         across = np.minimum(across, by_tree)
     return ring(collective, payload, k, inner.latency, inner.rate) + across
@@ -100,9 +100,10 @@ def flat_ring(collective: str, payload: Number, ranks: Group, cluster: Cluster) 
 
 
 def seconds(collective: str, payload: Number, ranks: Group, cluster: Cluster) -> Number:
-    """Seconds of one call: the best algorithm that NCCL has for it. A group of one takes none.
+    """Seconds of one call, by the best algorithm for it. A group of one takes none.
 
-    all_gather and reduce_scatter go round a ring; the others may go by a tree between nodes.
+    all_gather and reduce_scatter go round a ring; those of TREES may go by a tree between nodes;
+    the rest goes from rank to rank.
     """
     cluster = cluster.of(collective)
     if collective == "all_to_all":
@@ -112,7 +113,7 @@ def seconds(collective: str, payload: Number, ranks: Group, cluster: Cluster) ->
         inside, across = (ring(collective, payload, ranks.size, a, r) for a, r in ends)
         return np.where(np.asarray(ranks.in_node) > 1, inside, across)
     flat = flat_ring(collective, payload, ranks, cluster)
-    if collective in REDUCING:
+    if collective in TREES:
         return np.minimum(flat, hierarchical(collective, payload, ranks, cluster))
     return flat
 

@@ -4,7 +4,7 @@
 
 A product takes the longer of its flops and its bytes; element-wise operators take their bytes; the
 host must launch every operator in time. All but the efficiencies, which are fitted
-(experiments/fit.py) or measured, follows from the shapes.
+(experiments/fit.py) or measured, and the constants below follows from the shapes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from simulator.estimate import step_seconds
-from simulator.hardware import DTYPES, Cluster, Device
+from simulator.hardware import DTYPES, Cluster, Device, is_share
 from simulator.plans import Array
 from simulator.published import Row
 from simulator.score import FITS
@@ -51,8 +51,7 @@ class Parameter:
 
     def value(self, x: float) -> float:
         """Of a share the odds are moved, so that it stays below 1 and no bound stops a search."""
-        is_share = self.key.endswith("overlap") or ".efficiency" in self.key
-        if not is_share or self.key.endswith("half_size"):
+        if not is_share(self.key):
             return float(self.prior * np.exp(x * self.spread))
         room = 1 - self.prior
         return float(1 / (1 + room / self.prior * np.exp(-x * self.spread / room)))

@@ -141,7 +141,7 @@ class Cluster:
             above = value > 0 or (key in MAY_BE_ZERO and value == 0)
             _need(above, key, value, "greater than 0")
         for key, value in numbers(self):
-            if (key.endswith("overlap") or ".efficiency" in key) and not key.endswith("half_size"):
+            if is_share(key):
                 _need(value <= 1, key, value, "at most 1")
 
     def changed(self, values: dict[str, float]) -> Cluster:
@@ -175,6 +175,11 @@ MAY_BE_ZERO = (
     "straggling",
     "crowding",
 )
+
+
+def is_share(key: str) -> bool:
+    """Whether the number under a cluster's dotted key is a share of something: at most 1."""
+    return (key.endswith("overlap") or ".efficiency" in key) and not key.endswith("half_size")
 
 
 def numbers(node: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -200,16 +200,22 @@ def _patches(mode: FakeTensorMode) -> Iterable[tuple[Any, str, Any]]:
     yield minigpt.experts, "on_host", even_shares
     yield parallel.experts, "on_host", even_shares
     # a mesh is made of real tensors of ranks, also where it is made or cut within the mode
-    yield _MeshLayout, "remap_to_tensor", _real(_MeshLayout.remap_to_tensor)
-    yield DeviceMesh, "__getitem__", _real(DeviceMesh.__getitem__)
-    yield DeviceMesh, "__init__", _real(DeviceMesh.__init__)
-    yield DeviceMesh, "_concatenate", staticmethod(_real(DeviceMesh._concatenate))
-    # DTensor tries an operator that is new to it on the whole shapes: that is not the rank's work
+    real = functools.partial(_inside, unset_fake_temporarily)
+    yield _MeshLayout, "remap_to_tensor", real(_MeshLayout.remap_to_tensor)
+    yield DeviceMesh, "__getitem__", real(DeviceMesh.__getitem__)
+    yield DeviceMesh, "__init__", real(DeviceMesh.__init__)
+    yield DeviceMesh, "_concatenate", staticmethod(real(DeviceMesh._concatenate))
+    # DTensor tries an operator that is new to it on the whole shapes: that is not the rank's work,
+    # and no mode may record it
     name = "_propagate_tensor_meta_non_cached"
-    yield ShardingPropagator, name, _unseen(getattr(ShardingPropagator, name))
+    yield (
+        ShardingPropagator,
+        name,
+        _inside(_disable_current_modes, getattr(ShardingPropagator, name)),
+    )
     # DDP makes its buckets as it is made; it compares and broadcasts weights once, before a step
     ddp = torch_ddp.DistributedDataParallel
-    yield ddp, "__init__", _within(mode, ddp.__init__)
+    yield ddp, "__init__", _inside(lambda: mode, ddp.__init__)
     yield torch_ddp, "_verify_param_shape_across_processes", _nothing
     yield torch_ddp, "_sync_module_states", _nothing
 
@@ -217,23 +223,12 @@ def _patches(mode: FakeTensorMode) -> Iterable[tuple[Any, str, Any]]:
 def _nothing(*_args: Any, **_kwargs: Any) -> None: ...
 
 
-def _real(function: Callable) -> Callable:
-    """`function` outside of any fake mode."""
+def _inside(context: Callable[[], AbstractContextManager], function: Callable) -> Callable:
+    """`function`, which then always runs inside what `context` gives."""
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return function(*args, **kwargs)
-
-    return called
-
-
-def _unseen(function: Callable) -> Callable:
-    """`function` outside of every mode: nobody records what it does."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
+        with context():
             return function(*args, **kwargs)
 
     return called
@@ -252,15 +247,6 @@ class _RealIndices(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _within(mode: FakeTensorMode, function: Callable) -> Callable:
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return function(*args, **kwargs)
-
-    return called
 
 
 def rebuild_buckets(model: Any) -> None:

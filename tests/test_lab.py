@@ -18,12 +18,14 @@ from costs import ledger as ledgers
 from costs.messages import gloo_bytes
 from experiments import clusters, shaped_links
 from experiments.__main__ import main
-from experiments.lab import delay_of, rate_of
+from experiments.commands import Row
+from experiments.lab import Lab, comparison, delay_of, rate_of, show
 from experiments.lab_profile import PAYLOAD, profile_of, slower_device
 from experiments.shaped_links import Links, Missing
 from simulator.collectives import Group, seconds
 from simulator.hardware import OperatorSpeed, numbers, tables
 from tests.launching import ROOT, SMALL, environment, launch, start, wait_until
+from tests.test_ledger import a_ledger
 
 LAPTOP = clusters.load("laptop")
 SLOW = 5e6  # bits/s
@@ -141,6 +143,24 @@ def test_ranks_that_share_a_core_have_a_part_of_it() -> None:
     speed = OperatorSpeed(1e-6, flops=1e9)
     device = slower_device(replace(LAPTOP.device, operators={"mm": speed}), 0.5)
     assert device.operators["mm"].seconds(1e6, 0) == pytest.approx(2 * speed.seconds(1e6, 0))
+
+
+def test_a_run_without_a_timed_step_has_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both of its steps were looked at operator by operator: its time is null."""
+    ledger = a_ledger()
+    for step in (ledger["step"], *ledger["ranks"]):
+        step["time_s"] = dict.fromkeys(step["time_s"])
+    ledgers.write(tmp_path / "ledger.json", ledger)
+    (tmp_path / "config.yaml").write_text("steps: 2\nlayout: {dp_replicate: 2}\n")
+    lab = Lab(Links(2, 1e8), LAPTOP)
+    found = comparison(lab, Row([], "done", tmp_path))
+    assert found["measured_time_s"] is None
+    assert found["predicted"]["formula"]["time_s"] > 0
+    assert found["predicted"]["formula"]["error"] is None
+    show(lab, found)
+    assert "%" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_recorded_runs_are_given_back() -> None:
     """Replayed on its own messages, a run takes about the time that was measured.
 
     A busy machine holds threads up where nothing records it, which only makes the replay shorter:
-    so the lower bound is wide here, and how near it comes is docs/simulator.md's to show.
+    so the lower bound is wide here; experiments/simulator_figures.py shows how near it comes.
     """
     ratios = given_back(3)
     assert len(ratios) == len(CASES)

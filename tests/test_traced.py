@@ -17,13 +17,6 @@ from simulator.communication import payload_bytes
 from simulator.trace import trace
 
 
-def formula_bytes(config: TrainConfig, rank: int) -> dict[tuple[str, str, str], int]:
-    """The closed form, by collective, axis and dtype."""
-    place = rank // (config.layout.world_size // config.layout.pp)
-    clipped = config.clip is not None
-    return payload_bytes(config.model, config.layout, config.options, clipped, place)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "changes"), [(2, {}), (4, {"model.tied": True})])
 def test_a_trace_is_what_ranks_measure(world_size: int, changes: dict[str, Any]) -> None:
@@ -92,9 +85,13 @@ def test_operators_have_the_flops_bytes_and_shapes_of_their_tensors() -> None:
     assert sum(e.bytes for e in updates) == pytest.approx(4 * 7 * model.parameters, abs=8 * tensors)
 
 
-def test_what_cannot_be_traced_is_refused() -> None:
-    with pytest.raises(ValueError, match="impl=accelerate"):
-        trace(ModelConfig(), Layout(dp_replicate=2), Options(impl=Impl.accelerate))
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(Options(impl=Impl.accelerate), "impl=accelerate"), (Options(compile=True), "compile=true")],
+)
+def test_what_cannot_be_traced_is_refused(options: Options, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{said}: cannot be traced"):
+        trace(ModelConfig(), Layout(dp_replicate=2), options)
 
 
 def test_free_experts_get_even_shares() -> None:
@@ -102,7 +99,9 @@ def test_free_experts_get_even_shares() -> None:
     changes = {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64, "model.n_layer": 2}
     config = make_config(Layout(dp_replicate=2, ep=2), changes)
     (one,) = traced([(config, 0)])
-    assert payloads(one.rows) == formula_bytes(config, 0)
+    clipped = config.clip is not None
+    formula = payload_bytes(config.model, config.layout, config.options, clipped)
+    assert payloads(one.rows) == formula
 
 
 def test_seventy_billion_parameters_on_a_thousand_ranks() -> None:
