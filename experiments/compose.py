@@ -41,7 +41,11 @@ Config = TypeVar("Config")
 
 
 class Refused(Exception):
-    """The input was refused: one clear line, exit status 2."""
+    """The input was refused: one clear line, exit status 2, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        shown = (char if char.isprintable() else repr(char)[1:-1] for char in message)
+        super().__init__("".join(shown))
 
 
 def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> None:

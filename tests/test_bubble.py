@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from costs.program import Message, Program, Wait, Work
@@ -45,7 +45,6 @@ def shares(timeline: Timeline) -> set[Fraction]:
     return {Fraction(parts["bubble"]) / Fraction(parts["total"]) for parts in times}
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["gpipe", "1f1b"]), st.integers(1, 8), st.integers(1, 24))
 def test_one_stage_a_rank(name: str, p: int, m: int) -> None:
     """(p-1) / (m+p-1) of the step, on every rank (Narayanan et al. 2021, section 2.2.1)."""
@@ -53,7 +52,6 @@ def test_one_stage_a_rank(name: str, p: int, m: int) -> None:
         assert shares(run(name, p, m)) == {Fraction(p - 1, m + p - 1)}
 
 
-@settings(deadline=None)
 @given(st.integers(2, 6), st.integers(1, 4), st.integers(2, 4))
 def test_interleaved(p: int, rounds: int, v: int) -> None:
     """v stages a rank make the bubble v times smaller (Narayanan et al. 2021, section 2.2.2)."""
@@ -69,7 +67,6 @@ def test_halves_of_the_backward_fill_the_bubble(name: str, p: int) -> None:
     assert max(shares(run(name, p, m))) < Fraction(p - 1, 2 * m + p - 1)
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(list(PipelineSchedule)),
     st.integers(2, 4),

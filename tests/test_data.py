@@ -88,7 +88,7 @@ def test_bytes_come_back_whole(tmp_path: Path) -> None:
     seed=st.integers(0, 2**40),
     cuts=st.lists(st.integers(1, 11), max_size=4, unique=True),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_batch_is_the_same_however_it_is_shared(
     tmp_path_factory: pytest.TempPathFactory, step: int, seed: int, cuts: list[int]
 ) -> None:

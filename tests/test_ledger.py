@@ -184,7 +184,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 
 
 @given(st.sampled_from(places(a_ledger())), json_values)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_damage_is_named_or_harmless(place: tuple, value: Any) -> None:
     """check() answers with a ValueError or not at all, whatever stands wherever."""
     ledger = copy.deepcopy(a_ledger())

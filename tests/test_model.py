@@ -72,7 +72,7 @@ def test_gpt3_has_175_billion() -> None:
 
 
 @given(model_configs)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shapes_in_closed_form_are_the_modules(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = GPT(config)
@@ -84,7 +84,7 @@ def test_shapes_in_closed_form_are_the_modules(config: ModelConfig) -> None:
 
 
 @given(model_configs, st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_position_sees_a_later_one(config: ModelConfig, batch: int) -> None:
     model = GPT(config)
     model.init_weights(1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from costs.program import Message, Program, Wait, Work
@@ -21,13 +21,11 @@ def run(given_programs: dict[int, Program], **options: object) -> Timeline:
     return replay(given_programs, seconds_of, seconds_of, **options)  # type: ignore[arg-type]
 
 
-@settings(deadline=None)
 @given(programs())
 def test_simpy_gives_the_same_timeline(drawn: dict[int, Program]) -> None:
     assert run(drawn).times == simulate(drawn, seconds_of)
 
 
-@settings(deadline=None)
 @given(programs())
 def test_parts_add_up(drawn: dict[int, Program]) -> None:
     timeline = run(drawn)
@@ -38,7 +36,6 @@ def test_parts_add_up(drawn: dict[int, Program]) -> None:
         assert parts["total"] == sum(s.end - s.start for s in busy)
 
 
-@settings(deadline=None)
 @given(programs(), st.data())
 def test_a_faster_network_never_makes_a_slower_step(
     drawn: dict[int, Program], data: st.DataObject
@@ -50,7 +47,6 @@ def test_a_faster_network_never_makes_a_slower_step(
     assert faster.total <= run(drawn).total
 
 
-@settings(deadline=None)
 @given(programs(), st.data())
 def test_removing_a_message_never_slows(drawn: dict[int, Program], data: st.DataObject) -> None:
     numbers = sorted({e.number for p in drawn.values() for e in p if isinstance(e, Message)})
@@ -64,7 +60,6 @@ def test_removing_a_message_never_slows(drawn: dict[int, Program], data: st.Data
     assert run(without).total <= run(drawn).total
 
 
-@settings(deadline=None)
 @given(programs(), st.data())
 def test_permuting_ranks_gives_the_same_time(
     drawn: dict[int, Program], data: st.DataObject
