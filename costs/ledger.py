@@ -10,7 +10,7 @@ training      {steps, losses, validation_loss}; measured runs only
 pipeline      {schedule, micro_batches, ideal_bubble, stages}; may be there where layout.pp > 1.
               stages: {rank, stages, bubble_s, bubble} of each rank. `bubble` is idle time over idle
               and busy time of forward and backward, as is `ideal_bubble`, the schedule's own
-step          one optimiser step: times of the slowest rank, memory of the fullest
+step          one optimiser step: times of the slowest rank, memory of the fullest, the mean HFU
 ranks         the same `step` for each rank; of a simulated step, for one of each kind
 
 Base units: bytes, seconds, FLOPs. A number that was not measured is null, never zero.
@@ -39,16 +39,7 @@ MEMORY_PARTS = (
     "other",
 )
 LAYOUT_KEYS = ("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-ROW_KEYS = (
-    "collective",
-    "axis",
-    "group_size",
-    "dtype",
-    "calls",
-    "payload_bytes",
-    "wire_bytes",
-    "time_s",
-)
+ROW_KEYS = tuple("collective axis group_size dtype calls payload_bytes wire_bytes time_s".split())
 # phase: of costs.program.PHASES. backend_bytes: what the backend's own algorithm makes a rank send,
 # on the average of the group, where that is known; wire_bytes are a ring's
 ROW_MAY_HAVE = ("phase", "backend_bytes")
@@ -96,18 +87,21 @@ def wire_bytes(collective: str, payload_bytes: int, group_size: int) -> int:
 
 
 def step_of(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """A run's `step`: times of its slowest rank, memory of the fullest, messages of the busiest."""
+    """A run's `step`: times of its slowest rank, memory of the fullest, messages of the busiest.
+    HFU is the mean: one stage alone may be below MFU, which counts all stages alike."""
 
     def most(value: Callable[[dict[str, Any]], float | None]) -> dict[str, Any]:
         return max(ranks, key=lambda rank: value(rank) or 0)
 
     fullest = most(lambda rank: rank["memory_bytes"]["peak"])
+    known = [rank["hfu"] for rank in ranks if rank["hfu"] is not None]
     busiest = most(lambda rank: sum(row["wire_bytes"] for row in rank["communication"] or []))
     return {
         **most(lambda rank: rank["time_s"]["total"]),
         **{key: fullest[key] for key in ("memory_bytes", "process_bytes") if key in fullest},
         "communication": busiest["communication"],
         "flops": most(lambda rank: rank["flops"]["hardware"])["flops"],
+        "hfu": math.fsum(known) / len(known) if known else None,
     }
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from costs.ledger import MEMORY_PARTS, TIME_PARTS, check, read, wire_bytes, write
+from costs.ledger import MEMORY_PARTS, TIME_PARTS, check, read, step_of, wire_bytes, write
 
 
 def a_step() -> dict[str, Any]:
@@ -72,6 +72,13 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write(path, a_ledger())
     assert read(path) == a_ledger()
     assert list(tmp_path.iterdir()) == [path], "no part is left"
+
+
+def test_the_step_of_stages_has_their_mean_hfu() -> None:
+    """The first stage has no head: it computes less than its share of the model's FLOPs."""
+    first, last = a_step() | {"mfu": 0.4, "hfu": 0.38}, a_step() | {"mfu": 0.4, "hfu": 0.46}
+    assert step_of([first, last])["hfu"] == pytest.approx(0.42)
+    assert step_of([a_step(), a_step()])["hfu"] is None
 
 
 def broken(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
