@@ -30,16 +30,18 @@ from costs.program import PHASES
 SCHEMA = "worldsize.ledger/1"
 SOURCES = ("measured", "traced", "formula", "replayed")
 TIME_PARTS = ("compute", "exposed_communication", "bubble", "optimizer", "other")
-MEMORY_PARTS = (
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "communication",
-    "other",
-)
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 LAYOUT_KEYS = ("world_size", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-ROW_KEYS = tuple("collective axis group_size dtype calls payload_bytes wire_bytes time_s".split())
+ROW_KEYS = (
+    "collective",
+    "axis",
+    "group_size",
+    "dtype",
+    "calls",
+    "payload_bytes",
+    "wire_bytes",
+    "time_s",
+)
 # phase: of costs.program.PHASES. backend_bytes: what the backend's own algorithm makes a rank send,
 # on the average of the group, where that is known; wire_bytes are a ring's
 ROW_MAY_HAVE = ("phase", "backend_bytes")
