@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.document import table
+from experiments.document import heading, table
 from experiments.fit import timed_problem
 from experiments.score import ROWS, Scored, error_cells, percent, score
 from simulator.fit import Problem, fit, leave_one_source_out, parameters
@@ -60,9 +60,9 @@ def document(scored: Scored, problem: Problem, x: np.ndarray, left_out: np.ndarr
     out = summary(left_out, problem.measured, problem.sources.tolist())
     fits, time = said["feasibility"], said["time"]
     return [
-        "# Predictions against published measurements",
+        *heading("Predictions against published measurements", COMMAND).splitlines(),
         "",
-        f"Written by `{COMMAND}`; `./launch.sh score` predicts the same rows again.",
+        "`./launch.sh score` predicts the same rows again.",
         "",
         f"{time['rows']} configurations with a published step time, from {len(time['sources'])} "
         "sources (experiments/published/README.md). Nothing is fitted to a row or to a source: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 Cells = dict[str, str]
+MOST = 10**9  # of anything that is counted
 
 
 class Unknown(Exception):
@@ -28,8 +29,8 @@ def whole(cells: Cells, key: str, default: int | None = None) -> int:
     value = number(cells, key, default)
     if value is None:
         raise Unknown(f"{key} is not stated")
-    if value != int(value):
-        raise Unknown(f"{key}={value}: must be whole")
+    if value != int(value) or value > MOST:
+        raise Unknown(f"{key}={value:g}: must be whole, at most {MOST:,}")
     return int(value)
 
 

@@ -36,6 +36,9 @@ class Habits:
     hides_gradients: bool = True  # they are sent while the backward goes on, else in one message
     hides_updates: bool = False  # updated weights (zero_stage 1) are gathered in the next forward
     hides_gathers: bool = True  # weights are gathered before they are wanted
+    # to a rank with several of a token's experts it travels once, and once to a node with several
+    # such ranks, which hand it on (DeepSeek-AI 2024, DeepSeek-V3, section 3.2.2)
+    sends_once: bool = False
 
 
 def program_of(cells: Cells) -> str:
