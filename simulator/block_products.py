@@ -22,6 +22,9 @@ Sides = tuple[Any, Any, Any, Any]  # rows, inner, columns, how many
 ROUTED_PASSES = 2 * 4
 # Launched besides by a block with experts: router, its softmax, top k and loss, masks, sorts
 EXPERT_OPERATORS = 30
+# and for each of a rank's experts, which are launched one by one: its two products, and in fp8 what
+# casts their inputs (Transformer Engine's GroupedLinear)
+EACH_EXPERT, EACH_EXPERT_CAST = 2, 2
 LATENT_OPERATORS = 8  # and by latent attention: two products and norms more, pieces put together
 
 
@@ -167,7 +170,8 @@ class Block:
             return np.zeros_like(self.plans.tp)
         return self.held * 3 * self.model.d_model * self.model.ff_dim / self.expert_tp
 
-    @cached_property
-    def operators(self) -> int:
-        """Launched besides those of an MLP."""
-        return EXPERT_OPERATORS * self.moe + LATENT_OPERATORS * bool(self.latent)
+    def operators(self, narrow: Array) -> Array:
+        """Launched besides those of an MLP. `narrow`: where products are in fp8."""
+        each = (EACH_EXPERT + EACH_EXPERT_CAST * narrow) * self.held * bool(self.more)
+        many = self.share * (EXPERT_OPERATORS + each) if self.moe else 0
+        return many + LATENT_OPERATORS * bool(self.latent)

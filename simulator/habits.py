@@ -67,7 +67,8 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     after the backward. Megatron-Core overlaps all but what a row says it does not, and runs cuDNN's
     attention through Transformer Engine; so do the runs of MegaScale and Llama 3, with other
     kernels. LLM-Foundry's MPT ran the Triton kernel. The loss is one kernel in NVIDIA's
-    recipes, and where SimuMax says so ("cef").
+    recipes, and where SimuMax says so ("cef"). Megatron-Bridge's recipes send tokens to experts by
+    HybridEP or DeepEP.
     """
     program, source = program_of(cells), cells.get("source", "")
     note = cells.get("source_verbatim_note", "")
@@ -95,5 +96,6 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
             hides_stages=on,
             hides_gradients=on,
             hides_updates=on,
+            sends_once="Megatron-Bridge" in source,
         )
     return replace(own, logit_bytes=FUSED_LOGIT) if compiled else own

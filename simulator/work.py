@@ -138,12 +138,13 @@ class Work:
         """
         cut = plans.tp if expert_tp is None else np.full_like(plans.tp, expert_tp)
         block = Block(plans, _tokens(plans), cut)
-        values = {**_layout(plans), **_block(block, habits), **_attention(block)}
+        item, own = LOW_BYTES[plans.precision], OWN_DTYPE[plans.precision]
+        dtype = own if matmul_dtype is None else np.full_like(own, DTYPES.index(matmul_dtype))
+        narrow = dtype >= DTYPES.index("fp8")
+        values = {**_layout(plans), **_block(block, habits, narrow), **_attention(block)}
         values |= _stages(block)
-        item = LOW_BYTES[plans.precision]
-        own = OWN_DTYPE[plans.precision]
         values |= {
-            "dtype": own if matmul_dtype is None else DTYPES.index(matmul_dtype),
+            "dtype": dtype,
             "wide_dtype": own,
             "compiled": compiled,
             "kernel": KERNELS.index(habits.kernel),
@@ -195,7 +196,7 @@ def _layout(plans: Plans) -> Values:
     }
 
 
-def _block(block: Block, habits: Habits) -> Values:
+def _block(block: Block, habits: Habits, narrow: Array) -> Values:
     """Products and element-wise bytes of a block's forward (Shoeybi et al. 2019, section 3)."""
     plans, tp, tokens = block.plans, block.plans.tp, block.tokens
     d, shape = block.model.d_model, np.shape(block.plans.tp)
@@ -209,7 +210,7 @@ def _block(block: Block, habits: Habits) -> Values:
     norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
     numbers = d + block.latent / 2
     routed = block.routed_rows * d * item
-    many = OPERATORS + 2 * block.matrices + block.operators
+    many = OPERATORS + 2 * block.matrices + block.operators(narrow)
     return {
         **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
         "whole_bytes": tokens * (2 * numbers * norm + RESIDUAL_PASSES * d * item),
