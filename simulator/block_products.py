@@ -20,6 +20,7 @@ Sides = tuple[Any, Any, Any, Any]  # rows, inner, columns, how many
 # Over the choices' rows B T k D, forward, each read and write: copied for each choice, sorted by
 # expert where a rank has several, sorted back, and added up (Megatron-Core's token dispatcher)
 ROUTED_PASSES = 2 * 4
+ROUTED_PASSES_ONCE = 2
 # Launched besides by a block with experts: router, its softmax, top k and loss, masks, sorts
 EXPERT_OPERATORS = 30
 # and for each of a rank's experts, which are launched one by one: its two products, and in fp8 what
@@ -170,8 +171,13 @@ class Block:
             return np.zeros_like(self.plans.tp)
         return self.held * 3 * self.model.d_model * self.model.ff_dim / self.expert_tp
 
-    def operators(self, narrow: Array) -> Array:
-        """Launched besides those of an MLP. `narrow`: where products are in fp8."""
-        each = (EACH_EXPERT + EACH_EXPERT_CAST * narrow) * self.held * bool(self.more)
-        many = self.share * (EXPERT_OPERATORS + each) if self.moe else 0
-        return many + LATENT_OPERATORS * bool(self.latent)
+    @cached_property
+    def operators(self) -> float:
+        """Launched besides those of an MLP."""
+        return self.share * EXPERT_OPERATORS + LATENT_OPERATORS * bool(self.latent)
+
+    def launched_each(self, narrow: Array) -> Array | float:
+        """Launched expert by expert. `narrow`: where products are in fp8."""
+        if not self.more:
+            return 0.0
+        return self.share * self.held * (EACH_EXPERT + EACH_EXPERT_CAST * narrow)

@@ -209,11 +209,18 @@ def schedule_of(cells: Cells, local: int) -> PipelineSchedule:
     return name
 
 
+ONE_STAGE = ("megatron-deepspeed", "megatron-bridge")  # programs, where a row has no number
+
+
 def _local_stages(cells: Cells, model: ModelConfig, pp: int) -> list[int]:
     """What the row says; interleaved without a number, or neither: what divides the layers."""
     program, text = program_of(cells), cells.get("pp_schedule", "")
     how = PipelineConfig(schedule_of(cells, 1))
-    one = pp == 1 or (text and how.one_stage_a_rank) or program == "megatron-deepspeed"
+    one = (
+        pp == 1
+        or (text and how.one_stage_a_rank)
+        or program in ("megatron-deepspeed", "megatron-bridge")
+    )
     if cells.get("vpp") or one:
         return [whole(cells, "vpp", 1)]
     if program == "torchtitan" or how.is_v_shaped:

@@ -6,6 +6,7 @@ program (simulator/candidates.py).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from simulator.cells import Cells
@@ -22,6 +23,9 @@ TORCH_LOGIT, MEGATRON_LOGIT, FUSED_LOGIT = 38.0, 54.0, 16.0
 # Megatron-LM of 2022 sends the gradient of a layer's input while it computes that of its weight:
 # two of the six all_reduces of a block whose forward runs again
 BACKWARD_ONLY = 1 / 3
+# Releases of Megatron-Bridge that launch a block with experts as CUDA graphs on GB200 and GB300,
+# but for the experts (its scripts/performance/configs: cuda_graph_scope)
+GRAPHED = r"^2[6-9]\.\d\d"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Habits:
     # to a rank with several of a token's experts it travels once, and once to a node with several
     # such ranks, which hand it on (DeepSeek-AI 2024, DeepSeek-V3, section 3.2.2)
     sends_once: bool = False
+    graphs: bool = False  # a block with experts is launched as CUDA graphs, but for the experts
 
 
 def program_of(cells: Cells) -> str:
@@ -48,13 +53,14 @@ def program_of(cells: Cells) -> str:
                         pipeline has one stage a rank
     deepspeed           ZeRO-3 gathers each parameter by itself, when it is wanted
     torchtitan          as many micro-batches as pipeline ranks; interleaved: two stages a rank
+    megatron-bridge     its tables have a column for the stages of a rank, empty where it has one
     nanotron            splits layers by their flops, head included
     """
     note, source = cells.get("source_verbatim_note", ""), cells.get("source", "")
     marks = ("Megatron-DeepSpeed" in note, "bigscience" in source)
     if any(marks) or cells.get("model_name", "").startswith("MT-NLG"):
         return "megatron-deepspeed"
-    for name in ("torchtitan", "nanotron", "deepspeed"):
+    for name in ("torchtitan", "nanotron", "megatron-bridge", "deepspeed"):
         if name in source.lower() or f"({name})" in note.lower():
             return name
     return ""
@@ -71,7 +77,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     HybridEP or DeepEP.
     """
     program, source = program_of(cells), cells.get("source", "")
-    note = cells.get("source_verbatim_note", "")
+    note, gpu = cells.get("source_verbatim_note", ""), cells.get("gpu", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
     own = Habits(hides_gradients=flash)
     if not flash or program == "nanotron":
@@ -96,6 +102,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
             hides_stages=on,
             hides_gradients=on,
             hides_updates=on,
-            sends_once="Megatron-Bridge" in source,
+            sends_once=program == "megatron-bridge",
+            graphs=core and re.search(GRAPHED, note) is not None and gpu.startswith("GB"),
         )
     return replace(own, logit_bytes=FUSED_LOGIT) if compiled else own

@@ -14,7 +14,7 @@ import numpy as np
 
 from minigpt.config import ModelConfig
 from parallel.layout import PipelineConfig, Precision
-from simulator.block_products import ROUTED_PASSES, Block
+from simulator.block_products import ROUTED_PASSES, ROUTED_PASSES_ONCE, Block
 from simulator.described import Described
 from simulator.habits import KERNELS, Habits
 from simulator.hardware import DTYPES
@@ -210,13 +210,15 @@ def _block(block: Block, habits: Habits, narrow: Array) -> Values:
     norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
     numbers = d + block.latent / 2
     routed = block.routed_rows * d * item
-    many = OPERATORS + 2 * block.matrices + block.operators(narrow)
+    many = OPERATORS + 2 * block.matrices + block.operators
+    if habits.graphs and block.moe:
+        many = 0
     return {
         **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
         "whole_bytes": tokens * (2 * numbers * norm + RESIDUAL_PASSES * d * item),
         "cut_bytes": tokens / tp * (turn * (block.query + block.keys_and_values) + item * mlp)
-        + ROUTED_PASSES * routed,
-        "operators": many + (0 if plans.flash else SCORE_OPERATORS),
+        + (ROUTED_PASSES_ONCE if habits.sends_once else ROUTED_PASSES) * routed,
+        "operators": many + block.launched_each(narrow) + (0 if plans.flash else SCORE_OPERATORS),
         "kv_bytes": tokens * block.keys_and_values / tp * item,
         "routed_bytes": (plans.ep > 1) * routed,
         "choices": block.chosen,
