@@ -257,7 +257,10 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
 
 
 def optimizer_seconds(work: Work, cluster: Cluster) -> Array:
-    """Reading and writing weights, gradients and state of the weights that a rank updates."""
+    """Reading and writing weights, gradients and state of the weights that a rank updates, and
+    copying them one by one in a program that does."""
     bandwidth = cluster.device.memory_bandwidth * cluster.device.efficiency.memory
     updated = work.parameters / work.shards + work.experts / work.expert_shards
-    return updated * work.state_bytes / bandwidth
+    return (
+        updated * work.state_bytes / bandwidth + work.update_operators * cluster.operator_overhead
+    )

@@ -43,6 +43,9 @@ class Habits:
     # to a rank with several of a token's experts it travels once, and once to a node with several
     # such ranks, which hand it on (DeepSeek-AI 2024, DeepSeek-V3, section 3.2.2)
     sends_once: bool = False
+    # With zero_stage 1 each rank's part of each tensor is copied by itself, so many tensors a block
+    # (nanotron, src/nanotron/distributed.py: all_gather_coalesced)
+    copied_tensors: int = 0
     graphs: bool = False  # a block with experts is launched as CUDA graphs, but for the experts
 
 
@@ -80,6 +83,8 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     note, gpu = cells.get("source_verbatim_note", ""), cells.get("gpu", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
     own = Habits(hides_gradients=flash)
+    if program == "nanotron":  # of a block: qkv, out, gate and up, down, two norms
+        own = replace(own, copied_tensors=6)
     if not flash or program == "nanotron":
         own = replace(own, logit_bytes=MEGATRON_LOGIT)
     if any(name in source for name in ("Korthikanti", "2205.05198")):

@@ -101,6 +101,7 @@ class Work:
     gradient_bytes: Array
     weight_bytes: Array
     state_bytes: Array  # read and written by the optimizer
+    update_operators: Array  # launched for it, where they are too many to be nothing
 
     def __len__(self) -> int:
         return len(self.pp)
@@ -165,6 +166,8 @@ class Work:
         }
         given = {"gradient_bytes": gradient_bytes, "shards": shards}
         values |= {name: value for name, value in given.items() if value is not None}
+        copies = habits.copied_tensors * (plans.zero_stage == 1) * (values["shards"] > 1)
+        values["update_operators"] = copies * values["layers"] * values["shards"]
         if recomputed is not None:
             values |= {"recomputed": recomputed, "selective": 0}
         shape = len(plans)
