@@ -21,7 +21,7 @@ from parallel.layout import (
     PipelineSchedule,
     Precision,
 )
-from simulator.cells import Cells, Unknown, flag, number, whole
+from simulator.cells import MOST_LAYERS, Cells, Unknown, flag, number, whole
 from simulator.described import Described, described
 from simulator.footprint import Program, peak_bytes
 from simulator.habits import habits_of, program_of
@@ -60,7 +60,7 @@ def model_of(cells: Cells, seq_len: int) -> ModelConfig:
     gated = kind == "swiglu"
     heads = whole(cells, "n_head")
     return ModelConfig(
-        n_layer=whole(cells, "n_layer"),
+        n_layer=whole(cells, "n_layer", most=MOST_LAYERS),
         n_head=heads,
         n_kv_head=whole(cells, "n_kv_head", heads),
         d_model=whole(cells, "d_model"),

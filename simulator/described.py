@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minigpt.config import FFN, ModelConfig, Norm, Positions
-from simulator.cells import Cells, Unknown, number, whole
+from simulator.cells import MOST_LAYERS, Cells, Unknown, number, whole
 
 
 @dataclass
@@ -138,7 +138,7 @@ def described(cells: Cells, seq_len: int) -> Described:
             f"ffn_kind=moe: the shape of the experts of {given or 'a model'} is not known"
         )
     shape = dict(SHAPES[max(fitting, key=len)])
-    full, layers = shape.pop("n_layer"), whole(cells, "n_layer")
+    full, layers = shape.pop("n_layer"), whole(cells, "n_layer", most=MOST_LAYERS)
     if layers != full and shape.get("dense_layers"):  # cut short: as large a share, one at least
         shape["dense_layers"] = max(1, round(shape["dense_layers"] * layers / full))
     if not _predicts_further(cells):
