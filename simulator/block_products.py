@@ -18,7 +18,8 @@ from simulator.plans import Array, Plans
 
 Sides = tuple[Any, Any, Any, Any]  # rows, inner, columns, how many
 # Over the choices' rows B T k D, forward, each read and write: copied for each choice, sorted by
-# expert where a rank has several, sorted back, and added up (Megatron-Core's token dispatcher)
+# expert where a rank has several, sorted back, and added up (Megatron-Core's token dispatcher).
+# Where a token is sent once, the messages' own kernels do it, but for one copy at the end of a way
 ROUTED_PASSES = 2 * 4
 ROUTED_PASSES_ONCE = 2
 # Launched besides by a block with experts: router, its softmax, top k and loss, masks, sorts
@@ -145,7 +146,7 @@ class Block:
         d, f, cut = self.model.d_model, self.model.ff_dim, self.expert_tp
         rows = self.routed_tokens * self.chosen / self.held
         many = self.held * self.share
-        made = [(rows, d, 2 * f / cut, many), (rows, f / cut, d, many)]
+        made: list[Sides] = [(rows, d, 2 * f / cut, many), (rows, f / cut, d, many)]
         made.append((self.routed_tokens, d, self.model.n_expert, self.share))
         if self.more:
             made += self._mlp(self.more.shared_ff, self.share)
