@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from experiments.compose import run_hydra, to_config
 from experiments.console import human_bytes, human_seconds, share
+from experiments.document import heading
 from experiments.plan_config import SearchConfig
 from experiments.search import find, plan_of, said_of
 from experiments.search_picture import draw
@@ -48,10 +49,10 @@ LAYOUTS_SHOWN = 4
 
 def main() -> int:
     lines = [
-        "# What the search finds",
+        *heading("What the search finds", COMMAND).splitlines(),
         "",
-        f"Written by `{COMMAND}`. All times and bytes are predictions (docs/score.md says how far",
-        "they are from measurements); theirs is the best plan of the layout that was published.",
+        "All times and bytes are predictions (docs/score.md says how far they are from",
+        "measurements); theirs is the best plan of the layout that was published.",
     ]
     for title, given, layout, had in CASES:
         lines += case(title, given, layout)

@@ -13,6 +13,7 @@ from typing import Any
 
 from minigpt.config import FFN, ModelConfig, Norm, Positions
 from parallel.layout import (
+    ONE_F_ONE_B,
     ActivationCheckpointing,
     Layout,
     Options,
@@ -20,7 +21,8 @@ from parallel.layout import (
     PipelineSchedule,
     Precision,
 )
-from simulator.cells import Cells, Unknown, flag, number, whole
+from simulator.cells import MOST_LAYERS, Cells, Unknown, flag, number, whole
+from simulator.described import Described, described
 from simulator.footprint import Program, peak_bytes
 from simulator.habits import habits_of, program_of
 from simulator.plans import Numerics, Plans
@@ -28,6 +30,7 @@ from simulator.work import Work
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks, tried likewise
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # tried where a row leaves it open
+INTERLEAVED = PipelineSchedule("interleaved_1f1b")
 ZERO = {"ddp": 1, "zero1": 1, "zero2": 2, "fsdp": 3, "zero3": 3}
 
 
@@ -43,19 +46,21 @@ class Candidate:
     def work(self) -> Work:
         return Work.of(self.plan, **self.others)
 
-    @property
+    @cached_property
     def memory_bytes(self) -> float:
         return float(peak_bytes(self.plan, self.work, self.program)[0])
 
 
 def model_of(cells: Cells, seq_len: int) -> ModelConfig:
     kind = cells.get("ffn_kind", "")
+    if kind == "moe":
+        return described(cells, seq_len)
     if kind not in ("gelu", "swiglu"):
-        raise Unknown(f"ffn_kind={kind or 'empty'}: the columns do not say the experts' shape")
+        raise Unknown(f"ffn_kind={kind or 'empty'}: must be gelu, swiglu or moe")
     gated = kind == "swiglu"
     heads = whole(cells, "n_head")
     return ModelConfig(
-        n_layer=whole(cells, "n_layer"),
+        n_layer=whole(cells, "n_layer", most=MOST_LAYERS),
         n_head=heads,
         n_kv_head=whole(cells, "n_kv_head", heads),
         d_model=whole(cells, "d_model"),
@@ -90,11 +95,14 @@ def _layout(cells: Cells, kind: str) -> Layout:
     zero1, zero2 and fsdp shard over the whole of it; ddp replicates.
     """
     ranks, tp, pp, cp = (whole(cells, key, 1) for key in ("n_gpus", "tp", "pp", "cp"))
+    ep = whole(cells, "ep", 1) if cells.get("ffn_kind") == "moe" else 1
     dp = whole(cells, "dp", max(1, ranks // (tp * pp * cp)))
     if dp * tp * pp * cp != ranks:
         raise Unknown(f"dp({dp}) * tp({tp}) * pp({pp}) * cp({cp}) != {ranks} ranks")
     replicate, shard = (dp, 1) if kind == "ddp" else (1, dp)
-    return Layout(pp=pp, dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp)
+    if dp * tp * cp % ep:
+        raise Unknown(f"dp({dp}) * tp({tp}) * cp({cp}) does not divide by ep({ep})")
+    return Layout(pp=pp, dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp, ep=ep)
 
 
 def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
@@ -112,6 +120,7 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
         "messages_a_block": len(model.block_shapes) if program == "deepspeed" else 1,
         "gradient_bytes": 2 if precision == Precision.fp16 else 4,
         "shards": None if kind == "ddp" else layout.dp_shard * layout.cp,
+        "expert_tp": 1,
         "habits": habits_of(cells, flash, compiled),
     }
     memory = _memory(cells, flash)
@@ -124,21 +133,23 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
         if model.n_layer < layout.pp * local:
             raise Unknown(f"n_layer({model.n_layer}) is less than pp({layout.pp}) * vpp({local})")
         micro_batches = max(1, round(batch / (size * layout.data_parallel)))
-        if local > 1 and micro_batches % layout.pp:
-            continue  # the interleaved schedule cannot
-        name = "interleaved_1f1b" if local > 1 else "1f1b"
+        interleaved = schedule_of(cells, local) == INTERLEAVED
+        if interleaved and micro_batches % layout.pp:
+            continue  # it cannot
         options = Options(
             precision=precision,
             activation_checkpointing=checkpointing,
             zero_stage=ZERO[kind],
             sequence_parallel=flag(cells, "sp", layout.tp > 1 and flash),
-            pipeline=PipelineConfig(PipelineSchedule(name), local if local > 1 else None),
+            pipeline=PipelineConfig(schedule_of(cells, local), local if local > 1 else None),
             micro_batch_size=size,
             seq_len=model.context,
             micro_batches=micro_batches,
         )
         numerics = _numerics(kind, program, precision)
         split = None if program == "nanotron" else even(model, layout.pp, local)
+        if split is None and isinstance(model, Described):
+            split = level(model.n_layer, layout.pp * local)
         plan = Plans.of(model, layout, options, numerics=numerics, flash=flash, split=split)
         kept = replace(memory, recomputed_blocks=share or 0.0)
         found.append(Candidate(plan, {**others, "recomputed": share}, kept))
@@ -163,6 +174,11 @@ def even(model: ModelConfig, pp: int, local: int) -> tuple[int, ...] | None:
     return (ends, *(each,) * (stages - 2), ends)
 
 
+def level(layers: int, stages: int) -> tuple[int, ...]:
+    """As even as whole blocks are, the first stages with one more."""
+    return tuple(layers // stages + (i < layers % stages) for i in range(stages))
+
+
 def _published_share(cells: Cells) -> float | None:
     """Share of the blocks that recompute, from the published HFU and MFU: the forward is a third
     of the model's flops."""
@@ -171,15 +187,45 @@ def _published_share(cells: Cells) -> float | None:
     return min(1.0, max(0.0, 3 * (float(hfu[1]) / mfu - 1))) if hfu and mfu else None
 
 
+SCHEDULES = {re.sub("_", "", name.value): name for name in PipelineSchedule} | {
+    "afab": PipelineSchedule("gpipe"),
+    "interleaved": INTERLEAVED,
+    "zbv": PipelineSchedule("zbv_zero_bubble"),
+    "dualpipe": PipelineSchedule("dualpipev"),
+}
+
+
+def schedule_of(cells: Cells, local: int) -> PipelineSchedule:
+    """What the row says, in any spelling; else 1F1B, interleaved where a rank has several stages.
+
+    Raises Unknown for a name that no schedule has.
+    """
+    text = cells.get("pp_schedule", "")
+    name = SCHEDULES.get(re.sub(r"[^a-z0-9]", "", text.lower()))
+    if text and name is None:
+        raise Unknown(f"pp_schedule={text}: must be one of {', '.join(SCHEDULES)}")
+    if name is None or (name == ONE_F_ONE_B and local > 1):
+        return INTERLEAVED if local > 1 else ONE_F_ONE_B
+    return name
+
+
+ONE_STAGE = ("megatron-deepspeed", "megatron-bridge")  # programs, where a row has no number
+
+
 def _local_stages(cells: Cells, model: ModelConfig, pp: int) -> list[int]:
     """What the row says; interleaved without a number, or neither: what divides the layers."""
-    program = program_of(cells)
-    one = pp == 1 or cells.get("pp_schedule") == "1f1b" or program == "megatron-deepspeed"
+    program, text = program_of(cells), cells.get("pp_schedule", "")
+    how = PipelineConfig(schedule_of(cells, 1))
+    one = (
+        pp == 1
+        or (text and how.one_stage_a_rank)
+        or program in ("megatron-deepspeed", "megatron-bridge")
+    )
     if cells.get("vpp") or one:
         return [whole(cells, "vpp", 1)]
-    if program == "torchtitan":
+    if program == "torchtitan" or how.is_v_shaped:
         return [2]
-    least = 2 if cells.get("pp_schedule") else 1
+    least = 2 if text else 1
     held = {n: -(-model.n_layer // (pp * n)) * pp * n for n in range(1, 13)}
     most = 1.05 * model.n_layer
     near = [n for n, layers in held.items() if layers <= most and pp * n <= model.n_layer]

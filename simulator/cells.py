@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 Cells = dict[str, str]
+MOST = 10**9  # of anything that is counted
+MOST_LAYERS = 10_000
 
 
 class Unknown(Exception):
@@ -24,12 +26,12 @@ def number(cells: Cells, key: str, default: float | None = None) -> float | None
     return value
 
 
-def whole(cells: Cells, key: str, default: int | None = None) -> int:
+def whole(cells: Cells, key: str, default: int | None = None, most: int = MOST) -> int:
     value = number(cells, key, default)
     if value is None:
         raise Unknown(f"{key} is not stated")
-    if value != int(value):
-        raise Unknown(f"{key}={value}: must be whole")
+    if value != int(value) or value > most:
+        raise Unknown(f"{key}={value:g}: must be whole, at most {most:,}")
     return int(value)
 
 

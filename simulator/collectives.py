@@ -118,9 +118,13 @@ def seconds(collective: str, payload: Number, ranks: Group, cluster: Cluster) ->
     return flat
 
 
-def all_to_all(payload: Number, ranks: Group, cluster: Cluster) -> Number:
+def all_to_all(
+    payload: Number, ranks: Group, cluster: Cluster, across: Number | None = None
+) -> Number:
     """Each rank sends payload/n to each other: what stays in the node over its network, the rest
-    over the other, at the same time (NCCL sends point to point)."""
+    over the other, at the same time (NCCL sends point to point). `across`: the payload of those in
+    other nodes, where it is another one."""
+    further = payload if across is None else across
     n, k, inner, outer = (
         ranks.size,
         np.asarray(ranks.in_node),
@@ -128,5 +132,5 @@ def all_to_all(payload: Number, ranks: Group, cluster: Cluster) -> Number:
         cluster.between_nodes,
     )
     inside = (k - 1) * (inner.latency + payload / n / inner.rate)
-    across = (n - k) * (outer.latency + payload / n / outer.rate)
-    return np.maximum(inside, across)
+    outside = (n - k) * (outer.latency + further / n / outer.rate)
+    return np.maximum(inside, outside)

@@ -189,11 +189,24 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
     hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
     hidden = np.where(cluster.device.asynchronous, hidden, 0.0)  # sending is a core's work too
-    ep = group(work.ep, work.tp * work.cp, cluster.node_size)
-    slots = (4 + 2 * work.recomputed) * collectives.seconds(
-        "all_to_all", work.routed_bytes, ep, cluster
-    )
+    slots = (4 + 2 * work.recomputed) * routed_seconds(work, cluster)
     return shown + np.maximum(0.0, ring - hidden) + slots
+
+
+def routed_seconds(work: Work, cluster: Cluster) -> Array:
+    """One all_to_all over ep: a row for each choice; or, where they are sent once, one for each
+    rank, and one for each node, that has any of the k experts of a token: of n of them
+    n (1 - (1 - 1/n)^k), where experts are chosen evenly."""
+    stride = np.where(work.expert_tp < work.tp, work.expert_tp, work.tp * work.cp)
+    ep = group(work.ep, stride, cluster.node_size)
+    nodes = np.ceil(work.ep / ep.in_node)
+
+    def rows(n: Array) -> Array:
+        any_of = n * (1 - (1 - 1 / n) ** work.choices)
+        return work.routed_bytes * np.where(work.sends_once > 0, any_of / work.choices, 1.0)
+
+    to = cluster.of("all_to_all")
+    return collectives.all_to_all(rows(work.ep), ep, to, across=rows(nodes))
 
 
 def stage_messages(work: Work, cluster: Cluster) -> Array:
@@ -213,11 +226,15 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
     overlap-param-gather). The first gather and the last gradient have nothing to hide behind.
     """
     ranks = group(work.dp * work.cp, work.tp, cluster.node_size)
+    owners = group(work.expert_ranks, work.ep * work.expert_tp, cluster.node_size)
     blocks = work.layers * work.messages_a_block
 
     def each(collective: str, item: Array, calls: Array) -> Array:
-        payload = work.parameters * item / calls
-        return calls * collectives.seconds(collective, payload, ranks, cluster)
+        shared = collectives.seconds(collective, work.parameters * item / calls, ranks, cluster)
+        if not np.any(work.experts):
+            return calls * shared
+        own = collectives.seconds(collective, work.experts * item / calls, owners, cluster)
+        return calls * (shared + np.where(work.experts > 0, own, 0.0))
 
     def left(sent: Array, hides: Array) -> Array:
         return sent - np.minimum(sent * (1 - 1 / work.layers), hides)
@@ -240,6 +257,10 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
 
 
 def optimizer_seconds(work: Work, cluster: Cluster) -> Array:
-    """Reading and writing weights, gradients and state of the weights that a rank updates."""
+    """Reading and writing weights, gradients and state of the weights that a rank updates, and
+    copying them one by one in a program that does."""
     bandwidth = cluster.device.memory_bandwidth * cluster.device.efficiency.memory
-    return work.parameters / work.shards * work.state_bytes / bandwidth
+    updated = work.parameters / work.shards + work.experts / work.expert_shards
+    return (
+        updated * work.state_bytes / bandwidth + work.update_operators * cluster.operator_overhead
+    )

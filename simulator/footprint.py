@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from minigpt.config import FFN
+from parallel.layout import PipelineSchedule
+from simulator.block_products import Block
 from simulator.hardware import DTYPES
-from simulator.plans import NONE, SELECTIVE, Array, Plans
+from simulator.plans import NONE, SCHEDULES, SELECTIVE, Array, Plans
 from simulator.work import Work
 
+GPIPE = SCHEDULES.index(PipelineSchedule("gpipe"))
 GATHERED_BLOCKS = 2.0  # whole at a time: the one that computes and the one prefetched
 
 
@@ -38,6 +41,7 @@ def peak_bytes(plans: Plans, work: Work, program: Program) -> Array:
     # 1F1B's first rank has p micro-batches under way, interleaved 1 + (p-1)/(p v) times that
     # (Korthikanti et al. 2022, section 4.2.3), the last one
     first = np.minimum(m, p * np.where(v > 1, 1 + (p - 1) / (p * v), 1.0))
+    first = np.where(plans.schedule == GPIPE, m, first)  # all of them
     logits = program.logit_bytes * work.tokens * work.vocabulary
     front = work.layers * kept * first + np.maximum(block - kept, (p == 1) * logits)
     back = work.last_layers * kept + np.maximum(block - kept, logits)
@@ -52,32 +56,40 @@ def state_bytes(plans: Plans, work: Work) -> Array:
     gradients where a pipeline holds on to them.
     """
     kept, n = plans.numerics, work.shards
-    cut_gradients = np.where(plans.zero_stage >= 2, n, 1)
     cut_weights = np.where(plans.zero_stage >= 3, n, 1)
-    each = kept.weights / cut_weights + kept.gradients / cut_gradients + kept.optimizer / n
+
+    def spread(ranks: Array) -> Array:
+        cut = [np.where(plans.zero_stage >= least, ranks, 1) for least in (3, 2, 0)]
+        return kept.weights / cut[0] + kept.gradients / cut[1] + kept.optimizer / cut[2]
+
     block = np.sum(work.count * work.inner * work.columns, axis=1)
-    whole = np.where(plans.pp > 1, work.parameters, GATHERED_BLOCKS * block)
+    all_of_it = work.parameters + work.experts
+    whole = np.where(plans.pp > 1, all_of_it, GATHERED_BLOCKS * block)
     whole = whole * (work.weight_bytes + work.gradient_bytes)
-    return work.parameters * each + np.where(cut_weights > 1, whole, 0.0)
+    held = work.parameters * spread(n) + work.experts * spread(work.expert_shards)
+    return held + np.where(cut_weights > 1, whole, 0.0)
 
 
 def block_activations(plans: Plans, work: Work, program: Program) -> tuple[Array, Array]:
     """Bytes of one block and micro-batch: all of them, and those kept until the backward."""
     model, tp, item, tokens = plans.model, plans.tp, work.item, work.tokens
-    d, kv, gelu = model.d_model, model.kv_heads * model.head_dim, model.ffn == FFN.gelu
-    f = model.ff_dim * (model.experts_per_token if model.ffn == FFN.moe else 1)
+    block = Block(plans, tokens, work.expert_tp)
+    d, f, gelu = model.d_model, block.wide, model.ffn == FFN.gelu
     cut = np.where(plans.sequence_parallel, tp, 1)
     fed = np.where(program.fused & (work.dtype >= DTYPES.index("fp8")), 1, item)
     # inputs of both norms; of q k v and of the MLP
     whole = tokens * d * (2 * item / cut + 2 * fed / (cut if program.fused else 1))
     dropped = 2 * tokens * d / cut * (gelu and model.dropout > 0)
+    # what latent attention makes q, k and v from, before its norm and after; the experts' input
+    whole = whole + tokens * block.latent * (item + fed) + block.routed_rows * d * fed
     # q, k, v; what the activation function takes; what it and attention give, inputs of products
     taken = 1 if gelu else (2 if program.fused else 3)
-    inner = tokens * (item * (d + 2 * kv + taken * f) + fed * (d + f)) / tp
+    heads = block.query + block.keys_and_values
+    inner = tokens * (item * (heads + taken * f) + fed * (block.values + f)) / tp
     scores = item * work.score_heads * work.queries * work.keys
     everything = whole + dropped + inner + scores
     entrance = item * tokens * d / cut
-    outputs = item * tokens * (3 * d + 2 * kv + (1 if gelu else 2) * f) / tp
+    outputs = item * tokens * (2 * d + heads + (1 if gelu else 2) * f) / tp
     second = entrance + item * tokens * d / tp + outputs / 2
     selective = second if program.every_second_product else everything - scores
     share = program.recomputed_blocks

@@ -6,6 +6,7 @@ program (simulator/candidates.py).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from simulator.cells import Cells
@@ -22,6 +23,9 @@ TORCH_LOGIT, MEGATRON_LOGIT, FUSED_LOGIT = 38.0, 54.0, 16.0
 # Megatron-LM of 2022 sends the gradient of a layer's input while it computes that of its weight:
 # two of the six all_reduces of a block whose forward runs again
 BACKWARD_ONLY = 1 / 3
+# Releases of Megatron-Bridge that launch a block with experts as CUDA graphs on GB200 and GB300,
+# but for the experts (its scripts/performance/configs: cuda_graph_scope)
+GRAPHED = r"^2[6-9]\.\d\d"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,13 @@ class Habits:
     hides_gradients: bool = True  # they are sent while the backward goes on, else in one message
     hides_updates: bool = False  # updated weights (zero_stage 1) are gathered in the next forward
     hides_gathers: bool = True  # weights are gathered before they are wanted
+    # to a rank with several of a token's experts it travels once, and once to a node with several
+    # such ranks, which hand it on (DeepSeek-AI 2024, DeepSeek-V3, section 3.2.2)
+    sends_once: bool = False
+    # With zero_stage 1 each rank's part of each tensor is copied by itself, so many tensors a block
+    # (nanotron, src/nanotron/distributed.py: all_gather_coalesced)
+    copied_tensors: int = 0
+    graphs: bool = False  # a block with experts is launched as CUDA graphs, but for the experts
 
 
 def program_of(cells: Cells) -> str:
@@ -45,13 +56,14 @@ def program_of(cells: Cells) -> str:
                         pipeline has one stage a rank
     deepspeed           ZeRO-3 gathers each parameter by itself, when it is wanted
     torchtitan          as many micro-batches as pipeline ranks; interleaved: two stages a rank
+    megatron-bridge     its tables have a column for the stages of a rank, empty where it has one
     nanotron            splits layers by their flops, head included
     """
     note, source = cells.get("source_verbatim_note", ""), cells.get("source", "")
     marks = ("Megatron-DeepSpeed" in note, "bigscience" in source)
     if any(marks) or cells.get("model_name", "").startswith("MT-NLG"):
         return "megatron-deepspeed"
-    for name in ("torchtitan", "nanotron", "deepspeed"):
+    for name in ("torchtitan", "nanotron", "megatron-bridge", "deepspeed"):
         if name in source.lower() or f"({name})" in note.lower():
             return name
     return ""
@@ -64,12 +76,15 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     after the backward. Megatron-Core overlaps all but what a row says it does not, and runs cuDNN's
     attention through Transformer Engine; so do the runs of MegaScale and Llama 3, with other
     kernels. LLM-Foundry's MPT ran the Triton kernel. The loss is one kernel in NVIDIA's
-    recipes, and where SimuMax says so ("cef").
+    recipes, and where SimuMax says so ("cef"). Megatron-Bridge's recipes send tokens to experts by
+    HybridEP or DeepEP.
     """
     program, source = program_of(cells), cells.get("source", "")
-    note = cells.get("source_verbatim_note", "")
+    note, gpu = cells.get("source_verbatim_note", ""), cells.get("gpu", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
     own = Habits(hides_gradients=flash)
+    if program == "nanotron":  # of a block: qkv, out, gate and up, down, two norms
+        own = replace(own, copied_tensors=6)
     if not flash or program == "nanotron":
         own = replace(own, logit_bytes=MEGATRON_LOGIT)
     if any(name in source for name in ("Korthikanti", "2205.05198")):
@@ -92,5 +107,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
             hides_stages=on,
             hides_gradients=on,
             hides_updates=on,
+            sends_once=program == "megatron-bridge",
+            graphs=core and re.search(GRAPHED, note) is not None and gpu.startswith("GB"),
         )
     return replace(own, logit_bytes=FUSED_LOGIT) if compiled else own

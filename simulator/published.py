@@ -12,7 +12,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.config import ModelConfig
+import numpy as np
+
+from minigpt.config import FFN, ModelConfig
 from simulator.candidates import Candidate, candidates_of, model_of
 from simulator.cells import Cells, Unknown, number, whole
 from simulator.hardware import Cluster
@@ -73,14 +75,23 @@ def read(path: Path, clusters: dict[str, Cluster]) -> tuple[list[Row], dict[str,
         if values.get("use", "primary") not in ("primary", ""):
             continue
         try:
-            rows.append(row_of(name, values, clusters))
+            row = row_of(name, values, clusters)
+            for candidate in row.candidates:  # so that what is impossible about it is known here
+                assert np.isfinite(candidate.memory_bytes)
         except (Unknown, ValueError) as error:
             unknown[name] = str(error)
+        except (ArithmeticError, AssertionError, IndexError) as error:
+            unknown[name] = f"no plan: {type(error).__name__} {error}".strip()
+        else:
+            rows.append(row)
     return rows, unknown
 
 
 def row_of(name: str, cells: Cells, clusters: dict[str, Cluster]) -> Row:
     """The plan of a row. Raises Unknown, or ValueError where the model or layout is impossible."""
+    status = cells.get("status") or "ok"
+    if status not in ("ok", "oom"):
+        raise Unknown(f"status={status}: must be ok or oom")
     cluster, changes = _cluster(cells)
     model = model_of(cells, whole(cells, "seq_len"))
     candidates = candidates_of(cells, model)
@@ -93,7 +104,7 @@ def row_of(name: str, cells: Cells, clusters: dict[str, Cluster]) -> Row:
         candidates,
         _seconds(cells, model, clusters[cluster].device.flops("bf16")),
         memory * GIB if memory else None,
-        cells.get("status") == "oom",
+        status == "oom",
     )
 
 
@@ -118,10 +129,10 @@ def _cluster(cells: Cells) -> tuple[str, dict[str, float]]:
 
 def network_rate(text: str, node_size: int) -> float | None:
     """Bytes/s a device of what the column interconnect_inter says: 8x200Gb HDR IB/node."""
-    found = re.search(r"(?:(\d+)x)?(\d+) ?Gb", text)
+    found = re.search(r"(?:(\d+)x ?)?(\d+\.?\d*) ?([GT])b", text)
     if not found:
         return None
-    rate = int(found[1] or 1) * int(found[2]) * 1e9 / 8
+    rate = int(found[1] or 1) * float(found[2]) * {"G": 1e9, "T": 1e12}[found[3]] / 8
     return rate if "/GPU" in text else rate / node_size
 
 
@@ -134,7 +145,8 @@ def _seconds(cells: Cells, model: ModelConfig, peak: float) -> float | None:
             return value
     tera, mfu = number(cells, "tflops_per_gpu"), number(cells, "mfu_pct")
     rate = 1e12 * tera if tera else peak * mfu / 100 if mfu else None
-    if rate is None or cells.get("flops_convention") != "model":
+    counted = cells.get("flops_convention") == "model" and model.ffn != FFN.moe
+    if rate is None or not counted:
         return None
     seq_len, ranks = whole(cells, "seq_len"), whole(cells, "n_gpus")
     weights = model.parameters - (0 if model.tied else model.vocab_size * model.d_model)

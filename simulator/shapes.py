@@ -18,6 +18,7 @@ from parallel.stages import split_layers
 from simulator.plans import SCHEDULES, Array, Plans
 
 FRONT = ("embedding.weight", "positions.weight")  # of the first stage; all else outer is the last's
+WHOLE = ("norm", "positions", "router")
 V_SHAPED = np.array([PipelineConfig(schedule).is_v_shaped for schedule in SCHEDULES])
 
 
@@ -31,7 +32,7 @@ class Weight:
     @property
     def is_cut(self) -> bool:
         """Whether tp cuts it: not norms, positions, the router, the biases of what narrows."""
-        whole = any(part in self.name for part in ("norm", "positions", "router"))
+        whole = any(part in self.name for part in WHOLE)
         return not whole and not self.name.endswith(("out.bias", "down.bias"))
 
     @property
@@ -153,9 +154,13 @@ class Rank:
     def block_weights(self) -> list[Weight]:
         return weights_of(self.plans.model.block_shapes)
 
+    def of_dense(self, n: Array) -> Array:
+        """Numbers of a block cut n ways, without its experts."""
+        return padded([w for w in self.block_weights if not w.is_expert], self.plans, n)
+
     def of_block(self, n: Array) -> Array:
         """Numbers of a block cut n ways, without experts that ep has spread."""
-        size = padded([w for w in self.block_weights if not w.is_expert], self.plans, n)
+        size = self.of_dense(n)
         if not any(weight.is_expert for weight in self.block_weights):
             return size
         return size + np.where(self.plans.ep == 1, self._experts(n), 0)

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from minigpt.config import FFN
+from minigpt.config import ModelConfig
 from parallel.layout import PipelineConfig, Precision
+from simulator.block_products import ROUTED_PASSES, ROUTED_PASSES_ONCE, Block
+from simulator.described import Described
 from simulator.habits import KERNELS, Habits
 from simulator.hardware import DTYPES
 from simulator.plans import NONE, PRECISIONS, SCHEDULES, SELECTIVE, Array, Plans
@@ -70,7 +72,9 @@ class Work:
     keys: Array
     head_dim: Array
     kv_bytes: Array  # keys and values of this rank's tokens
-    routed_bytes: Array  # slots of tokens that travel to experts
+    routed_bytes: Array  # rows of tokens that travel to experts, one for each choice
+    choices: Array  # experts of a token
+    sends_once: Array  # 1: a token travels once to a rank, and between nodes once to a node
     whole_bytes: Array  # read and written by element-wise operators on all of D
     cut_bytes: Array  # the same on what tp cuts
     operators: Array
@@ -89,10 +93,15 @@ class Work:
     last_layers: Array
     mean_layers: Array
     # weights of that rank before data axes cut them, and bytes of each
-    parameters: Array
+    parameters: Array  # but for experts
+    experts: Array
+    expert_ranks: Array  # that have the same experts
+    expert_shards: Array  # ranks that share their optimizer's state
+    expert_tp: Array  # in how many parts each expert is cut
     gradient_bytes: Array
     weight_bytes: Array
     state_bytes: Array  # read and written by the optimizer
+    update_operators: Array  # launched for it, where they are too many to be nothing
 
     def __len__(self) -> int:
         return len(self.pp)
@@ -103,8 +112,10 @@ class Work:
     @classmethod
     def joined(cls, parts: list[Work]) -> Work:
         """All entries of several, in order."""
+        most = max(part.rows.shape[1] for part in parts)
         names = [f.name for f in fields(cls)]
-        return cls(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+        columns = {n: [_widened(n, getattr(p, n), most) for p in parts] for n in names}
+        return cls(**{n: np.concatenate(values) for n, values in columns.items()})
 
     @classmethod
     def of(
@@ -116,6 +127,7 @@ class Work:
         messages_a_block: int = 1,
         gradient_bytes: float | None = None,
         shards: int | None = None,
+        expert_tp: int | None = None,
         habits: Habits = Habits(),  # noqa: B008
     ) -> Work:
         """What `plans` ask for.
@@ -123,14 +135,17 @@ class Work:
         matmul_dtype: of simulator.hardware.DTYPES; None: the plans' precision. recomputed: share
         of a block's forward that runs again, where the plans' checkpointing does not say it.
         gradient_bytes: of one that is sent, where gradients are kept in more. shards: ranks that
-        share the optimizer.
+        share the optimizer. expert_tp: see simulator.block_products.Block; None: tp.
         """
-        values = {**_layout(plans), **_block(plans, habits), **_attention(plans)}
-        values |= _stages(plans)
-        item = LOW_BYTES[plans.precision]
-        own = OWN_DTYPE[plans.precision]
+        cut = plans.tp if expert_tp is None else np.full_like(plans.tp, expert_tp)
+        block = Block(plans, _tokens(plans), cut)
+        item, own = LOW_BYTES[plans.precision], OWN_DTYPE[plans.precision]
+        dtype = own if matmul_dtype is None else np.full_like(own, DTYPES.index(matmul_dtype))
+        narrow = dtype >= DTYPES.index("fp8")
+        values = {**_layout(plans), **_block(block, habits, narrow), **_attention(block)}
+        values |= _stages(block)
         values |= {
-            "dtype": own if matmul_dtype is None else DTYPES.index(matmul_dtype),
+            "dtype": dtype,
             "wide_dtype": own,
             "compiled": compiled,
             "kernel": KERNELS.index(habits.kernel),
@@ -140,16 +155,19 @@ class Work:
             "hides_gradients": habits.hides_gradients,
             "hides_updates": habits.hides_updates,
             "hides_gathers": habits.hides_gathers,
+            "sends_once": habits.sends_once,
             "messages_a_block": messages_a_block,
             "item": item,
             "tokens": _tokens(plans),
             "width": plans.model.d_model,
-            "vocabulary": plans.model.vocab_size / plans.tp,
+            "vocabulary": plans.model.vocab_size * _heads(plans.model) / plans.tp,
             "recomputed": (plans.checkpointing != NONE) & (plans.checkpointing != SELECTIVE),
             "selective": plans.checkpointing == SELECTIVE,
         }
         given = {"gradient_bytes": gradient_bytes, "shards": shards}
         values |= {name: value for name, value in given.items() if value is not None}
+        copies = habits.copied_tensors * (plans.zero_stage == 1) * (values["shards"] > 1)
+        values["update_operators"] = copies * values["layers"] * values["shards"]
         if recomputed is not None:
             values |= {"recomputed": recomputed, "selective": 0}
         shape = len(plans)
@@ -181,70 +199,85 @@ def _layout(plans: Plans) -> Values:
     }
 
 
-def _block(plans: Plans, habits: Habits) -> Values:
+def _block(block: Block, habits: Habits, narrow: Array) -> Values:
     """Products and element-wise bytes of a block's forward (Shoeybi et al. 2019, section 3)."""
-    model, tp, tokens = plans.model, plans.tp, _tokens(plans)
-    d, f, kv = model.d_model, model.ff_dim, model.kv_heads * model.head_dim
-    moe, matrices = model.ffn == FFN.moe, 1 if model.ffn == FFN.gelu else 2
-    active = model.experts_per_token if moe else 1
-    held = model.n_expert / plans.ep if moe else 1
-    routed = tokens * active / held
-    products = [  # rows, inner, columns, how many: q, k and v, out, up, down, router
-        (tokens, d, d / tp, 1),
-        (tokens, d, 2 * kv / tp, 1),
-        (tokens, d / tp, d, 1),
-        (routed, d, matrices * f / tp, held),
-        (routed, f / tp, d, held),
-        (tokens, d, model.n_expert if moe else 1, int(moe)),
-    ]
-    shape = np.shape(plans.tp)
+    plans, tp, tokens = block.plans, block.plans.tp, block.tokens
+    d, shape = block.model.d_model, np.shape(block.plans.tp)
     sides = [
         np.stack([np.broadcast_to(v, shape) for v in side], 1)
-        for side in zip(*products, strict=True)
+        for side in zip(*block.products(), strict=True)
     ]
     item = LOW_BYTES[plans.precision]
     # q, k, v rotated: read and write; the activation function reads what up (and gate) wrote
-    mlp = (matrices + 1) * f * active
+    mlp = (block.matrices + 1) * block.wide
     norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
+    numbers = d + block.latent / 2
+    routed = block.routed_rows * d * item
+    many = OPERATORS + 2 * block.matrices + block.operators
+    if habits.graphs and block.moe:
+        many = 0
     return {
         **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
-        "whole_bytes": tokens * d * (2 * norm + RESIDUAL_PASSES * item),
-        "cut_bytes": tokens / tp * (turn * (d + 2 * kv) + item * mlp),
-        "operators": OPERATORS + 2 * matrices + (0 if plans.flash else SCORE_OPERATORS),
-        "kv_bytes": 2 * tokens * kv / tp * item,
-        "routed_bytes": int(moe) * (plans.ep > 1) * tokens * active * d * item,
+        "whole_bytes": tokens * (2 * numbers * norm + RESIDUAL_PASSES * d * item),
+        "cut_bytes": tokens / tp * (turn * (block.query + block.keys_and_values) + item * mlp)
+        + (ROUTED_PASSES_ONCE if habits.sends_once else ROUTED_PASSES) * routed,
+        "operators": many + block.launched_each(narrow) + (0 if plans.flash else SCORE_OPERATORS),
+        "kv_bytes": tokens * block.keys_and_values / tp * item,
+        "routed_bytes": (plans.ep > 1) * routed,
+        "choices": block.chosen,
+        "expert_tp": block.expert_tp,
     }
 
 
-def _attention(plans: Plans) -> Values:
-    """4 B T T D flops forward (Narayanan et al. 2021, appendix A), halved by the causal mask where
-    a flash kernel skips what it hides (Dao 2023, FlashAttention-2, section 3.1.1)."""
-    model = plans.model
-    heads = plans.micro_batch_size * model.n_head / plans.tp
-    queries, keys = plans.seq_len / plans.cp, plans.seq_len
-    flops = 4 * heads * queries * keys * model.head_dim
+def _attention(block: Block) -> Values:
+    """The flops of scores and values, halved by the causal mask where a flash kernel skips what it
+    hides (Dao 2023, FlashAttention-2, section 3.1.1)."""
+    plans, model = block.plans, block.model
     return {
-        "flash_flops": flops / 2 if plans.flash else 0,
-        "score_heads": 0 if plans.flash else heads,
-        "queries": queries,
-        "keys": keys,
+        "flash_flops": block.score_flops / 2 if plans.flash else 0,
+        "score_heads": 0 if plans.flash else plans.micro_batch_size * model.n_head / plans.tp,
+        "queries": plans.seq_len / plans.cp,
+        "keys": plans.seq_len,
         "head_dim": model.head_dim,
     }
 
 
-def _stages(plans: Plans) -> Values:
+def _stages(block: Block) -> Values:
     """Blocks of the fullest and of the last pp rank; weights as if the fullest had the embedding
-    too."""
+    too, and no block without experts that another rank can have."""
+    plans = block.plans
     first, last, layers = Rank(plans), Rank(plans, plans.pp - 1), most_blocks(plans)
     whole = np.ones_like(plans.pp)
-    block = first.of_block(whole) + first.of_experts(whole)
-    kept = plans.numerics
+    more, kept = block.more, plans.numerics
+    dense = np.where(plans.pp > 1, 0, more.dense_layers) if more else 0 * whole
+    further = more.predicted_further if more else 0
+    layers, ended = layers + further / plans.pp, last.layers + further / plans.pp
+    mlp = 3 * plans.model.d_model * (more.dense_ff - more.shared_ff) / plans.tp if more else 0
+    tokens_of = plans.data_parallel * plans.cp * plans.tp
+    same = tokens_of / (plans.ep * block.expert_tp)
     return {
         "layers": layers,
-        "last_layers": last.layers,
-        "mean_layers": plans.model.n_layer / plans.pp,
-        "parameters": layers * block + first.of_outer(whole),
+        "last_layers": ended,
+        "mean_layers": (plans.model.n_layer + further) / plans.pp,
+        "parameters": layers * first.of_dense(whole) + dense * mlp + first.of_outer(whole),
+        "experts": (layers - dense) * block.expert_numbers,
+        "expert_ranks": same,
+        "expert_shards": np.where(plans.dp_shard > 1, same, 1),
         "gradient_bytes": kept.gradients,
         "weight_bytes": LOW_BYTES[plans.precision],
         "state_bytes": 2 * kept.optimizer + 2 * kept.weights + kept.gradients,
     }
+
+
+def _heads(model: ModelConfig) -> int:
+    """Predictions of a token: of the next, and of those after it."""
+    return 1 + (model.predicted_further if isinstance(model, Described) else 0)
+
+
+def _widened(name: str, values: Array, most: int) -> Array:
+    """Products of a block, up to `most`: those that other models do not have run no time."""
+    if values.ndim == 1:
+        return values
+    filler = 0.0 if name == "count" else 1.0
+    missing = ((0, 0), (0, most - values.shape[1]))
+    return np.pad(values, missing, constant_values=filler)

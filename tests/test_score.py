@@ -13,6 +13,8 @@ from experiments import clusters
 from experiments.__main__ import main
 from experiments.score import ROWS, Scored, score
 from parallel.layout import ActivationCheckpointing
+from simulator.candidates import schedule_of
+from simulator.cells import Unknown
 from simulator.fit import Problem, fit
 from simulator.habits import FUSED_LOGIT, MEGATRON_LOGIT
 from simulator.plans import CHECKPOINTING
@@ -56,11 +58,17 @@ def test_megatrons_tables_on_a100_are_within_a_twentieth(scored: Scored) -> None
     assert sum(one["mape"] * one["rows"] for one in own) / sum(one["rows"] for one in own) < 0.05
 
 
-def test_rows_without_a_plan_are_named_with_their_reason(scored: Scored) -> None:
-    assert set(scored.not_expressed.values()) == {
-        "ffn_kind=moe: the columns do not say the experts' shape"
-    }
-    assert "mb-005" in scored.not_expressed
+def test_rows_without_a_plan_are_named_with_their_reason(tmp_path: Path) -> None:
+    unheard = {**cells("mb-005"), "id": "mb-1", "model_name": "Babel 7B"}
+    other = {**cells("mb-005"), "id": "mb-2", "n_layer": "72"}
+    rows, unknown = read(write(tmp_path / "rows.csv", unheard, other), KNOWN)
+    assert not rows and set(unknown) == {"mb-1", "mb-2"}
+    assert "the shape of the experts of Babel 7B is not known" in unknown["mb-1"]
+    assert "n_params=1.17e+11: the shape of GPT OSS 120B" in unknown["mb-2"]
+
+
+def test_every_published_row_is_expressed(scored: Scored) -> None:
+    assert scored.not_expressed == {}
 
 
 def test_a_row_becomes_the_plan_that_it_describes(tmp_path: Path) -> None:
@@ -130,6 +138,7 @@ def test_what_a_row_leaves_open_is_tried(tmp_path: Path) -> None:
         ("1600Gbps/node RoCE", 25e9),
         ("400Gb/s/GPU RDMA", 50e9),
         ("EFA 3200Gb/s/node", 50e9),
+        ("1.6 Tb/s", 25e9),
         ("", None),
         ("Omni-Path", None),
     ],
@@ -148,6 +157,9 @@ def test_the_network_of_a_row(text: str, rate: float | None) -> None:
         ({"gpu": "Abacus"}, "gpu=Abacus: not in configs/cluster"),
         ({"dp_kind": "zero9"}, "dp_kind=zero9: must be one of"),
         ({"recompute": "some"}, "recompute=some: must be none, selective or full"),
+        ({"pp_schedule": "chimera"}, "pp_schedule=chimera: must be one of gpipe, 1f1b"),
+        ({"status": "lost"}, "status=lost: must be ok or oom"),
+        ({"n_layer": "1e7"}, "n_layer=1e+07: must be whole, at most 10,000"),
         ({"flash_attn": "maybe"}, "flash_attn=maybe: must be True or False"),
         ({"n_head": "7"}, "model.d_model=20480 % model.n_head=7"),
         ({"step_time_s": "-1"}, "step_time_s=-1: must be greater than 0"),
@@ -159,6 +171,39 @@ def test_a_bad_cell_costs_its_row_only(tmp_path: Path, change: dict[str, str], r
     rows, unknown = read(write(tmp_path / "rows.csv", good, bad), KNOWN)
     assert [row.name for row in rows] == ["kort-006"]
     assert list(unknown) == ["kort-005"] and reason in unknown["kort-005"]
+
+
+@pytest.mark.parametrize("name", ["kort-006", "mb-096"])
+def test_no_cell_is_a_traceback(tmp_path: Path, name: str) -> None:
+    """Each column in turn has each of these: the row has a time and a size, or a reason."""
+    odd = ("", "0", "x", "3", "1e30")
+    good = cells(name)
+    changes = [(key, value) for key in good for value in odd if key not in ("id", "use")]
+    rows = [{**good, key: value, "id": f"a-{i}"} for i, (key, value) in enumerate(changes)]
+    known, unknown = read(write(tmp_path / "rows.csv", *rows), KNOWN)
+    assert len(known) + len(unknown) == len(rows) and known and unknown
+    problem = Problem(known, KNOWN)
+    for values in (problem.predict(), problem.memory()):
+        assert np.isfinite(values).all() and (values > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("Interleaved1F1B", "interleaved_1f1b"),
+        ("interleaved-1f1b", "interleaved_1f1b"),
+        ("GPipe", "gpipe"),
+        ("ZBVZeroBubble", "zbv_zero_bubble"),
+        ("zero-bubble", None),
+    ],
+)
+def test_schedules_by_the_names_that_programs_give_them(text: str, schedule: str | None) -> None:
+    row = {"pp_schedule": text}
+    if schedule is None:
+        with pytest.raises(Unknown):
+            schedule_of(row, 1)
+    else:
+        assert schedule_of(row, 1).value == schedule
 
 
 def test_another_file_may_have_other_sources_and_fewer_columns(
