@@ -123,13 +123,11 @@ def ranks_of(config: TrainConfig) -> list[int]:
     return [*first, size - 1]
 
 
-def traced(jobs: Sequence[tuple[TrainConfig, int]], streams: bool = False) -> list[Traced]:
+def traced(jobs: Sequence[tuple[TrainConfig, int]], gpu: bool = False) -> list[Traced]:
     """A trace of each (config, rank), in a process of its own: the world it makes is global."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_trace_all, list(jobs), streams).result()
+        return process.submit(_trace_all, list(jobs), gpu).result()
 
 
-def _trace_all(jobs: list[tuple[TrainConfig, int]], streams: bool) -> list[Traced]:
-    return [
-        trace(c.model, c.layout, c.options, rank, c.optimizer, c.clip, streams) for c, rank in jobs
-    ]
+def _trace_all(jobs: list[tuple[TrainConfig, int]], gpu: bool) -> list[Traced]:
+    return [trace(c.model, c.layout, c.options, rank, c.optimizer, c.clip, gpu) for c, rank in jobs]

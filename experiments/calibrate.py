@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from omegaconf import OmegaConf
 
+from experiments.arguments import key_values
 from experiments.compose import Refused
 from experiments.config import TrainConfig
 from minigpt.config import FFN, ModelConfig, Norm, Positions
@@ -64,16 +65,17 @@ class Alone:
 
 
 def command(argv: list[str]) -> int:
-    """Measure, and print or write the profile."""
-    given = dict(argument.partition("=")[::2] for argument in argv)
-    if set(given) - {"to"} or not all(given.values()):
-        raise Refused(f"{argv[0]}: calibrate takes to=FILE")
+    """Measure, and print or write the profile. Raises Refused."""
+    _, given = key_values("calibrate", "to=FILE", argv)
+    file = Path(given["to"]) if given else None
+    if file and not file.parent.is_dir():
+        raise Refused(f"to={file}: no such folder as {file.parent}")
     text = yaml_of(measured())
-    if "to" not in given:
+    if file:
+        file.write_text(text)
+        print(f"wrote {file}")
+    else:
         print(text, end="")
-        return 0
-    Path(given["to"]).write_text(text)
-    print(f"wrote {given['to']}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""./launch.sh check [cluster=FILE] [--json]: layouts on this machine, predicted and measured.
+"""./launch.sh check [cluster=NAME|FILE] [--json]: layouts on this machine, predicted and measured.
 
 Each layout trains for some steps on two ranks. Beside its step's time and its peak of memory stand
 those of the same program traced, and those of the closed forms, on a profile of this machine, which
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from costs.ledger import step_of
 from experiments import clusters
-from experiments.compose import Refused
+from experiments.arguments import key_values
 from experiments.config import TrainConfig
 from experiments.console import human_bytes, human_seconds, make_console, progress
 from experiments.plan_config import Method, SimulateConfig
@@ -60,24 +60,13 @@ class Checked:
 
 def command(argv: list[str]) -> int:
     """Measure, predict, and print the table or JSON."""
-    given = dict(a.partition("=")[::2] for a in argv if a != "--json")
-    if set(given) - {"cluster"} or not all(given.values()):
-        raise Refused(f"{next(a for a in argv if a != '--json')}: check takes cluster=FILE, --json")
-    found = check(profile(given["cluster"]) if given else None)
+    _, given = key_values("check", "cluster=NAME|FILE, --json", argv)
+    found = check(clusters.named_or_file(given["cluster"]) if given else None)
     if "--json" in argv:
         print(json.dumps({"layouts": [said(one) for one in found]}, indent=1))
     else:
         show(found)
     return 0
-
-
-def profile(name: str) -> Cluster:
-    """A cluster of configs/cluster by its name, or one in a file. Raises Refused, one line."""
-    if name in clusters.names():
-        return clusters.load(name)
-    if not Path(name).is_file():
-        raise Refused(f"cluster={name}: no such file; ./launch.sh calibrate to={name} writes it")
-    return clusters.read(Path(name))
 
 
 def check(cluster: Cluster | None = None) -> list[Checked]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from experiments.compose import CONFIGS, Refused
 from simulator.hardware import Cluster
@@ -20,18 +21,19 @@ def names() -> list[str]:
 
 def load(name: str) -> Cluster:
     """One of them. Raises Refused, one line, for a name or a number that is not allowed."""
-    path = FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    if name not in names():
         raise Refused(f"cluster={name}: no such option; allowed: {', '.join(names())}")
-    return read(path)
+    return read(FOLDER / f"{name}.yaml")
 
 
-def named_or_file(text: str) -> Cluster:
-    """A cluster by its name, or a file of one's own, which ends with .yaml. Raises Refused."""
-    if not text.endswith(".yaml"):
+def named_or_file(text: str, key: str = "cluster") -> Cluster:
+    """A cluster by its name, or one in a file; `key` is what the command calls it. Raises Refused,
+    one line."""
+    if text in names():
         return load(text)
     if not Path(text).is_file():
-        raise Refused(f"{text}: no such file")
+        known = f"{', '.join(names())}, or a file (./launch.sh calibrate to=FILE writes one)"
+        raise Refused(f"{key}={text}: no such option; allowed: {known}")
     return read(Path(text))
 
 
@@ -40,7 +42,7 @@ def read(path: Path) -> Cluster:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Cluster), OmegaConf.load(path))
         made = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise Refused(f"{path.name}: {str(error).splitlines()[0]}") from error
     assert isinstance(made, Cluster)
     return made

@@ -142,7 +142,7 @@ def options(argv: list[str]) -> tuple[Lab, list[str]]:
     run = Path(given["recorded"]) if "recorded" in given else None
     if run:
         recorded(run)  # refused now, not when the training is over
-    return Lab(links, clusters.named_or_file(given.get("machine", "laptop")), run), rest
+    return Lab(links, clusters.named_or_file(given.get("machine", "laptop"), "machine"), run), rest
 
 
 def rate_of(text: str) -> float | None:

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from experiments.arguments import key_values
 from experiments.compose import Refused
 from experiments.playground_plan import Controls, choices, view
 from experiments.playground_results import results_of
@@ -49,10 +50,8 @@ MOVED = """(event) => {
 
 def command(argv: list[str]) -> int:
     """Serve until Ctrl-C."""
-    given = dict(argument.partition("=")[::2] for argument in argv)
-    port = given.pop("port", str(PORT))
-    if given:
-        raise Refused(f"{next(iter(given))}: playground takes port=NUMBER")
+    _, given = key_values("playground", "port=NUMBER", argv)
+    port = given.get("port", str(PORT))
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise Refused(f"port={port}: must be between 1 and 65535")
     serve(int(port))

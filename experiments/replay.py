@@ -24,6 +24,7 @@ from costs import trace as traces
 from costs.program import Message, Program, Wait
 from costs.trace import COMMUNICATION, WAIT, Trace
 from experiments import clusters
+from experiments.arguments import key_values
 from experiments.compose import Refused
 from experiments.console import human_seconds, make_console
 from experiments.run_folder import make_folder
@@ -33,7 +34,6 @@ from simulator.hardware import Cluster
 from simulator.replay import replay
 from simulator.timeline import Timeline
 
-KEYS = ("cluster", "out")
 Step = dict[str, Any]
 
 
@@ -99,12 +99,7 @@ def command(argv: list[str]) -> int:
 
 def options(argv: list[str]) -> tuple[Path, dict[str, str]]:
     """The run's folder and the KEY=VALUE arguments. Raises Refused, one line."""
-    words = [a for a in argv if a != "--json"]
-    given = dict(a.partition("=")[::2] for a in words if "=" in a)
-    runs = [a for a in words if "=" not in a]
-    unknown = next((key for key, value in given.items() if key not in KEYS or not value), None)
-    if unknown is not None:
-        raise Refused(f"{unknown}: replay takes RUN, cluster=NAME, out=DIR, --json")
+    runs, given = key_values("replay", "RUN, cluster=NAME|FILE, out=DIR, --json", argv)
     if len(runs) != 1:
         raise Refused(f"replay takes one run's folder, not {len(runs)}: replay RUN cluster=NAME")
     if "cluster" not in given:

@@ -18,14 +18,13 @@ import numpy as np
 from rich.table import Table
 
 from experiments import clusters
-from experiments.compose import Refused
+from experiments.arguments import key_values
 from experiments.console import DASH, make_console
 from simulator.fit import Problem
 from simulator.published import Row, read
 from simulator.score import FITS, MOST_OVER, feasibility, summary
 
 ROWS = Path(__file__).resolve().parent / "published" / "measured.csv"
-KEYS = ("rows", "plot")
 
 
 @dataclass
@@ -76,7 +75,7 @@ class Scored:
 
 def command(argv: list[str]) -> int:
     """Print the tables, or the object of --json."""
-    given = options(argv)
+    _, given = key_values("score", "rows=FILE, plot=FILE, --json", argv)
     scored = score(Path(given.get("rows", ROWS)))
     if "plot" in given:
         from experiments.score_report import draw
@@ -87,15 +86,6 @@ def command(argv: list[str]) -> int:
     else:
         show(scored)
     return 0
-
-
-def options(argv: list[str]) -> dict[str, str]:
-    """KEY=VALUE arguments. Raises Refused for any other key."""
-    given = dict(a.partition("=")[::2] for a in argv if a != "--json")
-    unknown = next((key for key, value in given.items() if key not in KEYS or not value), None)
-    if unknown is not None:
-        raise Refused(f"{unknown}: score takes {', '.join(f'{key}=FILE' for key in KEYS)}, --json")
-    return given
 
 
 def score(path: Path) -> Scored:

@@ -50,9 +50,8 @@ def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]
 
 def trace_rank(config: SimulateConfig, rank: int) -> Traced:
     """In the process that traces."""
-    streams = config.cluster.device.asynchronous
     plan = (config.model, config.layout, config.options, rank)
-    return trace(*plan, config.optimizer, config.clip, streams)
+    return trace(*plan, config.optimizer, config.clip, gpu=config.cluster.device.asynchronous)
 
 
 def step(config: SimulateConfig, one: Traced, time_s: dict[str, Any]) -> Step:

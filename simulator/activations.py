@@ -171,6 +171,13 @@ class Activations:
         return self.width + factors * self.wide + copy // self.plans.tp
 
     @cached_property
+    def before_mlp(self) -> Array:
+        """Gradients of an MLP's result, of its gate (a GELU's input), and of its input from each of
+        its first products, less what the MLP kept."""
+        products = 1 if self.model.ffn == FFN.gelu else 2
+        return self.width + self.wide + products * self.input_of_products - self.mlp
+
+    @cached_property
     def flights(self) -> list[Array]:
         """Of each stage here, micro-batches that wait for their backward when most do."""
         plans, rank = self.plans, self.rank

@@ -28,6 +28,7 @@ from parallel.parallelize import parallelize
 from parallel.passes import MicroBatch
 from parallel.step import Trainer
 from parallel.training import trainer_of
+from simulator import trace_kernels
 from simulator.silent_world import filling, heard, rebuild_buckets, replaced, silent_world
 from simulator.trace_recorder import Recorder
 
@@ -60,11 +61,12 @@ def trace(
     rank: int = 0,
     optimizer: OptimizerConfig | None = None,
     clip: float | None = 1.0,
-    streams: bool = False,
+    gpu: bool = False,
 ) -> Traced:
     """The optimiser step of `rank`, in a plan that parallel.rules lets pass.
 
-    `streams`: the program overlaps messages as it would on a GPU (simulator/trace_streams.py).
+    `gpu`: as on a GPU, whose streams overlap messages (simulator/trace_streams.py) and which has
+    other kernels than a CPU (simulator/trace_kernels.py).
     Dropless experts are assumed to get even shares, gradients to be clipped where `clip` is set.
     Raises ValueError for what cannot be traced, RuntimeError in a process that is in a process
     group: the caller starts one of its own.
@@ -73,12 +75,14 @@ def trace(
         what = "compile=true" if options.compile else f"impl={options.impl.value}"
         raise ValueError(f"{what}: cannot be traced; the default can")
     optimizer = optimizer or OptimizerConfig(lr=LR)
-    with silent_world(layout, rank) as (mesh, mode):
+    with silent_world(layout, rank) as (mesh, mode), ExitStack() as kernels:
+        for method in trace_kernels.patches() if gpu else ():
+            kernels.enter_context(replaced(*method))
         replica = parallelize(model, mesh, options, seed=0, fill=filling(mode))
         with mode:
             trainer = trainer_of(replica, optimizer, options, clip, TracedTrainer)
             prepare(trainer, options)
-            return record(trainer, options, streams)
+            return record(trainer, options, gpu)
 
 
 def prepare(trainer: Trainer, options: Options) -> None:

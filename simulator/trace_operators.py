@@ -46,9 +46,9 @@ def cost_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Cost | 
     if name == "all_gather_copy_in":  # of fsdp: into this rank's part of the buffer
         copied = list(tensors_in(args[0]))
         return Cost(0, 2 * _size(copied), _dtype(copied), ())
-    given, changed = _split(func, name, args, kwargs)
-    known = {t.untyped_storage()._cdata for t in (*given, *changed)}
-    fresh = [t for t in tensors_in(out) if t.untyped_storage()._cdata not in known]
+    given, changed, filled = _split(func, name, args, kwargs)
+    known = {t.untyped_storage()._cdata for t in (*given, *changed, *filled)}
+    fresh = [t for t in tensors_in(out) if t.untyped_storage()._cdata not in known] + filled
     if not changed and not fresh:
         return None
     formula = flop_registry.get(func._overloadpacket)
@@ -60,16 +60,18 @@ def cost_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Cost | 
 
 def _split(
     func: Any, name: str, args: tuple, kwargs: dict[str, Any]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that are only read, and those that are changed."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Tensors that are only read, those that are changed, and those that `out=` has filled."""
     given: list[Tensor] = []
     changed: list[Tensor] = []
+    filled: list[Tensor] = []
     for place, argument in enumerate(func._schema.arguments):
         value = args[place] if place < len(args) else kwargs.get(argument.name)
         alias = argument.alias_info
         written = alias is not None and alias.is_write and (name, argument.name) not in NOT_WRITTEN
-        (changed if written else given).extend(tensors_in(value))
-    return given, changed
+        into = given if not written else filled if argument.name == "out" else changed
+        into.extend(tensors_in(value))
+    return given, changed, filled
 
 
 def _bytes(name: str, given: list[Tensor], changed: list[Tensor], fresh: list[Tensor]) -> int:

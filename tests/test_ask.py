@@ -154,7 +154,7 @@ def test_free_words_run_the_search(capsys: pytest.CaptureFixture[str]) -> None:
         (["ask", "--wrong"], "--wrong: ask takes"),
         (["ask", "xylophone"], "xylophone: no question is near"),
         (["playground", "port=x"], "port=x: must be between 1 and 65535"),
-        (["playground", "host=0.0.0.0"], "host: playground takes port=NUMBER"),
+        (["playground", "host=0.0.0.0"], "host=0.0.0.0: playground takes port=NUMBER"),
     ],
 )
 def test_what_is_refused(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

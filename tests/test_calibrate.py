@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from costs.program import Message, Program, Wait, Work
+from experiments.__main__ import main
 from experiments.message_times import fit as fit_messages
 from experiments.operator_times import Sample, fit, rates_of
 from simulator.collectives import Group, ring, seconds
@@ -110,3 +111,20 @@ def test_what_a_core_sends_takes_its_time(message_s: float) -> None:
 
     assert total(ddp()) == pytest.approx(1 + max(1, message_s))
     assert total(sent_by_the_device(ddp())) == pytest.approx(2 + message_s)
+
+
+@pytest.mark.parametrize(
+    "argv,line",
+    [
+        (["to="], "to=: calibrate takes to=FILE"),
+        (["to=a.yaml", "to=b.yaml"], "to=b.yaml: calibrate takes to=FILE"),
+        (["laptop.yaml"], "laptop.yaml: calibrate takes to=FILE"),
+        (["--json"], "--json: calibrate takes to=FILE"),
+        (["to=moon/laptop.yaml"], "to=moon/laptop.yaml: no such folder as moon"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, captured = main(["calibrate", *argv]), capsys.readouterr()
+    assert (status, captured.out, captured.err) == (2, "", f"launch.sh: {line}\n")

@@ -11,9 +11,9 @@ from experiments.__main__ import main
 from experiments.check import KINDS, Checked, configurations, said, show, simulated
 
 REFUSED = [
-    (["speed=2"], "speed=2: check takes cluster=FILE, --json"),
-    (["cluster="], "cluster=: check takes cluster=FILE, --json"),
-    (["cluster=moon.yaml"], "cluster=moon.yaml: no such file; ./launch.sh calibrate to=moon.yaml"),
+    (["speed=2"], "speed=2: check takes cluster=NAME|FILE, --json"),
+    (["cluster="], "cluster=: check takes cluster=NAME|FILE, --json"),
+    (["cluster=moon.yaml"], "cluster=moon.yaml: no such option; allowed: a100_40g,"),
 ]
 
 

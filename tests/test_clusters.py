@@ -52,6 +52,10 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(Refused) as error:
             clusters.read(file)
         assert "mine.yaml" in str(error.value) and "\n" not in str(error.value)
+    for text in ("node_size: [", "- 8", "\0", "é".encode("latin1")):
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(Refused, match=r"^mine.yaml: .+$"):
+            clusters.named_or_file(str(file))
     with pytest.raises(Refused, match="cluster=h1000: no such option; allowed: a100_40g"):
         clusters.load("h1000")
 

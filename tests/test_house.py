@@ -37,6 +37,7 @@ FILES_THAT_MAY_MORE = {
     "simulator/trace_recorder.py": {"torch", "costs"},
     "simulator/trace_operators.py": {"torch", "costs"},
     "simulator/trace_streams.py": {"torch"},
+    "simulator/trace_kernels.py": {"torch", "parallel", "minigpt"},
     "parallel/through_accelerate.py": {"accelerate"},
 }
 PURE = (

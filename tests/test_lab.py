@@ -53,7 +53,7 @@ REFUSED = [
     (["nodes=2", "rate=0gbit"], "rate=0gbit: must be a number"),
     (["nodes=2", "rate=-1gbit"], "rate=-1gbit: must be a number"),
     (["nodes=2", "delay=3"], "delay=3: must be a number with us, ms or s"),
-    (["nodes=2", "machine=moon"], "cluster=moon: no such option; allowed: a100_40g,"),
+    (["nodes=2", "machine=moon"], "machine=moon: no such option; allowed: a100_40g,"),
     (["nodes=2", "machine=moon.yaml"], "moon.yaml: no such file"),
     (["nodes=2", "recorded=nowhere"], "nowhere: no trace.json.gz there"),
 ]

@@ -87,7 +87,7 @@ def test_the_table_says_how_well_the_run_is_given_back(
 REFUSED: list[tuple[list[str], str]] = [
     (["RUN", "cluster=moon"], "cluster=moon: no such option; allowed: a100_40g,"),
     (["RUN"], "cluster is not set: give it as cluster=..., a100_40g,"),
-    (["RUN", "cluster=h100", "speed=2"], "speed: replay takes RUN, cluster=NAME, out=DIR, --json"),
+    (["RUN", "cluster=h100", "speed=2"], "speed=2: replay takes RUN, cluster=NAME|FILE, out="),
     (["cluster=h100"], "replay takes one run's folder, not 0: replay RUN cluster=NAME"),
     (["BARE", "cluster=h100"], "BARE: no trace.json.gz there; ./launch.sh trace=true ..."),
     (["RUN", "cluster=h100", "out=RUN"], "run.dir=RUN: already holds a run"),

@@ -1,0 +1,29 @@
+"""KEY=VALUE arguments of the commands that have no configuration of Hydra's behind them."""
+
+from __future__ import annotations
+
+import re
+
+from experiments.compose import Refused
+
+
+def key_values(verb: str, takes: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The words of a command line, and its KEY=VALUE arguments; --json is neither.
+
+    `takes` is what the line that refuses an argument says, such as "RUN, cluster=NAME, --json": its
+    keys are those that are taken, and words are where it begins with one. Raises Refused for
+    another key, a key without a value or twice, and a word where there are none.
+    """
+    words: list[str] = []
+    given: dict[str, str] = {}
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if argument == "--json" and "--json" in takes:
+            continue
+        if not equals and takes[0].isupper() and not argument.startswith("-"):
+            words.append(argument)
+        elif value and key in re.findall(r"(\w+)=", takes) and key not in given:
+            given[key] = value
+        else:
+            raise Refused(f"{argument}: {verb} takes {takes}")
+    return words, given

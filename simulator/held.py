@@ -1,0 +1,191 @@
+"""What one pipeline rank of each plan holds, and what it holds for a while: states and messages.
+
+Arrays have one entry a plan; sizes are in bytes. simulator/memory.py puts it together.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from parallel.layout import PipelineSchedule
+from simulator.activations import Activations
+from simulator.data_messages import GPIPE
+from simulator.plans import NONE, SCHEDULES, Array
+from simulator.sending import LOW_BYTES
+from simulator.shapes import Rank, padded, weights_of
+from simulator.stage_ends import stage_ends
+
+LOOPED_BFS = SCHEDULES.index(PipelineSchedule.looped_bfs)
+
+
+class Held:
+    """Of one rank. `later`: earlier micro-batches have left their gradients."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.plans, self.model = rank, rank.plans, rank.plans.model
+        self.low = LOW_BYTES[self.plans.precision]
+        self.of = Activations(rank)
+
+    # states
+
+    @cached_property
+    def numbers(self) -> Array:
+        """Weights of this rank, of padded shards."""
+        return self.outer + self.rank.layers * self.block
+
+    @cached_property
+    def outer(self) -> Array:
+        return self.rank.of_outer(self.rank.weight_shards) // self.rank.weight_shards
+
+    @cached_property
+    def block(self) -> Array:
+        n, rest = self.rank.weight_shards, self.rank.expert_shards
+        return self.rank.of_block(n) // n + self.rank.of_experts(rest) // rest
+
+    @property
+    def parameters(self) -> Array:
+        return self.plans.numerics.weights * self.numbers
+
+    @property
+    def optimizer(self) -> Array:
+        """AdamW's moments, and its count of steps in each tensor (4 bytes). zero_stage=1 divides
+        them: evenly, as Megatron-LM does; ZeroRedundancyOptimizer hands out whole tensors, so that
+        some ranks have more (an approximation)."""
+        rank, model = self.rank, self.model
+        outer = len(model.outer_shapes) * rank.alone + (1 - rank.alone) * self._outer_tensors
+        tensors = rank.layers * len(model.block_shapes) + outer
+        n = np.where(rank.zero1, rank.shards, 1)
+        return self.plans.numerics.optimizer * -(-self.numbers // n) + 4 * -(-tensors // n)
+
+    @property
+    def _outer_tensors(self) -> Array:
+        names = list(self.model.outer_shapes)
+        front = sum(name.startswith(("embedding", "positions")) for name in names)
+        return self.rank.first * front + self.rank.last * (len(names) - front + self.model.tied)
+
+    def gradients(self, numbers: Array, later: Array | bool) -> Array:
+        """Of so many weights; of all of them where an earlier micro-batch has left its own, and
+        where they are views of buckets, which stay (parallel/ddp.py)."""
+        earlier = later & ~self.modular
+        left = np.where(self.wrapped | earlier, self.numbers - earlier * self.unlike, numbers)
+        return self.plans.numerics.gradients * left
+
+    @cached_property
+    def wrapped(self) -> Array:
+        """The DDP wrapper averages gradients."""
+        return ~self.rank.has_policy & (self.rank.replicas * self.rank.shards > 1)
+
+    @cached_property
+    def unlike(self) -> Array:
+        """Weights whose gradients lie otherwise than they until the end of the step, when others
+        take their place (parallel/gradients.py, align_gradients)."""
+        return (self.plans.tp > 1) * self.embedding + self.norms
+
+    @cached_property
+    def embedding(self) -> Array:
+        """Weights of the embedding, where it is here."""
+        return self.rank.first * self._whole(["embedding.weight"])
+
+    @cached_property
+    def norms(self) -> Array:
+        """Norms' weights under sequence parallelism: their gradients are sums over a part of the
+        sequence, which an all_reduce will replace."""
+        cut = self.plans.sequence_parallel & (self.plans.tp > 1)
+        block = self._whole([name for name in self.model.block_shapes if "norm" in name])
+        outer = self._whole([name for name in self.model.outer_shapes if "norm" in name])
+        return cut * (self.rank.layers * block + self.rank.last * outer)
+
+    def landed(self, later: Array | bool) -> Array:
+        """Micro-batches fewer in flight than at most: none but where the first backward begins
+        when all have gone forward."""
+        all_first = (self.rank.local_stages == 1) | (self.plans.schedule == LOOPED_BFS)
+        gone = self.of.flights[0] == self.plans.micro_batches
+        return later * (all_first & gone & (self.plans.pp > 1))
+
+    def untidy(self, later: Array | bool) -> Array:
+        """Gradients that are none of the step's in the end: the whole one of an embedding that tp
+        has cut; those that micro-batches without an all_reduce make beside DDP's buckets."""
+        cut = (self.plans.tp > 1) & later
+        # among gradients that wait (unsent) the embedding's is counted as if it were cut
+        whole = cut * self.embedding * (self.plans.tp - self.modular)
+        return self.plans.numerics.gradients * (whole + (self.wrapped & later) * self.numbers)
+
+    @cached_property
+    def unsynchronised(self) -> Array:
+        """Gradients of all micro-batches wait whole for the last one, and are a message's then."""
+        return self.modular & (self.plans.pp > 1)
+
+    def unsent(self, numbers: Array, later: Array | bool) -> Array:
+        """Gradients that wait whole, of so many weights; of all where there was a micro-batch."""
+        n, rest = self.rank.weight_shards, self.rank.expert_shards
+        block = self.rank.of_block(n) + self.rank.of_experts(rest)
+        everything = self.rank.of_outer(n) + self.rank.layers * block
+        waits = self.unsynchronised | (self.modular & later)
+        return self.plans.numerics.gradients * waits * np.where(later, everything, numbers)
+
+    def held(self, after: Array | int, later: Array | bool, again: int = 1) -> Array:
+        """What messages of activations keep: of blocks that wait, or of so many that a checkpoint
+        has run `again`; of the stages' ends; of norms."""
+        of, plans = self.of, self.plans
+        blocks = of.blocks_in_flight - after - self.landed(later) * self.rank.blocks[0]
+        blocks = np.where(plans.checkpointing == NONE, blocks, again)
+        entered = (plans.pp == 1) * of.entered  # a pipeline's are among its buffers
+        looked_up = (plans.pp > 1) * (self.rank.first > 0) * of.entered
+        norms = (later & ~self.modular) * plans.numerics.gradients * self.norms
+        ends = stage_ends(of, later, of.flights[0] - self.landed(later))
+        return blocks * of.message_of_block + entered + looked_up + ends + norms
+
+    @cached_property
+    def modular(self) -> Array:
+        """Gradients are handed over by fully_shard or replicate."""
+        ours = self.plans.numerics.weights == 4
+        return self.rank.sharded | (self.rank.has_policy & (self.rank.replicas > 1) & ours)
+
+    @cached_property
+    def gives_up(self) -> Array:
+        """Gathered weights go after each forward; replicate keeps a copy of all, as zero 2 does."""
+        return self.rank.sharded & (self.plans.zero_stage == 3)
+
+    @cached_property
+    def _back(self) -> Array:
+        """Weights of norm and head, whose gradients come first, before they are cut."""
+        shapes = self.model.outer_shapes
+        numbers = self._whole([name for name in shapes if name.startswith(("norm", "head"))])
+        if self.model.tied:
+            numbers = numbers + (1 - self.rank.alone) * self._whole(["embedding.weight"])
+        return self.rank.last * numbers
+
+    @cached_property
+    def _down(self) -> Array:
+        """Weights of `down`, whose gradient is there when the rest of the MLP's comes."""
+        return self._whole([name for name in self.model.block_shapes if ".down" in name])
+
+    @cached_property
+    def _up(self) -> Array:
+        """Weights of the MLP's first products."""
+        names = self.model.block_shapes
+        return self._whole([name for name in names if ".up" in name or ".gate" in name])
+
+    def _whole(self, names: list[str]) -> Array:
+        """Numbers of these weights, of one block or outside, before the data axes cut them."""
+        shapes = {**self.model.block_shapes, **self.model.outer_shapes}
+        one = np.ones_like(self.plans.tp)
+        return padded(weights_of({name: shapes[name] for name in names}), self.plans, one)
+
+    # communication
+
+    def gathered(self, blocks: Array, later: Array) -> Array:
+        """Weights that are whole for a while: those outside of blocks, and so many blocks'; all of
+        them with zero_stage=2 (Zhao et al. 2023, PyTorch FSDP, section 3.2). A pipeline keeps what
+        a backward has gathered until the stage's next forward gives it up, which comes between two
+        backwards in 1F1B. Experts of whom ep has left no copy are whole as they are
+        (parallel/experts.py)."""
+        rank, plans = self.rank, self.plans
+        n, rest = rank.weight_shards, rank.expert_shards
+        copies = rank.expert_rest * np.where(plans.dp_shard > 1, plans.dp_replicate, 1) > 1
+        block = rank.of_block(n) + copies * rank.of_experts(rest)
+        turns = (rank.local_stages == 1) & ~(later & (plans.schedule == GPIPE))
+        blocks = np.where(self.gives_up & ((plans.pp == 1) | turns), blocks, rank.layers)
+        return self.modular * self.low * (rank.of_outer(n) + blocks * block)
