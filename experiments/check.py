@@ -18,10 +18,10 @@ from rich.table import Table
 
 from costs.ledger import step_of
 from experiments import clusters
-from experiments.compose import Refused
 from experiments.config import TrainConfig
 from experiments.console import human_bytes, human_seconds, make_console, progress
 from experiments.plan_config import Method, SimulateConfig
+from experiments.refused import Refused
 from simulator.formula_ledger import formula_steps
 from simulator.hardware import Cluster
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.compose import CONFIGS, Refused
+from experiments.compose import CONFIGS
+from experiments.refused import Refused
 from simulator.hardware import Cluster
 
 FOLDER = CONFIGS / "cluster"

@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.compose import Refused
 from experiments.playground_plan import Controls, choices, view
 from experiments.playground_results import results_of
+from experiments.refused import Refused
 
 PORT = 8642
 HOST = "127.0.0.1"

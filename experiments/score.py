@@ -18,8 +18,8 @@ import numpy as np
 from rich.table import Table
 
 from experiments import clusters
-from experiments.compose import Refused
 from experiments.console import DASH, make_console
+from experiments.refused import Refused
 from simulator.fit import Problem
 from simulator.published import Row, read
 from simulator.score import FITS, MOST_OVER, feasibility, summary
