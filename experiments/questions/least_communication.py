@@ -104,7 +104,7 @@ def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
     fitting = [name for name in order if fits(eight[name])]
     three = [name for name in order if name.endswith("over all")]
     out = [say("{n} ({m})", n=n, m=eight[n].memory()) for n in three if n not in fitting]
-    too_large = say(" Of these {n} on a device do not fit.", n=listed(out)) if out else Said("")
+    too_large = say(" Of these do not fit a device: {n}.", n=listed(out)) if out else Said("")
     said = [
         say(
             "Of the three, over all 8 H100 of two nodes, Llama 3 8B sends least between the nodes "
