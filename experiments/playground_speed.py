@@ -22,7 +22,7 @@ from typing import Any
 from experiments import browser
 from experiments.document import heading, rule, table
 from experiments.playground import HOST, LISTS, SLIDERS, moved_to, powers
-from experiments.playground_plan import Controls, choices, view
+from experiments.playground_plan import Controls, choices, read_all, view
 from experiments.playground_results import results_of
 
 COMMAND = "./launch.sh python -m experiments.playground_speed"
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
             keep_pictures(address, pictures)
     print(heading("The playground's answers", COMMAND))
     print(f"{len(page)} moves of {len({key for key, _ in moves})} controls, each in turn from")
-    print(f"`{Controls().command}`; the aim is at most {1e3 * BAR_S:g} ms.\n")
+    print(f"`{Controls().command}`; the aim is at most {1e3 * BAR_S:g} ms.")
+    print(f"Load of the machine at the end: {os.getloadavg()[0]:.1f}.\n")
     print(table("milliseconds", "median", "90th percentile", "slowest"))
     print(rule(4))
     for name, seconds in (("server: from message to answer", server), ("page: to the frame", page)):
@@ -82,7 +83,7 @@ def moves_of(start: Controls) -> list[tuple[str, Any]]:
 def on_the_server(moves: list[tuple[str, Any]]) -> Iterator[float]:
     """Seconds of each move, without the page."""
     start = Controls()
-    results_of(view(start))
+    read_all()
     for key, value in moves:
         began = time.perf_counter()
         results_of(view(moved_to(start, key, value)))

@@ -28,6 +28,7 @@ PLACES = [
     replace(START, schedule="zbv_zero_bubble", activation_checkpointing="full"),
     replace(START, cp=2, dp_shard=2, precision="fp32", sequence_parallel=False),
     replace(START, model="llama3_70b", cluster="a100_80g", tp=8, dp_shard=1, dp_replicate=2),
+    replace(START, model="gpt2", cluster="laptop", pp=1, tp=1, seq_len=1024),
 ]
 
 

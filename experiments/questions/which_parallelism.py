@@ -247,8 +247,8 @@ def practice() -> Said:
     row = published_row("llama3-002")
     gpus, sequences = int(row["n_gpus"]), int(row["global_batch_seqs"])
     each = (
-        f": {gpus / sequences:g} GPUs for each of its {sequences:,} sequences, so that tp, cp or pp "
-        "had to share them out whatever the memory"
+        f": {gpus / sequences:g} GPUs for each of its {sequences:,} sequences, so that tp, cp or "
+        "pp had to share them out whatever the memory"
         if gpus > sequences
         else ""
     )
