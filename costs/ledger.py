@@ -178,7 +178,9 @@ def _check_training(training: dict[str, Any]) -> None:
     _whole(training["steps"], "training.steps", null=False)
     _need(isinstance(training["losses"], list), "training.losses", "must be a list")
     for i, loss in enumerate(training["losses"]):
-        _number(loss, f"training.losses[{i}]")
+        # a long run has thousands, and a sweep a thousand runs
+        if loss is not None and not (type(loss) is float and 0 <= loss < math.inf):
+            _number(loss, f"training.losses[{i}]")
     _number(training["validation_loss"], "training.validation_loss")
 
 

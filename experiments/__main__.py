@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from experiments.compose import Refused
+from experiments.refused import Refused
 
 # verb -> the module and function that take the rest of the command line; imported when asked for
 VERBS = {

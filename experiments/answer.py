@@ -6,7 +6,7 @@ its head, a table of one source in its title.
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,10 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from experiments.console import DASH
+from experiments.kept import code_of, digest
 from experiments.quantity import Quantity
 
+DRAWN_BY = ("experiments/charts.py", "experiments/pictures.py")  # beside a question's own file
 LEGEND = "[m] measured, [t] traced, [p] published by others, [f] by formula"
 
 
@@ -123,7 +125,7 @@ def _text(cell: Cell, plain: bool) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG: `draw` writes it, and draws the same for the same `key`."""
+    """A PNG: `draw` writes it, and as it is now draws the same for the same `key`."""
 
     name: str
     caption: str
@@ -132,8 +134,8 @@ class Picture:
 
     def at(self, folder: Path) -> Path:
         """The file, drawn where it is not there yet."""
-        digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
-        path = folder / f"{self.name}-{digest}.png"
+        drawn_by = code_of(*DRAWN_BY, inspect.getfile(self.draw))
+        path = folder / f"{self.name}-{digest([self.key, drawn_by])}.png"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             self.draw(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from experiments.compose import Refused
+from experiments.refused import Refused
 
 
 def key_values(verb: str, takes: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:

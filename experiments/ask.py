@@ -17,9 +17,10 @@ from types import ModuleType
 
 from experiments.answer import Answer, show
 from experiments.ask_words import nearest, wanted
-from experiments.compose import Refused
 from experiments.console import make_console
-from experiments.evidence import KEPT, Evidence, RunFailed
+from experiments.evidence import Evidence, RunFailed
+from experiments.kept import KEPT
+from experiments.refused import Refused
 
 FOLDER = Path(__file__).resolve().parent / "questions"
 PICTURES = KEPT / "pictures"

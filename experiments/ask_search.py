@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.answer import Answer, Cell, Said, Table, say
+from experiments.answer import Answer, Cell, Said, Table, listed, say
 from experiments.ask_runs import SECONDS
 from experiments.ask_words import Wanted, models
 from experiments.evidence import Evidence, Run
-from experiments.quantity import COUNT, SHARE, Quantity
+from experiments.quantity import COUNT, SHARE, Quantity, formula
 from experiments.search_tables import schedule_of
 
 TOP = 5  # plans that are shown
@@ -20,10 +20,14 @@ def answer(asked: Wanted, evidence: Evidence) -> Answer:
     found = evidence.searched("search", *asked.overrides)
     plans = found.ledger["plans"]
     taken = say(
-        "Taken as model={model} ({parameters:,} parameters), cluster={cluster}, gpus={gpus}: "
-        "{command}",
+        "Taken as model={model} ({parameters}), cluster={cluster}, gpus={gpus}: {command}",
         model=asked.model,
-        parameters=models()[str(asked.model)],
+        parameters=formula(
+            f"parameters of {asked.model}",
+            models()[str(asked.model)],
+            "parameters",
+            f"configs/model/{asked.model}.yaml",
+        ),
         cluster=asked.cluster,
         gpus=asked.gpus,
         command=found.run,
@@ -86,8 +90,13 @@ def best_of(found: Run) -> list[Said]:
     reasons = found.ledger["rejected"]
     other = [r for r in reasons if not r.startswith("refused")]
     if other:
-        why = ", ".join(f"{reason} ({reasons[reason]:,})" for reason in other)
-        said.append(say(f"What the other plans lose by, and how many of them: {why}."))
+        each = [
+            say("{r} {n}", r=reason, n=found.at(f"rejected[{reason}]", COUNT, f"plans: {reason}"))
+            for reason in other
+        ]
+        said.append(
+            say("What the other plans lose by, and how many of them: {all}.", all=listed(each))
+        )
     return said
 
 

@@ -94,13 +94,19 @@ def wanted(text: str) -> Wanted:
 
 
 @lru_cache
-def models() -> dict[str, int]:
-    """Parameters of each model of configs/model that is not made for a laptop."""
+def model_configs() -> dict[str, ModelConfig]:
+    """Each model of configs/model that is not made for a laptop."""
     found = {}
     for path in sorted((CONFIGS / "model").glob("*.yaml")):
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
-        found[path.stem] = ModelConfig(**values).parameters
-    return {name: size for name, size in found.items() if size > 5e7}
+        found[path.stem] = ModelConfig(**values)
+    return {name: model for name, model in found.items() if model.parameters > 5e7}
+
+
+@lru_cache
+def models() -> dict[str, int]:
+    """Their parameters."""
+    return {name: model.parameters for name, model in model_configs().items()}
 
 
 def model_in(text: str) -> str | None:

@@ -22,8 +22,8 @@ import psutil
 from omegaconf import OmegaConf
 
 from experiments.arguments import key_values
-from experiments.compose import Refused
 from experiments.config import TrainConfig
+from experiments.refused import Refused
 from minigpt.config import FFN, ModelConfig, Norm, Positions
 from simulator.formula_ledger import formula_steps
 from simulator.hardware import Cluster, Device, Efficiency, Level, Peak, numbers, tables

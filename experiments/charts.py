@@ -12,9 +12,16 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.pictures import MEMORY_COLOURS
+
 PALETTE = ("#4878cf", "#3a9d5d", "#d1495b", "#e8a33d", "#b07aa1", "#2f4f8f", "#9ccb6b", "#8c8c8c")
 DPI = 100
 WIDTH = 8.6  # inches
+# of a name from its point, in points, and its side that is there
+PLACES = (
+    *(((4, -3), "left"), ((-4, -3), "right")),
+    *(((0, height), "center") for height in (5, -11, 13, -19, 21, -27)),
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,26 @@ def draw(path: Path, *panels: Bars | Lines) -> None:
                 _draw_lines(axes, panel)
             axes.set_title(panel.title, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
+        figure.draw_without_rendering()  # only then it is known where things lie
+        for axes, panel in zip(grid.ravel(), panels, strict=True):
+            if isinstance(panel, Lines) and panel.labels:
+                _label(axes, panel.points)
         figure.savefig(path, dpi=DPI)
+
+
+def _label(axes: Any, points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Write names beside their points, each at the first place where it covers no other."""
+    taken: list[Any] = []
+    for name, (x, y) in points.items():
+        for place, side in PLACES:
+            text = axes.annotate(
+                name, (x[0], y[0]), place, textcoords="offset points", fontsize=7, ha=side
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) or (place, side) == PLACES[-1]:
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _draw_bars(axes: Any, bars: Bars) -> None:
@@ -68,6 +94,7 @@ def _draw_bars(axes: Any, bars: Bars) -> None:
     left = np.zeros(len(bars.rows))
     for (name, values), colour in zip(bars.parts.items(), PALETTE, strict=False):
         if any(values):
+            colour = MEMORY_COLOURS.get(name, colour)
             axes.barh(places, values, left=left, color=colour, label=name, height=0.72)
         left += np.array(values)
     axes.set_yticks(places, bars.rows)
@@ -87,10 +114,6 @@ def _draw_lines(axes: Any, lines: Lines) -> None:
         colour = colours.get(name, PALETTE[i % len(PALETTE)])
         label = None if name in colours or lines.labels else name
         axes.plot(x, y, "o", color=colour, markersize=4, label=label)
-        if lines.labels:
-            axes.annotate(
-                name, (x[0], y[0]), xytext=(4, -3), textcoords="offset points", fontsize=7
-            )
     if lines.log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments.compose import CONFIGS, Refused
+from experiments.compose import CONFIGS
+from experiments.refused import Refused
 from simulator.hardware import Cluster
 
 FOLDER = CONFIGS / "cluster"

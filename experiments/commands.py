@@ -22,9 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from costs import ledger as ledgers
 from experiments import console, environment, launch
-from experiments.compose import Refused, jobs_of, run_hydra, to_config
+from experiments.compose import jobs_of, run_hydra, to_config
 from experiments.config import Launch, LoggingConfig, TrainConfig
 from experiments.process import end
+from experiments.refused import Refused
 from experiments.resume import run_dir
 from experiments.run_folder import Launched
 from experiments.sweep_points import Points, folder_of

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from experiments.compare_sheets import sheets_of
 from experiments.comparison import ORDERS, Comparison, compared
-from experiments.compose import Refused
 from experiments.console import make_console
+from experiments.refused import Refused
 from experiments.sheets import Sheet
 
 FORMATS = ("csv", "json", "markdown")

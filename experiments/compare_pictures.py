@@ -108,9 +108,9 @@ def losses_of(comparison: Comparison, i: int) -> tuple[list[float], list[float] 
     which each was there; None where its log is not."""
     run = comparison.runs[i]
     values = [np.nan if loss is None else loss for loss in run.losses]
-    if run.log is None or len(run.log.seconds) != len(values):
+    if run.seconds is None or len(run.seconds) != len(values):
         return values, None
-    return values, np.cumsum(run.log.seconds).tolist()
+    return values, np.cumsum(run.seconds).tolist()
 
 
 def _draw_losses(comparison: Comparison, folder: Path) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from experiments.config import ExportConfig, GenerateConfig, TrainConfig
 from experiments.plan_config import SearchConfig, SimulateConfig
+from experiments.refused import Refused
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
@@ -38,14 +39,6 @@ SCHEMAS: dict[str, type] = {
     "search": SearchConfig,
 }
 Config = TypeVar("Config")
-
-
-class Refused(Exception):
-    """The input was refused: one clear line, exit status 2, whatever it quotes."""
-
-    def __init__(self, message: str) -> None:
-        shown = (char if char.isprintable() else repr(char)[1:-1] for char in message)
-        super().__init__("".join(shown))
 
 
 def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> None:

@@ -8,6 +8,7 @@ elementary set; keys that never change alone cannot be told apart, and are shown
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,7 @@ SOURCE, CLUSTER = "source", "cluster"
 SIMULATED = ("formula", "traced")
 AUTO = "auto"  # nobody asked which it was
 UNKNOWN = -1  # differs from nothing
+WORD = 62  # keys whose bits fit a whole number of numpy's
 Values = dict[str, Any]
 
 
@@ -92,12 +94,12 @@ def differences_of(runs: list[Run]) -> Differences:
     """Compare all runs. A key that a ledger lacks differs from nothing."""
     settings = [settings_of(run) for run in runs]
     keys, codes = _coded(settings)
-    masks = _masks(codes)
+    pairs = pairs_of(codes)
     apart = sum(1 << k for k, key in enumerate(keys) if key in (SOURCE, CLUSTER))
-    predictions = _predictions(runs, masks, apart)
+    predictions = _predictions(runs, pairs, apart)
     known = {frozenset(pair) for pair in predictions}
     found: dict[str, Difference] = {}
-    for i, j, mask in _edges(masks):
+    for i, j, mask in _edges(pairs):
         if frozenset((i, j)) in known:
             continue  # nothing differs but how it is known
         names = [key for k, key in enumerate(keys) if mask >> k & 1]
@@ -110,7 +112,7 @@ def differences_of(runs: list[Run]) -> Differences:
         keys,
         [{key: own[key] for key in keys if key in own} for own in settings],
         list(found.values()),
-        _repeats(masks),
+        _repeats(pairs),
         predictions,
     )
 
@@ -130,57 +132,74 @@ def _coded(settings: list[Values]) -> tuple[list[str], np.ndarray]:
     return kept, np.array(columns, dtype=np.int32).reshape(len(kept), len(settings)).T
 
 
-def _masks(codes: np.ndarray) -> list[list[int]]:
-    """For each run and each one before it, the keys that differ, as bits of a whole number."""
-    masks: list[list[int]] = []
-    known = codes != UNKNOWN
-    width = -(-codes.shape[1] // 8)
-    for j in range(len(codes)):
-        differs = (codes[:j] != codes[j]) & known[:j] & known[j]
-        packed = np.packbits(differs, axis=1, bitorder="little").tobytes()
-        cut = (packed[i * width : (i + 1) * width] for i in range(j))
-        masks.append([int.from_bytes(part, "little") for part in cut])
-    return masks
+@dataclass(frozen=True)
+class Pairs:
+    """Of each two runs the keys that differ. Most pairs of a grid differ in one of a few sets."""
+
+    masks: list[int]  # the sets, keys as bits of a whole number
+    which: np.ndarray  # (N, N): [j, i] is the place in `masks` of runs i < j, -1 elsewhere
+
+    def that(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, int]]:
+        """(i, j, keys) of the pairs whose set is wanted, by j, then by i."""
+        places = [place for place, mask in enumerate(self.masks) if wanted(mask)]
+        for j, i in np.argwhere(np.isin(self.which, places)).tolist():
+            yield i, j, self.masks[self.which[j, i]]
 
 
-def _edges(masks: list[list[int]]) -> list[tuple[int, int, int]]:
+def pairs_of(codes: np.ndarray) -> Pairs:
+    """`codes`: (N, keys). Half a million pairs of a thousand runs, a key at a time."""
+    count, keys = codes.shape
+    earlier = np.tri(count, k=-1, dtype=bool)
+    places, masks = np.zeros(earlier.sum(), dtype=np.int64), [0]
+    for start in range(0, keys, WORD):
+        bits = np.zeros((count, count), dtype=np.int64)
+        for k, column in enumerate(codes.T[start : start + WORD]):
+            known = column != UNKNOWN
+            differs = (column[:, None] != column) & known[:, None] & known
+            bits |= differs.astype(np.int64) << k
+        words, these = np.unique(bits[earlier], return_inverse=True)
+        found, places = np.unique(places * len(words) + these, return_inverse=True)
+        parts = np.stack(np.divmod(found, len(words)), axis=1).tolist()
+        masks = [masks[before] | int(words[now]) << start for before, now in parts]
+    which = np.full((count, count), -1)
+    which[earlier] = places
+    return Pairs(masks, which)
+
+
+def _edges(pairs: Pairs) -> list[tuple[int, int, int]]:
     """(i, j, keys): each run j beside the first run before it that differs by an elementary set.
 
     Of sets that share a key only the first is taken: what differs from the baseline is compared
     with the baseline, and not also with everything else that does.
     """
     elementary: list[int] = []
-    for mask in sorted({m for row in masks for m in row if m}, key=int.bit_count):
+    for mask in sorted(filter(None, pairs.masks), key=int.bit_count):
         if not any(known & mask == known for known in elementary):
             elementary.append(mask)
     wanted, edges = set(elementary), []
-    for j, row in enumerate(masks):
-        taken = 0
-        for i, mask in enumerate(row):
-            if mask in wanted and not mask & taken:
-                taken |= mask
-                edges.append((i, j, mask))
+    taken: dict[int, int] = {}
+    for i, j, mask in pairs.that(wanted.__contains__):
+        if not mask & taken.get(j, 0):
+            taken[j] = taken.get(j, 0) | mask
+            edges.append((i, j, mask))
     return edges
 
 
-def _repeats(masks: list[list[int]]) -> list[list[int]]:
+def _repeats(pairs: Pairs) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     of: dict[int, int] = {}
-    for j, row in enumerate(masks):
-        alike = next((i for i, mask in enumerate(row) if not mask), None)
-        if alike is not None:
-            first = of[j] = of.get(alike, alike)
+    for i, j, _ in pairs.that(lambda mask: not mask):
+        if j not in of:
+            first = of[j] = of.get(i, i)
             groups.setdefault(first, [first]).append(j)
     return list(groups.values())
 
 
-def _predictions(runs: list[Run], masks: list[list[int]], apart: int) -> list[tuple[int, int]]:
+def _predictions(runs: list[Run], pairs: Pairs, apart: int) -> list[tuple[int, int]]:
     """Each measured run with the simulated ones that differ from it in nothing but `apart`."""
     found = []
-    for j, row in enumerate(masks):
-        for i, mask in enumerate(row):
-            if mask and not mask & ~apart:
-                one, other = (i, j) if runs[i].source == "measured" else (j, i)
-                if runs[one].source == "measured" and runs[other].source in SIMULATED:
-                    found.append((one, other))
+    for i, j, _ in pairs.that(lambda mask: bool(mask) and not mask & ~apart):
+        one, other = (i, j) if runs[i].source == "measured" else (j, i)
+        if runs[one].source == "measured" and runs[other].source in SIMULATED:
+            found.append((one, other))
     return found

@@ -1,5 +1,5 @@
-"""What answers rest on: ledgers of real runs, kept by the hash of their configuration, and of
-simulations, which take milliseconds and are made anew.
+"""What answers rest on: ledgers of real runs, kept by the hash of their configuration; searches,
+kept for this version of the simulator; and simulations, which take milliseconds and are made anew.
 
 A run is looked for in runs/ask and started where it is not there; `again` starts all of them anew.
 It is kept for this machine, Python and torch, not for a version of this program: after a change of
@@ -8,27 +8,24 @@ what is measured, ask with --again.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from costs import ledger as ledgers
 from experiments import environment, launch
+from experiments.kept import KEPT, alone, computed, digest
 from experiments.overrides import composed
 from experiments.plan_config import plain
 from experiments.quantity import FORMULA, MEASURED, SHARE, Quantity
 from experiments.verdict import failure
 
-KEPT = Path("runs") / "ask"
 # of every measured run: what costs time and is not asked for, and the same processor everywhere
 PLAIN = ("device=cpu", "backend=gloo", "validation.batches=0", "sample.tokens=0", "run.save=false")
 SAME_MACHINE = ("torch", "python", "processor", "cores")
@@ -51,7 +48,7 @@ class Run:
         """The number at a place of the ledger. Raises ValueError where it was not measured.
 
         `where`: keys with dots; [i] an entry of a list; [key=value,...] the sum over the entries
-        that match, [] over all.
+        that match, [] over all; [key] of a dictionary whose keys are no words.
         """
         value = value_at(self.ledger, where)
         if value is None:
@@ -105,6 +102,8 @@ def value_at(ledger: Any, where: str) -> float | None:
         return value_at(ledger[int(inside)], rest)
     if ledger is None:
         return None
+    if isinstance(ledger, dict):
+        return value_at(ledger[inside], rest)
     wanted = dict(pair.split("=") for pair in inside.split(",") if pair)
     rows = [row for row in ledger if all(str(row[k]) == v for k, v in wanted.items())]
     values = [value_at(row, rest) for row in rows]
@@ -146,8 +145,7 @@ class Evidence:
         By their names: the module may take seconds to import.
         """
         facts = {key: environment.facts()[key] for key in SAME_MACHINE}
-        text = json.dumps([module, function, ranks, facts])
-        folder = KEPT / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        folder = KEPT / f"{name}-{digest([module, function, ranks, facts])}"
         path = folder / "measured.json"
 
         def measure() -> None:
@@ -173,7 +171,7 @@ class Evidence:
         from experiments.search import find, said_of
 
         config = composed("search", overrides)
-        said = said_of(config, find(config))
+        said = computed("search", plain(config), self.again, lambda: said_of(config, find(config)))
         return self._keep(Run(name, said, _command("search", overrides), FORMULA))
 
     def _once(self, folder: Path, files: tuple[str, ...], measure: Callable[[], None]) -> None:
@@ -185,7 +183,7 @@ class Evidence:
 
         if there():
             return
-        with _alone():
+        with alone():
             if not there():  # another process may have made it in the meantime
                 measure()
                 self.fresh.add(folder)
@@ -203,8 +201,7 @@ def _digest(config: Any) -> str:
     """Of the machine that a configuration is measured on, and of what it sets otherwise than the
     schema does: a key that is new, and has its default, changes nothing."""
     facts = {key: environment.facts()[key] for key in SAME_MACHINE}
-    text = json.dumps([different(plain(config), plain(type(config)())), facts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return digest([different(plain(config), plain(type(config)())), facts])
 
 
 def different(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -236,12 +233,3 @@ def _start(config: Any, overrides: tuple[str, ...], folder: Path) -> None:
 def _say(text: str) -> None:
     """To the person who waits; the answer goes to standard output."""
     print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One that measures at a time: two would take each other's time, and folders."""
-    KEPT.mkdir(parents=True, exist_ok=True)
-    with open(KEPT / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -15,8 +15,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.compose import Refused, run_hydra, to_config
+from experiments.compose import run_hydra, to_config
 from experiments.config import ExportConfig
+from experiments.refused import Refused
 from experiments.resume import run_of
 from experiments.run_folder import read_config, settings_of
 from experiments.run_weights import weights_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from costs import ledger as ledgers
-from experiments.step_log import StepLog, read_log
+from experiments.step_log import read_seconds
 
 LEDGER = "ledger.json"
 # one of these makes a folder that of a run, finished or not
@@ -26,7 +26,7 @@ class Run:
     name: str
     path: Path  # of its ledger
     ledger: Ledger
-    log: StepLog | None  # of measured runs
+    seconds: list[float] | None  # of each step; None where nobody knows
 
     @property
     def folder(self) -> Path:
@@ -44,7 +44,7 @@ class Run:
 def find_runs(words: list[str]) -> tuple[list[Run], list[str]]:
     """All runs that the words name, each once, and a line for each ledger that cannot be read."""
     paths, problems = ledger_paths(words)
-    found: list[tuple[Path, Ledger, StepLog | None]] = []
+    found: list[tuple[Path, Ledger, list[float] | None]] = []
     for path in paths:
         try:
             ledger = ledgers.read(path)
@@ -53,11 +53,11 @@ def find_runs(words: list[str]) -> tuple[list[Run], list[str]]:
             continue
         try:
             measured = ledger["source"] == "measured"
-            log = read_log(path.parent / "metrics.jsonl") if measured else None
+            seconds = read_seconds(path.parent / "metrics.jsonl") if measured else None
         except ValueError as error:  # its costs are known, their noise is not
             problems.append(str(error))
-            log = None
-        found.append((path, ledger, log))
+            seconds = None
+        found.append((path, ledger, seconds))
     names = short_names([path for path, _, _ in found])
     runs = [Run(i + 1, names[i], *parts) for i, parts in enumerate(found)]
     return runs, problems

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments.compose import Refused, configs_of
+from experiments.compose import configs_of
 from experiments.config import Device, GenerateConfig, TrainConfig
 from experiments.environment import gpu_count
+from experiments.refused import Refused
 from experiments.run_folder import read_config
 from minigpt.corpus import kind_of_tokens
 from minigpt.tokenizer import BPE_FILE, TRAINED, make_tokenizer

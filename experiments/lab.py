@@ -27,10 +27,11 @@ from costs.program import Message
 from experiments import clusters, commands, launch, shaped_links
 from experiments.calibrate import yaml_of
 from experiments.commands import Command, Row
-from experiments.compose import Refused, jobs_of, run_hydra
+from experiments.compose import jobs_of, run_hydra
 from experiments.config import Device, TrainConfig
 from experiments.console import DASH, human_seconds, make_console
 from experiments.lab_profile import profile_of
+from experiments.refused import Refused
 from experiments.replay import recorded
 from experiments.run_folder import read_config
 from experiments.shaped_links import DEVICE, Links, Missing

@@ -9,7 +9,8 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 
-from experiments.compose import GROUPS, Refused, configs_of, no_such_key
+from experiments.compose import GROUPS, configs_of, no_such_key
+from experiments.refused import Refused
 
 
 @cache

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.arguments import key_values
-from experiments.compose import Refused
-from experiments.playground_plan import Controls, choices, view
+from experiments.playground_plan import Controls, choices, read_all, view
 from experiments.playground_results import results_of
+from experiments.refused import Refused
 
 PORT = 8642
 HOST = "127.0.0.1"
@@ -68,7 +68,7 @@ def serve(port: int) -> None:
             "let ./launch.sh playground make its .venv"
         ) from None
 
-    view(Controls())  # compose and import now, not at the first visit
+    read_all()  # compose and import now, not at the first visit
     ui.page("/")(lambda: build(ui))
     print(f"http://{HOST}:{port}/   (Ctrl-C ends it)", flush=True)
     ui.run(

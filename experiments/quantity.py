@@ -145,6 +145,9 @@ def human(value: float, unit: str) -> str:
         return f"{value:,.{digits}f} times"
     if unit in ("FLOP", "FLOP/s", "B/s", "FLOP/B"):
         return f"{_prefixed(value)}{unit}"
+    if unit == "parameters" and value >= 1e6:
+        size, word = (1e9, "billion") if value >= 1e9 else (1e6, "million")
+        return f"{value / size:.3g} {word} parameters"
     if unit == "nats":
         return f"{value:.4f} nats" if value >= 0.001 else f"{value:.1e} nats"
     if unit == "$":

@@ -25,8 +25,8 @@ from costs.program import Message, Program, Wait
 from costs.trace import COMMUNICATION, WAIT, Trace
 from experiments import clusters
 from experiments.arguments import key_values
-from experiments.compose import Refused
 from experiments.console import human_seconds, make_console
+from experiments.refused import Refused
 from experiments.run_folder import make_folder
 from parallel.layout import MESH_AXES, Layout
 from simulator.event_times import EventTimes, measured_message, measured_work

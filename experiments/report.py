@@ -19,7 +19,7 @@ from costs import trace as traces
 from experiments.compare import asked_for
 from experiments.compare_sheets import sheets_of
 from experiments.comparison import Comparison, compared
-from experiments.compose import Refused
+from experiments.refused import Refused
 from experiments.report_figures import PlotlyFigure, figures_of, memory_over_time, timeline
 from experiments.sheets import Sheet
 

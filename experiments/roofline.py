@@ -36,7 +36,8 @@ def measure() -> dict[str, Any]:
     n = dist.get_world_size()
     sent = best(lambda: dist.all_reduce(message), 10)
     return {
-        "peak_flops_per_s": peak,
+        # the best product found is the peak, whichever loop found it
+        "peak_flops_per_s": max(peak, *(each["flops_per_s"] for each in operators.values())),
         "memory_bytes_per_s": copied,
         "network_bytes_per_s": 2 * (n - 1) * ITEM * SENT / n / sent,
         "operators": operators,

@@ -18,7 +18,7 @@ from typing import Any
 from costs.ledger import MEMORY_PARTS, TIME_PARTS
 from experiments.config_differences import OF_THE_BATCHES, Difference, Differences
 from experiments.find_runs import Run
-from experiments.step_log import half_spread
+from experiments.step_log import half_spread, timed_seconds
 
 STEP, PEAK, WIRE, TOKENS = "time_s.total", "memory_bytes.peak", "wire_bytes", "tokens_per_s"
 EXPOSED = "time_s.exposed_communication"
@@ -94,10 +94,10 @@ def time_noise(run: Run) -> float | None:
     """Of a step of this run, seconds. A simulation has none."""
     if run.source != "measured":
         return 0.0
-    if run.log is None:
+    if run.seconds is None:
         return None
     compiled = bool(run.ledger["config"].get("compile"))
-    return half_spread(run.log.timed(run.ledger["training"]["steps"], compiled))
+    return half_spread(timed_seconds(run.seconds, run.ledger["training"]["steps"], compiled))
 
 
 def _bytes_of(rows: list[dict[str, Any]] | None) -> Costs:

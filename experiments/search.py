@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.compose import Refused, configs_of
+from experiments.compose import configs_of
 from experiments.console import human_bytes
 from experiments.plan_config import SearchConfig, axes_of
+from experiments.refused import Refused
 from experiments.scale import run_to_the_end
 from experiments.search_tables import show
 from simulator.at_scale import HOUR

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from costs import ledger as ledgers
-from experiments.compose import Refused, configs_of
+from experiments.compose import configs_of
 from experiments.console import (
     DASH,
     costs_tables,
@@ -27,6 +27,7 @@ from experiments.console import (
     share,
 )
 from experiments.plan_config import Method, SimulateConfig, plain
+from experiments.refused import Refused
 from experiments.run_folder import make_folder
 from experiments.scale import run_to_the_end, say_scale
 from parallel.layout import Impl

@@ -9,7 +9,7 @@ from parallel.layout import ActivationCheckpointing, Layout, Options
 
 MUCH = 0.15  # of a step: worth changing something for
 ROOM = 0.5  # of the memory: so much is free that less recomputation may fit
-GIB = 2**30
+GB = 1e9  # as all that is printed beside it
 
 
 def verdict(
@@ -18,10 +18,10 @@ def verdict(
     """`memory_bytes`: of the device."""
     step = step_of(steps)
     peak = step["memory_bytes"]["peak"]
-    gap = abs(memory_bytes - peak) / GIB
+    gap = abs(memory_bytes - peak) / GB
     if peak > memory_bytes:
-        return f"does not fit, by {gap:.1f} GiB: {_fullest(step, layout, options)}"
-    said = f"fits, with {gap:.1f} GiB to spare"
+        return f"does not fit, by {gap:.1f} GB: {_fullest(step, layout, options)}"
+    said = f"fits, with {gap:.1f} GB to spare"
     if step["time_s"]["total"] is None:
         return said
     return f"{said}; {_slowest(step, layout, options, peak / memory_bytes)}"

@@ -14,10 +14,10 @@ import torch
 
 from costs import ledger as ledgers
 from experiments import environment as machine
-from experiments.compose import Refused
 from experiments.config import TrainConfig
 from experiments.parity import VARIANTS, Trajectory, compare, make_config, trajectories
 from experiments.ranks import run_ranks
+from experiments.refused import Refused
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, Impl, Layout, Precision
 from simulator.communication import payload_bytes

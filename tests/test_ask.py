@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import ask, launch
+from experiments import ask, kept, launch, search
 from experiments.__main__ import main
 from experiments.answer import Answer, Picture, Table, markdown, say
 from experiments.ask_words import nearest, wanted
@@ -16,7 +18,10 @@ from experiments.evidence import Evidence, Run, RunFailed, value_at
 from experiments.node_bytes import leaving
 from experiments.overrides import composed
 from experiments.quantity import Quantity, combined, formula, mean, published
+from experiments.search import find
 from tests.launching import SMALL
+
+PACKAGES = ("costs", "minigpt", "parallel", "simulator")
 
 
 def measured(value: float, unit: str = "B") -> Quantity:
@@ -49,6 +54,7 @@ def test_places_of_a_ledger() -> None:
     assert value_at(ledger, "step.rows[axis=tp,phase=backward].bytes") == 4
     assert value_at(ledger, "step.rows[].bytes") == 12
     assert value_at(ledger, "step.unseen[axis=tp].bytes") is None
+    assert value_at({"rejected": {"out of memory": 3}}, "rejected[out of memory]") == 3
     with pytest.raises(ValueError, match="was not measured"):
         Run("x", ledger, "runs/x", "measured").at("step.unseen", "B")
     with pytest.raises(KeyError):
@@ -137,7 +143,10 @@ def test_a_model_a_cluster_and_a_number(
     assert (found.model, found.cluster, found.gpus) == (model, cluster, gpus)
 
 
-def test_free_words_run_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+def test_free_words_run_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what it finds is kept
     assert main(["ask", "8B on 8 H100", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert main(["search", "model=llama3_8b", "cluster=h100", "gpus=8", "--json"]) == 0
@@ -166,6 +175,58 @@ def test_keys_compose_as_on_a_command_line() -> None:
     config = composed("train", ("strategy=single", "layout.tp=2", "clip=null", "precision=bf16"))
     assert config.layout.tp == 2 and config.layout.dp_replicate == 1 and config.clip is None
     assert config.precision.value == "bf16" and config.seq_len == config.model.context
+
+
+def test_a_search_is_kept_until_the_question_or_the_simulator_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = ("model=gpt2_xl", "cluster=h100", "gpus=2", "schedule=[1f1b]")
+    first = Evidence().searched("a", *keys)
+    (path,) = Path("runs/ask").glob("search-*.json")
+    done: list[Any] = []
+
+    def noted(config: Any) -> Any:
+        done.append(config)
+        return find(config)
+
+    monkeypatch.setattr(search, "find", noted)
+    assert Evidence().searched("a", *keys) == first and not done
+    for others in (("gpus=4",), ("cluster.between_nodes.bandwidth=1e9",), ("top=1",)):
+        Evidence().searched("b", *keys, *others)
+    assert len(done) == 3
+    assert Evidence(again=True).searched("a", *keys) == first and len(done) == 4
+    path.write_text(path.read_text()[:100])  # cut short
+    assert Evidence().searched("a", *keys) == first and len(done) == 5
+    monkeypatch.setattr(kept, "code_of", lambda *_: "another version")
+    assert Evidence().searched("a", *keys) == first and len(done) == 6
+    assert Evidence().searched("a", *keys) == first and len(done) == 6
+
+
+def test_the_version_of_code_is_that_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    version = kept.code_of.__wrapped__
+    (tmp_path / "simulator" / "deep").mkdir(parents=True)
+    (tmp_path / "simulator" / "deep" / "a.py").write_text("x = 1")
+    first = version("simulator")
+    assert version("simulator") == first
+    (tmp_path / "simulator" / "notes.txt").write_text("no code")
+    assert version("simulator") == first
+    (tmp_path / "simulator" / "deep" / "a.py").write_text("x = 2")
+    assert version("simulator") != first
+
+
+def test_all_that_a_search_runs_is_in_its_version() -> None:
+    """Modules of ours that experiments.search loads are hashed, but for what reads and prints."""
+    code = "import sys, experiments.search; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours = [m for m in done.stdout.split() if m.startswith((*PACKAGES, "experiments."))]
+    paths = {m.replace(".", "/") + ".py" for m in ours} | set(PACKAGES)
+    left = {p for p in paths if not p.startswith(kept.SIMULATOR) and p not in kept.SIMULATOR}
+    asks = ("compose", "config", "console", "overrides", "refused", "search_tables")
+    assert left <= {f"experiments/{name}.py" for name in asks}
 
 
 def test_bytes_between_nodes() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from experiments import clusters
 from experiments.calibrate import yaml_of
-from experiments.compose import Refused
 from experiments.fit import replaced
+from experiments.refused import Refused
 from simulator.hardware import Cluster, Device, Peak, numbers, tables
 from simulator.published import GPUS
 

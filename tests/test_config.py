@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.compose import CONFIGS, SCHEMAS, Refused
+from experiments.compose import CONFIGS, SCHEMAS
 from experiments.config import TrainConfig
 from experiments.environment import check_memory, settle
+from experiments.refused import Refused
 from minigpt.config import LR_TIMES_WIDTH, ModelConfig
 from parallel.layout import Layout
 from tests.configs import compose

@@ -12,12 +12,12 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
-from experiments.compose import Refused
 from experiments.config import TrainConfig
 from experiments.debug import command as command_module
 from experiments.debug.diagnose import diagnose
 from experiments.debug.faults import FAULTS, NONE, fault_of
 from experiments.debug.figures import ELSEWHERE, SOUND, run, run_all
+from experiments.refused import Refused
 from minigpt import model
 from tests.configs import compose
 from tests.launching import ROOT, launch, only_run

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from experiments import clusters
 from experiments.__main__ import main
-from experiments.compose import Refused, keys_of
+from experiments.compose import keys_of
 from experiments.config import TrainConfig
 from experiments.parity import make_config
+from experiments.refused import Refused
 from experiments.run_folder import Launched, read_config, read_launched, write_config
 from experiments.score import ROWS
 from experiments.step_log import read_metrics

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 
 from experiments.evidence import Evidence
 from experiments.overrides import composed
-from experiments.playground import SLIDERS, moved_to
+from experiments.playground import LISTS, SLIDERS, moved_to
 from experiments.playground_plan import Controls, View, choices, view
 from experiments.playground_results import results_of
+from experiments.playground_speed import moves_of, started
 from experiments.playground_svg import joined, passes_of
 from simulator.coarse_programs import coarse_programs
 from simulator.event_times import EventTimes
@@ -26,7 +21,6 @@ from simulator.plan_programs import programs_of
 from simulator.replay import replay
 from tests.browser import opened
 
-ROOT = Path(__file__).resolve().parents[1]
 START = Controls()
 PLACES = [
     START,
@@ -34,6 +28,7 @@ PLACES = [
     replace(START, schedule="zbv_zero_bubble", activation_checkpointing="full"),
     replace(START, cp=2, dp_shard=2, precision="fp32", sequence_parallel=False),
     replace(START, model="llama3_70b", cluster="a100_80g", tp=8, dp_shard=1, dp_replicate=2),
+    replace(START, model="gpt2", cluster="laptop", pp=1, tp=1, seq_len=1024),
 ]
 
 
@@ -101,6 +96,12 @@ def test_every_choice_of_every_list_is_taken() -> None:
             assert isinstance(shown, View) and (shown.step or shown.refused), (key, name)
 
 
+def test_the_speed_command_moves_every_control_as_the_page_can() -> None:
+    moves = moves_of(START)
+    assert {key for key, _ in moves} == {*SLIDERS, *LISTS, "sequence_parallel"}
+    assert all(moved_to(START, key, value) != START for key, value in moves)
+
+
 def test_only_what_a_control_can_say_is_taken() -> None:
     assert moved_to(START, "tp", 8).tp == 8 and moved_to(START, "zero_stage", "3").zero_stage == 3
     assert moved_to(START, "sequence_parallel", False).sequence_parallel is False
@@ -113,35 +114,14 @@ def test_only_what_a_control_can_say_is_taken() -> None:
 def address() -> Iterator[str]:
     """A playground on a free port."""
     pytest.importorskip("nicegui")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "experiments", "playground", f"port={port}"]
-    # nicegui would take itself for a test of its own
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL)
-    try:
-        wait_for(port, process)
+    with started() as (address, process):
         listening = [
             c.laddr.ip
             for c in psutil.Process(process.pid).net_connections("inet")
             if c.status == psutil.CONN_LISTEN
         ]
         assert listening == ["127.0.0.1"]
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def wait_for(port: int, process: subprocess.Popen) -> None:
-    for _ in range(600):
-        assert process.poll() is None, "the playground ended"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError("the playground does not answer")
+        yield address
 
 
 @pytest.mark.slow

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.step_log import followed_steps, half_spread, read_log, untimed_steps
+from experiments.step_log import followed_steps, half_spread, read_seconds, untimed_steps
 
 
 def test_a_log_that_was_cut_off_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"loss": 3.0, "step_s": 0.5}\n{"loss": null, "step_s": 0.25}\n{"loss": 2')
-    log = read_log(path)
-    assert (log.losses, log.seconds) == ([3.0, None], [0.5, 0.25])
+    path.write_text('{"loss": 3.0, "step_s": 0.5}\n{"step_s": 2.5e-05, "loss": 1}\n{"loss": 2')
+    assert read_seconds(path) == [0.5, 2.5e-05]
     path.write_text("")
-    assert read_log(path).losses == []
+    assert read_seconds(path) == []
+
+
+@pytest.mark.parametrize("line", ['{"loss": 3.0}', '{"step_s": null}', '{"step_s": "1"}', "x", ""])
+def test_a_line_without_seconds_is_no_line_of_a_log(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step_s": 0.5}}\n{line}\n{{"step_s": 1}}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl: not a log of steps: 3 lines, 2 with"):
+        read_seconds(path)
+
+
+def test_what_a_run_writes_is_read_back(tmp_path: Path) -> None:
+    seconds = [0.1, 1.0, 3.3e-07, 12345.678, 1e22]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": 0, "step_s": s}) + "\n" for s in seconds))
+    assert read_seconds(path) == seconds
 
 
 def test_warm_up_and_followed_steps_are_not_timed() -> None:

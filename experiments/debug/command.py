@@ -19,10 +19,11 @@ from rich.table import Table
 
 from experiments import environment
 from experiments.commands import Command, print_rows
-from experiments.compose import Refused, run_hydra, to_config
+from experiments.compose import run_hydra, to_config
 from experiments.config import Device, TrainConfig
 from experiments.console import make_console
 from experiments.launch import Torchrun
+from experiments.refused import Refused
 from experiments.run_folder import make_folder
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments import assemble
-from experiments.compose import Refused
 from experiments.config import TrainConfig
 from experiments.debug.patches import (
     Bug,
@@ -31,6 +30,7 @@ from experiments.debug.patches import (
     without_mask,
 )
 from experiments.ranks import run_ranks
+from experiments.refused import Refused
 from minigpt import model
 from minigpt.config import Pieces
 from minigpt.model import GPT

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, agreement, on_laptop
-from experiments.compose import Refused
+from experiments.ask_runs import SECONDS, agreement, fits, h100_memory, on_laptop
 from experiments.evidence import Evidence, Run
+from experiments.kept import SIMULATOR, code_of
 from experiments.overrides import composed
 from experiments.quantity import SHARE, Quantity, formula, mean
+from experiments.refused import Refused
 from parallel.layout import PipelineConfig, PipelineSchedule
 from parallel.stages import ideal_bubble
 from simulator.coarse_programs import coarse_timeline
@@ -61,7 +62,7 @@ def answer(evidence: Evidence) -> Answer:
         conclusion=[
             law(runs),
             *by_schedule(known),
-            price(known),
+            *price(known),
             *filling(known),
         ],
         tables=[measured_table(runs), bubble_table(known), memory_table(known)],
@@ -116,8 +117,9 @@ def law(runs: dict[tuple[str, int], Run]) -> Said:
     few, many = MEASURED[0], MEASURED[-1]
     a, b = runs[BASE, few], runs[BASE, many]
     return say(
-        "1F1B idles (p-1)/(m+p-1) of forward and backward: on two stages with {few} micro-batches "
-        "{ideal_a} and measured {a}, with {many} {ideal_b} and {b}.",
+        "1F1B and GPipe idle (p-1)/(m+p-1) of forward and backward, with v stages a rank "
+        "(p-1)/(v m+p-1), and where the backward is split (p-1)/(3 v m+p-1). 1F1B on two stages "
+        "with {few} micro-batches: {ideal_a}, and measured {a}; with {many}: {ideal_b} and {b}.",
         few=few,
         ideal_a=ideal(a),
         a=measured_bubble(a),
@@ -136,7 +138,7 @@ def by_schedule(known: dict[tuple[str, int], Run]) -> list[Said]:
     return [say("On eight stages with {m} micro-batches: {all}.", m=count, all=listed(each))]
 
 
-def price(known: dict[tuple[str, int], Run]) -> Said:
+def price(known: dict[tuple[str, int], Run]) -> list[Said]:
     """What a smaller bubble costs in memory, beside 1F1B."""
     count = COUNTS[1]
     base = known[BASE, count]
@@ -146,13 +148,21 @@ def price(known: dict[tuple[str, int], Run]) -> Said:
         if run is None or schedule == BASE:
             continue
         each.append(say("{s} {m}", s=schedule, m=fullest(run) / fullest(base)))
-    return say(
-        "In memory, beside 1F1B's {base} of the fullest rank (Llama 3 70B, pp8-tp8, {m} "
-        "micro-batches): {all}.",
-        base=fullest(base),
-        m=count,
-        all=listed(each),
-    )
+    limit, fitting = h100_memory(base), [key for key, run in known.items() if fits(run)]
+    return [
+        say(
+            "In memory, beside 1F1B's {base} of the fullest rank (Llama 3 70B, pp8-tp8, {m} "
+            "micro-batches): {all}.",
+            base=fullest(base),
+            m=count,
+            all=listed(each),
+        ),
+        say(
+            "Without checkpointing these fit an H100's {limit}: {which}.",
+            limit=limit,
+            which=", ".join(f"{s} with m = {m}" for s, m in fitting) or "none",
+        ),
+    ]
 
 
 def filling(known: dict[tuple[str, int], Run]) -> list[Said]:
@@ -243,5 +253,5 @@ def timelines() -> Picture:
         "schedules",
         "one step of Llama 3 8B on four H100, 8 micro-batches",
         draw,
-        str((shown, keys)),
+        str((shown, keys, code_of(*SIMULATOR))),
     )

@@ -70,6 +70,7 @@ def answer(evidence: Evidence) -> Answer:
     return Answer(
         conclusion=[
             *least(there, eight),
+            once(evidence),
             same_order(here, there, runs),
             crossing(evidence),
             seconds(evidence),
@@ -102,10 +103,13 @@ def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
     order = sorted(there, key=lambda name: there[name].value)
     fitting = [name for name in order if fits(eight[name])]
     three = [name for name in order if name.endswith("over all")]
+    out = [say("{n} ({m})", n=n, m=eight[n].memory()) for n in three if n not in fitting]
+    too_large = say(" Of these do not fit a device: {n}.", n=listed(out)) if out else Said("")
     said = [
         say(
             "Of the three, over all 8 H100 of two nodes, Llama 3 8B sends least between the nodes "
-            "with {a} ({x} a step), then {b} ({y}), most with {c} ({z}).",
+            "with {a} ({x} a step), then {b} ({y}), most with {c} ({z}).{too_large}",
+            too_large=too_large,
             a=three[0],
             x=there[three[0]],
             b=three[1],
@@ -128,6 +132,21 @@ def least(there: dict[str, Quantity], eight: dict[str, Run]) -> list[Said]:
         )
     )
     return said
+
+
+def once(evidence: Evidence) -> Said:
+    """FSDP's bytes are those of its micro-batches."""
+    name = "FSDP over all"
+    many = leaving(simulated(evidence, name, EIGHT[name]), 4)
+    one = leaving(simulated(evidence, name, (EIGHT[name][0], "gradient_accumulation_steps=1")), 4)
+    ddp = leaving(simulated(evidence, "DDP over all", EIGHT["DDP over all"]), 4)
+    return say(
+        "FSDP gathers its weights again for each of 8 micro-batches; with a single one it sends "
+        "{one}, {share} of what it sends with 8 and {times} DDP's, which sends as much either way.",
+        one=one,
+        share=(one / many).as_share(),
+        times=one / ddp,
+    )
 
 
 def same_order(here: dict[str, Quantity], there: dict[str, Quantity], runs: dict[str, Run]) -> Said:
@@ -157,13 +176,12 @@ def crossing(evidence: Evidence) -> Said:
         f"{ddp.run}; {tp.run}",
         f"({tokens.where}) x DDP's bytes / TP's",
     )
-    relation = "above" if tokens.value > even.value else "below"
     return say(
-        "TP's bytes grow with the tokens and DDP's do not: they are equal at {even} a step. {now} "
-        "a step are {relation} it.",
+        "TP's bytes grow with the tokens and DDP's do not: they are equal at {even} a step. The "
+        "{now} a step above are {relation} that.",
         even=even,
         now=tp_run.at("step.tokens", "tokens", "tokens of a step"),
-        relation=relation,
+        relation="more than" if tokens.value > even.value else "less than",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.answer import Answer, Said, Table, say
+from experiments.answer import Answer, Said, Table, listed, say
 from experiments.ask_runs import (
     SECONDS,
     SHAPE,
@@ -72,14 +72,19 @@ def answer(evidence: Evidence) -> Answer:
         n: evidence.simulated(f"8B {n}, 8 nodes", *LLAMA, *keys, APART) for n, keys in EIGHT.items()
     }
     return Answer(
-        conclusion=[*best_when(near, far), memory_order(runs), bytes_order(runs)],
+        conclusion=[
+            *best_when(near, far),
+            memory_order(runs),
+            *at_the_peak(runs),
+            bytes_order(runs),
+        ],
         tables=[measured_table(runs), simulated_table(near, far), best_table(evidence, near, far)],
         carries_over=agreement(list(runs.values()), twins),
         does_not=[
             say(
                 "The order of the bytes: DDP and FSDP send by the parameters, TP, PP and CP by the "
-                "tokens, and this model is {p} parameters on {t} tokens a step.",
-                p=runs["DDP"].at("model.parameters", COUNT, "parameters"),
+                "tokens, and this model is {p} on {t} tokens a step.",
+                p=runs["DDP"].at("model.parameters", "parameters", "parameters"),
                 t=runs["DDP"].at("step.tokens", COUNT, "tokens"),
             ),
             SECONDS,
@@ -103,15 +108,35 @@ def memory_order(runs: dict[str, Run]) -> Said:
     )
 
 
+def at_the_peak(runs: dict[str, Run]) -> list[Said]:
+    """Why the gradients of a table of peaks may be few."""
+    alone, ddp, pp = (runs[n].memory("gradients") for n in ("one process", "DDP", "PP (1F1B)"))
+    if alone.value >= min(ddp.value, pp.value):
+        return []
+    return [
+        say(
+            "A rank is fullest when a backward begins, before its gradients are there ({alone} in "
+            "one process): they are there where a buffer for them stays (DDP's buckets, {ddp}) or "
+            "an earlier micro-batch has left its own (PP, {pp}).",
+            alone=alone,
+            ddp=ddp,
+            pp=pp,
+        )
+    ]
+
+
 def bytes_order(runs: dict[str, Run]) -> Said:
     """Who sends how many times DDP's bytes."""
-    ddp = runs["DDP"]
-    others = [n for n in runs if n not in ("one process", "DDP")]
-    order = sorted(others, key=lambda name: runs[name].payload().value)
-    each = [say("{n} {r}", n=name, r=runs[name].payload() / ddp.payload()).text for name in order]
-    numbers = tuple(runs[name].payload() / ddp.payload() for name in order)
-    text = f"Bytes of a rank and step, in DDP's ({ddp.payload()}): {', '.join(each)}."
-    return Said(text, (ddp.payload(), *numbers))
+    ddp = runs["DDP"].wire()
+    sent = {n: run.wire() / ddp for n, run in runs.items() if n not in ("one process", "DDP")}
+    order = sorted(sent, key=lambda name: sent[name].value)
+    return say(
+        "What a rank sends in a step, in DDP's {ddp}: {all}. An all_reduce is a reduce_scatter "
+        "and an all_gather: ZeRO-2 sends the two apart, and ZeRO-3 gathers once more, for the "
+        "backward.",
+        ddp=ddp,
+        all=listed([say("{n} {r}", n=name, r=sent[name]) for name in order]),
+    )
 
 
 def best_when(near: dict[str, Run], far: dict[str, Run]) -> list[Said]:
@@ -121,7 +146,7 @@ def best_when(near: dict[str, Run], far: dict[str, Run]) -> list[Said]:
     said = [
         say(
             "DDP while everything fits each device: {each:g} bytes a parameter make {most} "
-            "parameters on an H100 before any activation; 8B in DDP takes {peak}, {fits} {limit}.",
+            "on an H100 before any activation; 8B in DDP takes {peak}, {fits} {limit}.",
             each=BYTES_OF_A_PARAMETER,
             most=most,
             peak=ddp.memory(),
@@ -170,7 +195,7 @@ def most_parameters(ddp: Run) -> Quantity:
     """What fits one device without any activation, in fp32 with AdamW."""
     each = formula("fp32 weight, gradient, two moments", BYTES_OF_A_PARAMETER, "B", "4 x 4 bytes")
     ratio = h100_memory(ddp) / each
-    return replace(ratio, unit=COUNT, label="parameters that fit one H100")
+    return replace(ratio, unit="parameters", label="parameters that fit one H100")
 
 
 def best_table(evidence: Evidence, near: dict[str, Run], far: dict[str, Run]) -> Table:
@@ -180,9 +205,7 @@ def best_table(evidence: Evidence, near: dict[str, Run], far: dict[str, Run]) ->
     ddp, tp, pp = near["DDP"], near["TP + sequence"], near["PP (1F1B)"]
     optimizer = (ddp.memory("optimizer") / ddp.memory()).as_share()
     when = {
-        "DDP": say(
-            "all states fit a device: up to {n} parameters on an H100", n=most_parameters(ddp)
-        ),
+        "DDP": say("all states fit a device: up to {n} on an H100", n=most_parameters(ddp)),
         "ZeRO-2": say(
             "the model fits but its optimizer does not: {o} of DDP's peak for 8B; {t} a step in "
             "the node, DDP's {d}",
@@ -233,7 +256,7 @@ def measured_table(runs: dict[str, Run]) -> Table:
             *[held(run, alone, part) for part in SHARED],
             run.memory("gradients"),
             ((alone.memory() - run.memory()) / alone.memory()).as_share(),
-            run.payload(),
+            run.wire(),
         ]
         for name, run in runs.items()
     ]

@@ -68,7 +68,7 @@ def simulated(evidence: Evidence, kind: str, count: int) -> Run:
 
 
 def grew(runs: dict[tuple[str, int], Run], kind: str) -> Quantity:
-    return runs[kind, COUNTS[-1]].payload() / runs[kind, COUNTS[0]].payload()
+    return runs[kind, COUNTS[-1]].wire() / runs[kind, COUNTS[0]].wire()
 
 
 def communication(runs: dict[tuple[str, int], Run]) -> list[Said]:
@@ -76,12 +76,12 @@ def communication(runs: dict[tuple[str, int], Run]) -> list[Said]:
     for kind in AXES:
         times = grew(runs, kind)
         if abs(times.value - 1) < 0.01:
-            text = "{kind} sends as much with {n} micro-batches as with one ({bytes} a rank): "
-            text += "gradients are added up here and sent once."
+            text = "{kind} sends as much with {n} micro-batches as with one ({bytes} a rank and "
+            text += "step): gradients are added up here and sent once."
         else:
-            text = "{kind} sends {times} with {n} micro-batches ({bytes} a rank): weights are "
-            text += "gathered again for each, and gradients scattered."
-        bytes_sent = runs[kind, COUNTS[-1]].payload()
+            text = "{kind} sends {times} as much with {n} micro-batches ({bytes} a rank and step): "
+            text += "weights are gathered again for each, and gradients scattered."
+        bytes_sent = runs[kind, COUNTS[-1]].wire()
         said.append(say(text, kind=kind, n=COUNTS[-1], bytes=bytes_sent, times=times))
     return said
 
@@ -151,7 +151,7 @@ def table(title: str, runs: dict[tuple[str, int], Run], losses: bool) -> Table:
         row = [
             kind,
             str(count),
-            run.payload(),
+            run.wire(),
             run.memory(),
             run.memory("activations"),
             run.memory("gradients"),

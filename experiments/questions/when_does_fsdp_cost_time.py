@@ -10,6 +10,7 @@ from experiments.ask_runs import (
     SHAPE,
     TWELVE_STEPS,
     agreement,
+    fits,
     on_laptop,
     share_of_step,
 )
@@ -118,15 +119,17 @@ def sharded(curves: dict[str, dict[int, tuple[Run, Run]]]) -> list[Said]:
     for network, pairs in curves.items():
         hidden = [t for t, pair in pairs.items() if exposed(pair[0]).value <= NOTICED]
         enough = next((t for t in TOKENS if all(u in hidden for u in TOKENS if u >= t)), None)
-        verdict = f"at none of these is it below {NOTICED:.0%}"
+        verdict = say("at none of these is it below {n:.0%}", n=NOTICED)
         if enough is not None:
-            verdict = f"it is below {NOTICED:.0%} from {enough:,} tokens on"
+            least = pairs[enough][0].at("config.seq_len", "tokens", "tokens of a micro-batch")
+            verdict = say("it is below {n:.0%} from {least} on", n=NOTICED, least=least)
         few, many = pairs[TOKENS[0]], pairs[TOKENS[-1]]
         said.append(
             say(
                 "Llama 3 8B on 64 H100, {network} a GPU between nodes, {m} micro-batches: FSDP's "
                 "messages are exposed for {few} of the step with {a:,} tokens a micro-batch and "
-                "for {many} with {b:,}; {verdict}. Its step takes {x} and {y} DDP's.",
+                "for {many} with {b:,}; {verdict}. Its step takes {x} and {y} that of DDP, "
+                "{ddp}.",
                 network=network,
                 m=COUNT,
                 few=exposed(few[0]),
@@ -136,9 +139,16 @@ def sharded(curves: dict[str, dict[int, tuple[Run, Run]]]) -> list[Said]:
                 verdict=verdict,
                 x=extra(few),
                 y=extra(many),
+                ddp=if_it_fitted(many[1]),
             )
         )
     return said
+
+
+def if_it_fitted(ddp: Run) -> Said:
+    """DDP's seconds are known whether or not its memory is there."""
+    text = "which fits" if fits(ddp) else "which would need {m} a device and does not fit"
+    return say(text, m=ddp.memory())
 
 
 def low_bytes(evidence: Evidence) -> Said:

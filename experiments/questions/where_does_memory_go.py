@@ -19,7 +19,7 @@ from experiments.ask_runs import (
     states,
 )
 from experiments.evidence import Evidence, Run
-from experiments.quantity import COUNT, Quantity
+from experiments.quantity import COUNT, Quantity, formula
 
 QUESTION = (
     "Where does memory go, and what does each remedy save (bf16, checkpointing, accumulation, "
@@ -103,7 +103,7 @@ def answer(evidence: Evidence) -> Answer:
             *alone(runs),
             together(runs),
             *on_h100(eight, device),
-            say("Offload is for GPUs, and refused here: {why}.", why=offload),
+            offloading(eight, offload),
         ],
         tables=[
             memory_table("two ranks of this machine, 16 sequences of 128 a step", runs),
@@ -205,6 +205,28 @@ def on_h100(eight: dict[str, Run], device: Quantity) -> list[Said]:
             )
         )
     return said
+
+
+def offloading(eight: dict[str, Run], refusal: Run | str) -> Said:
+    """What waits on the host beside full checkpointing, and that a processor has none."""
+    run = eight["bf16 + ZeRO-3 + full"]
+    config = run.ledger["config"]
+    model, size = config["model"], config["micro_batch_size"] * config["seq_len"]
+    inputs = formula(
+        "inputs of all blocks in bf16",
+        2 * model["n_layer"] * size * model["d_model"],
+        "B",
+        "parallel/activation_checkpointing.py, offload",
+        "2 L B T D",
+    )
+    return say(
+        "Offload moves to the host what full checkpointing keeps, the input of each block: with "
+        "ZeRO-3 on 8 H100 {inputs} of its {activations} activations, for copies over PCIe. It is "
+        "for GPUs, and refused here: {why}.",
+        inputs=inputs,
+        activations=run.memory("activations"),
+        why=refusal,
+    )
 
 
 def recomputation(runs: dict[str, Run], eight: dict[str, Run]) -> Said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from experiments.answer import Answer, Cell, Said, Table, listed, say
 from experiments.ask_runs import (
@@ -15,7 +16,15 @@ from experiments.ask_runs import (
     states,
     strategy,
 )
-from experiments.ask_search import HEAD, cells_of, described, headline, plan_number, plans_table
+from experiments.ask_search import (
+    HEAD,
+    cells_of,
+    described,
+    headline,
+    part,
+    plan_number,
+    plans_table,
+)
 from experiments.evidence import Evidence, Run
 from experiments.quantity import COUNT, SHARE, Quantity, formula, published
 
@@ -54,6 +63,8 @@ LLAMA3 = (
     "Llama team 2024, The Llama 3 Herd of Models, table 4: row llama3-002 of "
     "experiments/published/measured.csv"
 )
+SEQ_LEN = 8192  # of Llama 3: its context, where nothing else is asked for
+HIDDEN = 0.05  # of a step: what is lost to messages and bubbles below it is little
 CHECKED = ("DDP", "FSDP (ZeRO-3)", "TP", "PP (1F1B)")
 
 
@@ -67,7 +78,7 @@ def answer(evidence: Evidence) -> Answer:
             why_split(evidence),
             *winner(families),
             *others(families),
-            by_size(sizes),
+            *by_size(sizes),
             practice(),
         ],
         tables=[family_table(families), size_table(sizes), plans_table(families[FREE])],
@@ -129,18 +140,44 @@ def winner(families: dict[str, Run]) -> list[Said]:
     if not best.ledger["plans"]:
         return [say("No plan fits.")]
     plan = best.ledger["plans"][0]
-    sizes = plan["layout"]
-    used = [axis for axis in ("pp", "tp", "cp", "dp_shard", "dp_replicate") if sizes[axis] > 1]
+    lost = {kind: part(best, 0, kind) for kind in ("exposed_communication", "bubble")}
+    most = max(lost.values(), key=lambda share: share.value)
+    hidden = (
+        "what it sends is hidden behind the compute of {tokens:,} tokens a device and micro-batch"
+        if most.value < HIDDEN
+        else "{tokens:,} tokens a device and micro-batch do not hide what it sends"
+    )
+    tokens = plan["micro_batch_size"] * SEQ_LEN // (plan["layout"]["tp"] * plan["layout"]["cp"])
     return [
         say(
-            "Of {n} plans on 512 H100 the fastest that fits is {how}: {time} a step, MFU {mfu}, "
-            "{memory} a device. It uses {used}.",
+            "Of {n} plans on 512 H100 the fastest that fits is {words}: {how}. A step takes {time} "
+            "(MFU {mfu}), and a device holds {memory}.",
             n=best.at("predicted", COUNT, "plans"),
+            words=in_words(plan),
             how=described(plan),
             **headline(best, 0),
-            used=" and ".join(f"{axis}={sizes[axis]}" for axis in used),
-        )
+        ),
+        say(
+            "Why: of its step {exposed} is exposed communication and {bubble} bubble; {hidden}.",
+            exposed=lost["exposed_communication"],
+            bubble=lost["bubble"],
+            hidden=hidden.format(tokens=tokens),
+        ),
     ]
+
+
+def in_words(plan: dict[str, Any]) -> str:
+    """The axes that a layout uses, by the names that people give them."""
+    sizes = plan["layout"]
+    shards = "FSDP" if plan["zero_stage"] == 3 else f"ZeRO-{plan['zero_stage']}"
+    names = {
+        "pp": "a pipeline of {n} stages",
+        "tp": "tensor parallel {n}",
+        "cp": "context parallel {n}",
+        "dp_shard": shards + " over {n}",
+        "dp_replicate": "{n} replicas",
+    }
+    return " x ".join(text.format(n=sizes[a]) for a, text in names.items() if sizes[a] > 1)
 
 
 def others(families: dict[str, Run]) -> list[Said]:
@@ -154,15 +191,20 @@ def others(families: dict[str, Run]) -> list[Said]:
     for name, run in families.items():
         if name in (FREE, *misses):
             continue
+        if run.ledger["plans"][0]["layout"] == free.ledger["plans"][0]["layout"]:
+            continue  # it is the winner
         times = plan_number(run, 0, "time_s", "s") / plan_number(free, 0, "time_s", "s")
         losses = {
             kind: part_seconds(run, kind).value - part_seconds(free, kind).value
             for kind in ("compute", "exposed_communication", "bubble")
         }
         by = max(losses, key=lambda kind: losses[kind])
-        where = f", by {by.replace('_', ' ')}" if times.value > 1.005 else ""
-        slower.append(say("{n} takes {t}{w}", n=name, t=times, w=where))
-    said.append(say("Beside it the best of each family: {all}.", all=listed(slower)))
+        where = f" ({by.replace('_', ' ')})" if times.value > 1.005 else ""
+        slower.append(say("{n} {t}{w}", n=name, t=times, w=where))
+    if slower:
+        text = "The best of each other family takes, of that time: {all}. In brackets what most "
+        text += "of the difference is."
+        said.append(say(text, all=listed(slower)))
     return said
 
 
@@ -170,30 +212,55 @@ def part_seconds(run: Run, kind: str) -> Quantity:
     return plan_number(run, 0, f"time_parts.{kind}", "s")
 
 
-def by_size(sizes: dict[str, Run]) -> Said:
-    """What the winner splits as model and cluster grow."""
-    each = []
+def by_size(sizes: dict[str, Run]) -> list[Said]:
+    """What the winner splits as model and cluster grow, and where the batch makes it split."""
+    each, short = [], []
     for name, run in sizes.items():
         if not run.ledger["plans"]:
             each.append(say("{n}: nothing fits", n=name))
             continue
-        label = run.ledger["plans"][0]["label"]
-        each.append(say("{n}: {l} (MFU {m})", n=name, l=label, m=plan_number(run, 0, "mfu", SHARE)))
-    return say("By size: {all}.", all=listed(each))
+        plan = run.ledger["plans"][0]
+        mfu = plan_number(run, 0, "mfu", SHARE)
+        each.append(say("{n}: {w} (MFU {m})", n=name, w=in_words(plan), m=mfu))
+        axes = plan["layout"]
+        data = axes["dp_replicate"] * axes["dp_shard"]
+        sequences = plan["micro_batch_size"] * plan["gradient_accumulation_steps"] * data
+        devices = data * axes["pp"] * axes["tp"] * axes["cp"]
+        if sequences < devices:
+            text = f"{name} GPUs has {sequences:,} sequences a step, {sequences / devices:g} a GPU"
+            short.append(text)
+    said = [say("By size: {all}.", all=listed(each))]
+    if short:
+        text = "; ".join(short)
+        said.append(
+            say(
+                "The batch decides too: {text}. Data parallelism gives each rank a sequence at "
+                "least, so there tp, cp or pp must share the sequences out.",
+                text=text,
+            )
+        )
+    return said
 
 
 def practice() -> Said:
     """What was run, and reached."""
     row = published_row("llama3-002")
-    gpus = f"{int(row['n_gpus']):,}"
+    gpus, sequences = int(row["n_gpus"]), int(row["global_batch_seqs"])
+    each = (
+        f": {gpus / sequences:g} GPUs for each of its {sequences:,} sequences, so that tp, cp or "
+        "pp had to share them out whatever the memory"
+        if gpus > sequences
+        else ""
+    )
     return say(
-        "What Meta ran for Llama 3 405B on {gpus} H100: tp{tp}, pp{pp}, the rest data parallel, "
-        "with {flops} a GPU.",
+        "What Meta ran for Llama 3 405B on {gpus:,} H100: tp{tp}, pp{pp}, the rest data parallel, "
+        "with {flops} a GPU{each}.",
         gpus=gpus,
+        each=each,
         tp=row["tp"],
         pp=row["pp"],
         flops=published(
-            f"Llama 3 405B on {gpus} H100: FLOP/s of a GPU",
+            f"Llama 3 405B on {gpus:,} H100: FLOP/s of a GPU",
             1e12 * float(row["tflops_per_gpu"]),
             "FLOP/s",
             LLAMA3,

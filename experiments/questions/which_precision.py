@@ -170,10 +170,11 @@ def guards(trials: dict[str, Run | str]) -> list[Said]:
             "So a loss goes NaN when an update was too large for what the formats can hold, most "
             "often by the learning rate. Four guards: clipping bounds what one update takes from "
             "a gradient; the scaler skips a step that overflowed in fp16; a loss or a norm that "
-            "is not finite stops the run before the update, with the weights of the step before "
-            "({stopped}). Where nothing overflows none of them speaks ({went_on}): then the "
+            "is not finite stops the run before the update, with the weights of the step before; "
+            "nonfinite=skip leaves out such a step, and stops where they go on. Stopped here: "
+            "{stopped}. Where nothing overflows the last two do not speak ({went_on}): then the "
             "loss itself is the sign.",
-            stopped="; ".join(stopped) or "no trial here",
+            stopped="; ".join(stopped) or "none of the trials",
             went_on="; ".join(went_on) or "no trial here",
         )
     )
