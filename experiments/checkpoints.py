@@ -21,15 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from parallel.damaged import Damaged
+
 FOLDER = "checkpoints"
 SCHEMA = "worldsize.checkpoint/1"
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 STEP = re.compile(r"step-(\d+)")
 PART = ".part"  # at the end of a name: not whole yet
-
-
-class Damaged(ValueError):
-    """A checkpoint that is not what was written; the message names the file."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import psutil
 
 from experiments import environment
 from experiments.config import TrainConfig
-from experiments.process import GRACE_S, RANK, TORCHRUN, Forwarding, die_with_parent
+from experiments.process import GRACE_S, ON_LOOPBACK, RANK, TORCHRUN, Forwarding, die_with_parent
 from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
 from experiments.run_weights import check_base, is_base
@@ -52,7 +52,7 @@ class Torchrun:
 
     @property
     def stands_alone(self) -> bool:
-        """One node, and the user named no rendezvous: torchrun finds a free port by itself."""
+        """One node, and the user named no rendezvous: a free port of the loopback is one."""
         elsewhere = ("--rdzv", "--master")
         return self.nodes == 1 and not any(o.startswith(elsewhere) for o in self.options)
 
@@ -128,7 +128,7 @@ def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list
     nodes that share a terminal leave it to the first of them."""
     options = [*torchrun.options]
     if torchrun.stands_alone:
-        options += ["--standalone"]
+        options += [f"--rdzv-backend={ON_LOOPBACK}"]
     if not any(o.replace("_", "-").startswith("--shutdown-timeout") for o in options):
         options += [f"--shutdown-timeout={GRACE_S}"]
     options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}"]

@@ -12,7 +12,8 @@ from types import FrameType
 import psutil
 
 GRACE_S = 10  # between asking the ranks to end and making them
-RANK, TORCHRUN = "experiments.worker", "torch.distributed.run"  # modules
+RANK, TORCHRUN = "experiments.worker", "experiments.agent"  # modules
+ON_LOOPBACK = "loopback"  # how the latter lets the ranks of one machine meet
 SAVE_S = 25  # between asking the ranks to save and ending them: SLURM's KillWait is 30
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import random
 import re
@@ -25,6 +24,7 @@ from experiments.trials import (
     few,
     losses_of,
     newest_in,
+    side_by_side,
     wait_for,
 )
 from parallel.layout import Layout
@@ -60,12 +60,10 @@ def kills(folder: Path, share: float) -> Iterator[str]:
     yield f"| strategy | ranks | {columns} | losses equal to the bit |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     total: Counter[str] = Counter()
-    for number, strategy in enumerate(STRATEGIES):
-        # what is left, shared by the strategies that are left
-        left = len(STRATEGIES) - number
-        wanted = math.ceil((few(KILLS, share) - total["kills"]) / left)
-        inside = math.ceil((few(INSIDE, share) - total["inside"]) / left)
-        kept, equal, runs = _kill(folder / strategy, strategy, wanted, inside)
+    parts = [list(shares(few(count, share), len(STRATEGIES))) for count in (KILLS, INSIDE)]
+    folders = [folder / strategy for strategy in STRATEGIES]
+    came = side_by_side(_kill, folders, STRATEGIES, *parts)
+    for strategy, (kept, equal, runs) in zip(STRATEGIES, came, strict=True):
         total += kept.counts
         yield kept.row(strategy, equal, runs)
     yield f"\nTogether: {total['kills']} kills, {total['inside']} inside of a save,"
@@ -74,19 +72,25 @@ def kills(folder: Path, share: float) -> Iterator[str]:
 
 
 def _kill(folder: Path, strategy: str, wanted: int, inside: int) -> tuple[Kills, int, int]:
-    """Runs of one strategy until so many kills: what came of them, runs that were equal, runs."""
-    asked = [*SMALL, f"strategy={strategy}", f"steps={LENGTH}", f"checkpoint.every={EVERY}"]
+    """Runs of one strategy until so many kills, and so many of them inside of a save: what came of
+    them, runs that were equal, runs."""
+    asked = [*SMALL, f"strategy={strategy}", f"steps={LENGTH}"]
     whole = Launch(folder / "whole", asked)
     assert whole.wait() == 0, whole.said
     losses = losses_of(whole)
     kept, equal, runs, dice = Kills(), 0, 0, random.Random(strategy)
-    while kept.counts["kills"] < wanted:
+    asked += [f"checkpoint.every={EVERY}"]
+
+    def enough() -> bool:
+        return kept.counts["kills"] >= wanted and kept.counts["inside"] >= inside
+
+    while not enough():
         runs += 1
         place = folder / f"run{runs}"
         newest, reached = None, 0
         while True:
             launch = Launch(place, [*asked, "resume=auto"])
-            over = kept.counts["kills"] >= wanted or not _killed(
+            over = enough() or not _killed(
                 launch, kept.counts, dice, kept.counts["inside"] < inside
             )
             if over:
@@ -108,14 +112,14 @@ def _killed(launch: Launch, counts: Counter[str], dice: random.Random, inside: b
         return bool(parts_in(launch.folder))
 
     # a part that an earlier kill left is gone when the first new step is there
-    begun = launch.reach(at)
-    if begun and inside:
-        begun = wait_for(saving, launch, poll_s=0.0005)
-        time.sleep(dice.uniform(0, 0.01))
-    if not begun:
+    if not launch.reach(at):
         return False
-    victim = VICTIMS[counts["kills"] % len(VICTIMS)]
-    launch.kill(victim, dice.randrange(8))
+    victims = launch.victims(VICTIMS[counts["kills"] % len(VICTIMS)], dice.randrange(8))
+    if inside:
+        if not wait_for(saving, launch, poll_s=0.0005):
+            return False
+        time.sleep(dice.uniform(0, 0.01))
+    launch.kill_these(victims)
     counts["kills"] += 1
     counts["survivors"] += launch.survivors(10.0)
     launch.wait()
@@ -135,6 +139,12 @@ def _count(kept: Kills, launch: Launch, newest: int | None, reached: int) -> Non
         return
     kept.counts["resumed"] += int(went_on[1]) == newest
     kept.worst_loss = max(kept.worst_loss, reached - int(went_on[1]))
+
+
+def shares(count: int, parts: int) -> Iterator[int]:
+    """A number as a sum of so many that are as equal as can be."""
+    for part in range(parts):
+        yield count * (part + 1) // parts - count * part // parts
 
 
 # --- a process that does nothing but save

@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.checkpoints import Damaged, check, folder_of, part_of, publish
+from experiments.checkpoints import check, folder_of, part_of, publish
 from experiments.config import TrainConfig
 from experiments.matrix import plan_named
 from experiments.parity import LOSS_BOUND, make_config
 from experiments.ranks import run_ranks
 from experiments.resuming import load_and_go_on, same_state, stop_and_go_on, train_on
 from experiments.trials import NOTHING_ELSE, few
+from parallel.damaged import Damaged
 from parallel.layout import Layout
 
-FAULTS = {"bit flipped": 100, "truncated": 100, "4 KiB zeroed": 50, "file missing": 20}
+DAMAGE = {"bit flipped": 100, "truncated": 100, "4 KiB zeroed": 50, "file missing": 20}
 BLOCK = 4096
 SAVED, MORE = 5, 10  # steps before the checkpoint, and after it
 SOURCES = {"ddp2": 2, "pp2 zbv_zero_bubble": 2, "fsdp4": 4, "fsdp2 x tp2": 4}
@@ -67,7 +68,7 @@ def damage(folder: Path, share: float) -> Iterator[str]:
     yield f"{len(list(whole.iterdir()))} files. Each time a random file, at a random place.\n"
     yield "| fault | times | noticed before anything is loaded | file named |"
     yield "|---|--:|--:|--:|"
-    for fault, full in FAULTS.items():
+    for fault, full in DAMAGE.items():
         times = few(full, share)
         said: Counter[str] = Counter()
         for seed in range(times):

@@ -21,12 +21,21 @@ from experiments.matrix import plan_named
 from experiments.parity import make_config, mesh_of
 from experiments.ranks import run_ranks
 from experiments.resuming import train_on
-from experiments.trials import NOTHING_ELSE, SMALL, Launch, few, losses_of, wait_for
+from experiments.trials import (
+    NOTHING_ELSE,
+    SMALL,
+    Launch,
+    few,
+    losses_of,
+    side_by_side,
+    wait_for,
+)
 from parallel.layout import Layout
 
 DISKS = 5  # of each kind
-DISK_BYTES = (4_500_000, 8_000_000)  # room for one checkpoint of 3 MB and less than three
-# of 9 million parameters, 110 MB with the optimizer
+DISK_BYTES = (2_300_000, 4_000_000)  # room for one checkpoint of 1.5 MB and less than three
+ROOMY_BYTES = 10**9
+# of 10 million parameters, 120 MB with the optimizer
 WIDE = {"model.n_layer": 8, "model.d_model": 320, "steps": 99}
 SAVES = 10
 
@@ -51,39 +60,46 @@ def _mount(*arguments: str) -> None:
 
 def disk(folder: Path, share: float) -> Iterator[str]:
     """Whole runs whose checkpoints go to a disk that fills up, or turns read-only."""
-    asked = [*SMALL, "strategy=ddp", "steps=60", "checkpoint.every=5"]
     yield "Whole runs of two ranks whose checkpoints go to a file system of random size, or one"
     yield "that is made read-only at a random step. Then there is room again, and resume=auto.\n"
     yield "| disk | times | run ended with status 1 | newest published one whole | went on |"
     yield "|---|--:|--:|--:|--:|"
     examples = []
     for kind in ("full", "read-only"):
-        counts, times, dice = Counter[str](), few(DISKS, share), random.Random(kind)
-        for number in range(times):
-            place = folder / f"{kind}{number}"
-            size = dice.randint(*DISK_BYTES) if kind == "full" else 10**9
-            try:
-                with small_disk(place / FOLDER, size):
-                    launch = Launch(place, asked)
-                    if kind == "read-only":
-                        _turn_read_only(launch, dice.randint(6, 40))
-                    counts["ended"] += launch.wait() == 1
-                    said = launch.said.strip().splitlines()[-1]  # before the next overwrites it
-                    found, skipped = newest_whole(place)
-                    counts["whole"] += found is not None and not skipped
-                    _mount("-o", f"remount,rw,size={10**9}", str(place / FOLDER))
-                    again = Launch(place, [*asked, "resume=auto"])
-                    went_on = again.wait() == 0 and len(losses_of(again)) == 60
-                    counts["went on"] += went_on and "going on from" in again.said
-            except subprocess.CalledProcessError as error:
-                yield f"\nNot run: this user may not mount ({error.stderr.decode().strip()})."
-                return
-            if number == 0:
-                examples.append(said.replace(str(folder), "RUNS"))
+        times, dice = few(DISKS, share), random.Random(kind)
+        places = [folder / f"{kind}{number}" for number in range(times)]
+        full = kind == "full"
+        sizes = [dice.randint(*DISK_BYTES) if full else ROOMY_BYTES for _ in places]
+        steps = [None if full else dice.randint(6, 40) for _ in places]
+        try:
+            came = list(side_by_side(_without_room, places, sizes, steps))
+        except subprocess.CalledProcessError as error:
+            yield f"\nNot run: this user may not mount ({error.stderr.decode().strip()})."
+            return
+        counts = sum((count for count, _ in came), Counter[str]())
+        examples.append(came[0][1].replace(str(folder), "RUNS"))
         ended = f"| {kind} | {times} | {counts['ended']} | {counts['whole']} |"
-        yield f"{ended} {counts['went on']} |"
+        yield f"{ended} {counts['went_on']} |"
     yield ""
     yield from (f"- `{said}`" for said in examples)
+
+
+def _without_room(place: Path, size: int, read_only_at: int | None) -> tuple[Counter[str], str]:
+    """A run whose disk gives out, and the one that goes on: what held, and what the first said."""
+    asked = [*SMALL, "strategy=ddp", "steps=60", "checkpoint.every=5"]
+    with small_disk(place / FOLDER, size):
+        launch = Launch(place, asked)
+        if read_only_at is not None:
+            _turn_read_only(launch, read_only_at)
+        ended = launch.wait() == 1
+        said = launch.said.strip().splitlines()[-1]  # before the next overwrites it
+        found, skipped = newest_whole(place)
+        _mount("-o", f"remount,rw,size={ROOMY_BYTES}", str(place / FOLDER))
+        again = Launch(place, [*asked, "resume=auto"])
+        went_on = again.wait() == 0 and len(losses_of(again)) == 60
+        went_on = went_on and "going on from" in again.said
+    whole = found is not None and not skipped
+    return Counter(ended=int(ended), whole=int(whole), went_on=int(went_on)), said
 
 
 def _turn_read_only(launch: Launch, step: int) -> None:

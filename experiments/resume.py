@@ -17,12 +17,12 @@ from experiments.checkpoints import (
     FOLDER,
     STEP,
     Checkpoint,
-    Damaged,
     check,
     folder_of,
     newest_whole,
     steps_of,
 )
+from parallel.damaged import Damaged
 
 AUTO = "auto"
 RUNS = Path("runs")

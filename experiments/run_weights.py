@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.checkpoints import Damaged, check, steps_of
+from experiments.checkpoints import check, steps_of
 from experiments.config import TrainConfig
 from experiments.resume import AUTO, HOW_ONLY, named_checkpoint, run_of
 from experiments.run_folder import read_config, settings_of
 from minigpt.config import require
+from parallel.damaged import Damaged
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
@@ -17,10 +19,11 @@ from experiments.checkpoints import STEP, steps_of
 from experiments.process import TORCHRUN
 from experiments.step_log import read_metrics
 
+Made = TypeVar("Made")
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "data=generated",
-    "model.n_layer=4",
+    "model.n_layer=2",
     "model.d_model=64",
     "model.context=32",
     "micro_batch_size=4",
@@ -40,6 +43,7 @@ STRATEGIES = {
     "fsdp_tp": 4,
 }
 VICTIMS = ("rank", "torchrun", "launcher", "all")
+AT_ONCE = 2  # trials side by side
 PATIENCE_S = 600.0  # for what takes seconds: a machine may be busy
 
 
@@ -74,8 +78,9 @@ class Launch:
         return self.out.read_text()
 
     def steps(self) -> int:
-        """Steps that are done and written down."""
-        return len(read_metrics(self.folder / "metrics.jsonl"))
+        """Steps that are done and written down. Asked often: it counts lines, and reads none."""
+        path = self.folder / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def reach(self, steps: int) -> bool:
         """Until so many steps are done; False where it ended before."""
@@ -100,19 +105,25 @@ class Launch:
 
     def kill(self, victim: str, rank: int = 0) -> None:
         """SIGKILL one of VICTIMS."""
+        self.kill_these(self.victims(victim, rank))
+
+    def victims(self, victim: str, rank: int = 0) -> list[psutil.Process]:
+        """The processes that one of VICTIMS stands for: to find them takes longer than to kill."""
         processes = self.processes()
+        launcher = psutil.Process(self.process.pid)
         ranks = [p for p in processes if TORCHRUN not in _line(p)]
-        chosen = {
-            "launcher": [],
+        return {
+            "launcher": [launcher],
             "torchrun": [p for p in processes if p not in ranks],
-            "rank": ranks[rank % len(ranks) :][:1] if ranks else [],
-            "all": processes,
+            "rank": ranks[rank % max(1, len(ranks)) :][:1],
+            "all": [launcher, *processes],
         }[victim]
-        for process in chosen:
+
+    @staticmethod
+    def kill_these(processes: list[psutil.Process]) -> None:
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        if victim in ("launcher", "all"):
-            self.process.kill()
 
     def survivors(self, seconds: float) -> int:
         """Processes that are still there after so long; returns as soon as there is none."""
@@ -139,6 +150,12 @@ def wait_for(holds: Callable[[], object], launch: Launch, poll_s: float = 0.02) 
             raise TimeoutError(f"{launch.folder}: {launch.said[-500:]}")
         time.sleep(poll_s)
     return True
+
+
+def side_by_side(function: Callable[..., Made], *cases: Iterable[Any]) -> Iterator[Made]:
+    """What map gives, two at a time: a trial mostly waits for a process that starts alone."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield from pool.map(function, *cases)
 
 
 def few(count: int, share: float) -> int:

@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from parallel.damaged import Damaged
+
 INDEX = ".metadata"
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool", "strided")
 RECORDS = "torch.distributed.checkpoint.metadata"
@@ -41,10 +43,6 @@ ALLOWED = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *[(module, "PosixPath") for module in ("pathlib", "pathlib._local")],
 }
-
-
-class Damaged(ValueError):
-    """A checkpoint that must not be loaded; the message names the file."""
 
 
 class _Unpickler(pickle.Unpickler):

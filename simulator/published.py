@@ -70,7 +70,9 @@ def read(path: Path, clusters: dict[str, Cluster]) -> tuple[list[Row], dict[str,
         raise ValueError(f"rows={path}: no column {', '.join(missing)}, or no rows")
     rows, unknown = [], {}
     for line, cells in enumerate(table, 2):
-        values = {k: (v or "").strip() for k, v in cells.items() if isinstance(v, str | None) and k}
+        # a cell may hold line ends, and what quotes it is one line
+        texts = {k: v or "" for k, v in cells.items() if isinstance(v, str | None) and k}
+        values = {key: " ".join(text.split()) for key, text in texts.items()}
         name = values["id"] or f"line {line}"
         if values.get("use", "primary") not in ("primary", ""):
             continue

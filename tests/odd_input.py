@@ -20,7 +20,7 @@ NASTY = [
     *("", "null", "-1", "0", "1", "2", "7", "1e30", "-1e-30", "nan", "inf", "true", "1.5", "64"),
     *("[]", "[1,2]", "{}", "{a: 1}", "${seed}", "${nothing}", "${oc.env:NOTHING}", "'", '"', "\\"),
     *("a b", "é", "../..", "/", "1000000000000000000000", "fp32", "by_hand", "auto", "x" * 300),
-    *("\n", "\x85", "\u2028"),
+    *("\n", "\x85", "\u2028", "0\n0"),
 ]
 values = st.sampled_from(NASTY) | st.text(max_size=8).filter(lambda s: "\0" not in s)
 

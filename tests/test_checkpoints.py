@@ -14,7 +14,6 @@ import torch
 
 from experiments import checkpoints
 from experiments.checkpoints import (
-    Damaged,
     check,
     clean,
     folder_of,
@@ -25,13 +24,13 @@ from experiments.checkpoints import (
     steps_of,
 )
 from experiments.parity import make_config
-from experiments.reliability_state import FAULTS, faulty
+from experiments.reliability_state import DAMAGE, faulty
 from experiments.resume import check_fits, choose, goes_on_in, run_dir, same_layout
 from experiments.resuming import train_on, write
 from experiments.run_folder import make_folder, settings_of
 from parallel.checkpoint import Writer
-from parallel.checkpoint_reader import Damaged as Unsafe
 from parallel.checkpoint_reader import read_index, read_whole
+from parallel.damaged import Damaged
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 
@@ -68,7 +67,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["step-000003"]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", DAMAGE)
 def test_every_fault_is_noticed_and_its_file_named(fault: str, tmp_path: Path) -> None:
     whole = save(tmp_path / "run", 1)
     for seed in range(25):
@@ -95,7 +94,7 @@ def test_a_crafted_index_is_refused_and_not_run(tmp_path: Path) -> None:
     folder = save(tmp_path / "run", 1)
     (folder / ".metadata").write_bytes(pickle.dumps(Command()))
     for kind in ("model", "optimizer"):
-        with pytest.raises(Unsafe, match=r"holds \w+\.system, which is no part of an index"):
+        with pytest.raises(Damaged, match=r"holds \w+\.system, which is no part of an index"):
             read_whole(folder, kind)
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Command()))
@@ -105,7 +104,7 @@ def test_a_crafted_index_is_refused_and_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"no pickle", pickle.dumps({"a": 1})])
 def test_an_index_that_is_none_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(Unsafe) as said:
+    with pytest.raises(Damaged) as said:
         read_index(tmp_path)
     assert ".metadata" in str(said.value) and "\n" not in str(said.value)
 
@@ -116,11 +115,11 @@ def test_an_index_that_points_elsewhere_or_holds_objects_is_refused(tmp_path: Pa
     for place in index.storage_data.values():
         place.relative_path = "../secret"
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(Unsafe, match="points outside"):
+    with pytest.raises(Damaged, match="points outside"):
         read_index(folder)
     index.state_dict_metadata["object"] = None  # type: ignore[assignment]
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(Unsafe, match="no index of tensors"):
+    with pytest.raises(Damaged, match="no index of tensors"):
         read_index(folder)
 
 
@@ -232,10 +231,13 @@ def test_a_save_that_cannot_be_written_is_an_error_and_leaves_the_old_one(tmp_pa
 def test_a_write_in_the_background_has_what_was_there_when_it_began(tmp_path: Path) -> None:
     values = torch.zeros(1000)
     writer = Writer(ALONE, asynchronous=True)
-    writer.write({"model/a": values}, tmp_path / "a", lambda: None)
-    values.fill_(1.0)
+    for number in range(3):  # the copy of the first is filled again
+        writer.write({"model/a": values}, tmp_path / str(number), lambda: None)
+        values += 1
     writer.wait()
-    assert torch.equal(read_whole(tmp_path / "a", "model")["a"], torch.zeros(1000))
+    for number in range(3):
+        stored = read_whole(tmp_path / str(number), "model")["a"]
+        assert torch.equal(stored, torch.full((1000,), float(number)))
 
 
 def test_a_manifest_of_another_program_is_refused(tmp_path: Path) -> None:
@@ -255,5 +257,5 @@ def test_a_run_of_another_model_does_not_load(tmp_path: Path) -> None:
     train_on(CONFIG, trainer, 0, 1)
     write(trainer, tmp_path / "a")
     other = make_trainer(make_config(Layout(), {"model.d_ff": 64}), ALONE)
-    with pytest.raises(Unsafe, match="mlp"):
+    with pytest.raises(Damaged, match="mlp"):
         restore(other, tmp_path / "a", same_layout=False)

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import checkpoints
-from experiments.checkpoints import Damaged, check, folder_of, publish
+from experiments.checkpoints import check, folder_of, publish
 from experiments.parity import make_config
 from experiments.resume import check_fits, choose
 from experiments.run_folder import settings_of
 from parallel.checkpoint import Writer
-from parallel.checkpoint_reader import Damaged as Unsafe
 from parallel.checkpoint_reader import read_whole
+from parallel.damaged import Damaged
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from tests.odd_input import json_values, many, one_line
@@ -106,7 +106,7 @@ def test_sealed_by_somebody_who_means_harm_it_still_runs_nothing(tmp_path: Path)
         manifest = {**whole, "files": {**whole["files"], path.name: checkpoints._facts(path)}}
         seal(folder, json.dumps(manifest).encode())
         check(folder)
-        with pytest.raises(Unsafe) as said:
+        with pytest.raises(Damaged) as said:
             read_whole(folder, "model")
         one_line(said.value)
         path.write_bytes(before)
@@ -126,7 +126,7 @@ def test_any_bytes_in_an_index_are_refused_or_read(
     try:
         found = read_whole(folder, "model")
         assert all(isinstance(tensor, torch.Tensor) for tensor in found.values())
-    except Unsafe as error:
+    except Damaged as error:
         one_line(error)
     finally:
         path.write_bytes(before)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from experiments import clusters
@@ -166,6 +166,7 @@ KNOWN = clusters.load_all()
     st.integers(0, len(MEASURED[0]) - 1),
     st.sampled_from(NASTY) | st.text(max_size=8),
 )
+@example(line=1, column=3, value="0\n0")
 @many
 def test_any_cell_of_a_table_of_measurements_is_read_or_told(
     tmp_path: Path, line: int, column: int, value: str

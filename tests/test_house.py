@@ -54,6 +54,7 @@ ONLY_IN_EXPERIMENTS |= {"plotly", "jinja2"}
 TORCH_FREE = (
     "minigpt/corpus.py",
     "minigpt/sources.py",
+    "parallel/damaged.py",
     "parallel/rules.py",
     "parallel/stages.py",
     "parallel/impl_rules.py",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from costs import ledger as ledgers
+from experiments.process import TORCHRUN
 from tests.launching import ROOT, SMALL, environment, launch, only_run, start
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,7 @@ def test_json_is_the_ledger_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_dry_run_prints_a_line_that_runs(tmp_path: Path) -> None:
     done = launch(*SMALL, "launch=dry", "layout.dp_replicate=3", cwd=tmp_path)
-    assert "torch.distributed.run" in done.stdout and "--nproc-per-node=3" in done.stdout
+    assert f"-m {TORCHRUN} " in done.stdout and "--nproc-per-node=3" in done.stdout
     assert not (only_run(tmp_path) / "ledger.json").exists()
     line = done.stdout.strip()
     env = {**environment(), "PYTHONPATH": str(ROOT)}

@@ -7,9 +7,11 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from costs import ledger as ledgers
+from experiments.process import RANK, TORCHRUN
 from tests.launching import (
     ROOT,
     SMALL,
@@ -55,7 +57,7 @@ def test_a_kill_leaves_no_process(tmp_path: Path, victim: str) -> None:
     if victim == "launcher":
         process.kill()
     else:
-        module = {"torchrun": "torch.distributed.run", "rank": "experiments.worker"}[victim]
+        module = {"torchrun": TORCHRUN, "rank": RANK}[victim]
         # python -m MODULE ...; torchrun's own line names the worker's module later on
         next(p for p in ranks if module in p.cmdline()[:4]).kill()
     _, err = process.communicate(timeout=60)
@@ -63,6 +65,16 @@ def test_a_kill_leaves_no_process(tmp_path: Path, victim: str) -> None:
     if victim != "launcher":
         assert process.returncode == 1 and err.startswith("launch.sh: the run failed: ")
         assert err.count("\n") == 1
+
+
+def test_a_run_of_one_node_listens_on_the_loopback_alone(tmp_path: Path) -> None:
+    process, folder = start(*LONG, cwd=tmp_path), tmp_path / "long"
+    wait_until("three steps", lambda: lines(folder) > 3)
+    everything = [c for p in ranks_of(tmp_path) for c in p.net_connections()]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    listening = {c.laddr.ip for c in everything if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
 
 
 def ranks_of(cwd: Path) -> list:

@@ -1,0 +1,49 @@
+"""torchrun, which listens on the loopback alone where its ranks are all on this machine.
+
+python -m experiments.agent --rdzv-backend=loopback --nproc-per-node=2 -m experiments.worker FOLDER
+
+torch's own rendezvous binds the store at which ranks meet to every interface (2.13), whatever
+address it is told: who can reach the port could read it and write to it. A store takes a socket
+that listens already, and that is bound to 127.0.0.1 here. All else is torchrun's.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from torch.distributed import TCPStore, run
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousParameters,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+from experiments.process import ON_LOOPBACK
+
+ADDRESS = "127.0.0.1"
+TIMEOUT_S = 600  # torchrun's own for a rendezvous, and for the store's answers
+
+
+class Loopback(StaticTCPRendezvous):
+    """One node's rendezvous, at a free port of the loopback."""
+
+    def __init__(self, run_id: str) -> None:
+        listening = socket.create_server((ADDRESS, 0))
+        port = listening.getsockname()[1]
+        super().__init__(ADDRESS, port, 0, 1, run_id, TIMEOUT_S)
+        number = listening.detach()
+        self._store = TCPStore(ADDRESS, port, 1, True, self.timeout, master_listen_fd=number)
+
+    def get_backend(self) -> str:
+        return ON_LOOPBACK
+
+
+def meet(parameters: RendezvousParameters) -> RendezvousHandler:
+    """What torchrun asks for by --rdzv-backend=loopback."""
+    return Loopback(parameters.run_id)
+
+
+if __name__ == "__main__":
+    rendezvous_handler_registry.register(ON_LOOPBACK, meet)
+    run.main()
