@@ -27,6 +27,13 @@ def untimed_steps(steps: int, compiled: bool, first: int = 0) -> set[int]:
     return cold if compiled else cold | set(followed_steps(steps, first))
 
 
+def kernels_step(steps: int, first: int = 0) -> int | None:
+    """Of a run of so many steps, the one whose kernels are recorded where that is asked for: the
+    last that warms up, by when all is compiled. None where no such step is free."""
+    last = first + min(WARMUP_STEPS, (steps - first) // 2) - 1
+    return None if last < first or last in followed_steps(steps, first) else last
+
+
 @dataclass(frozen=True)
 class StepLog:
     """What rank 0 wrote after each step. A run that was killed has fewer than it wanted."""

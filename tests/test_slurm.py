@@ -18,7 +18,7 @@ import pytest
 from costs import ledger as ledgers
 from experiments import environment as machine
 from parallel.layout import Layout
-from tests.launching import ROOT, SMALL, environment, wait_until
+from tests.launching import ROOT, SMALL, environment, free_ports, wait_until
 
 SCRIPT = ROOT / "experiments" / "cluster" / "train.sbatch"
 TOOLS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "munged")
@@ -125,18 +125,6 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
 def asked(*command: str, env: dict[str, str]) -> str:
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     return done.stdout.strip()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 @pytest.mark.slow
