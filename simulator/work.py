@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minigpt.config import FFN
-from parallel.layout import PipelineConfig, Precision
+from parallel.layout import PipelineConfig
 from simulator.habits import KERNELS, Habits
 from simulator.hardware import DTYPES
 from simulator.plans import NONE, PRECISIONS, SCHEDULES, SELECTIVE, Array, Plans
@@ -21,7 +21,10 @@ from simulator.sending import LOW_BYTES
 from simulator.shapes import Rank, most_blocks
 
 Values = dict[str, Any]  # fields of Work: arrays, or one for all plans
-OWN_DTYPE = np.array([DTYPES.index("fp32" if p == Precision.fp32 else "bf16") for p in PRECISIONS])
+# places in simulator.hardware.DTYPES: of a block's products, and of all others
+OWN = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}
+OWN_DTYPE = np.array([DTYPES.index(OWN[p.value]) for p in PRECISIONS])
+WIDE_DTYPE = np.minimum(OWN_DTYPE, DTYPES.index("bf16"))
 SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedule in SCHEDULES])
 
 # Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
@@ -131,7 +134,7 @@ class Work:
         own = OWN_DTYPE[plans.precision]
         values |= {
             "dtype": own if matmul_dtype is None else DTYPES.index(matmul_dtype),
-            "wide_dtype": own,
+            "wide_dtype": WIDE_DTYPE[plans.precision],
             "compiled": compiled,
             "kernel": KERNELS.index(habits.kernel),
             "logit_bytes": habits.logit_bytes,
