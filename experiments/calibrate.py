@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,9 +153,9 @@ def calibration_of_cores(found: list[Found], node_size: int) -> Calibration:
     cluster = Cluster(
         name="laptop",
         device=Device(
-            name=f"one core of {platform.machine()}",
+            name=alone.about[0],
             peak_flops=Peak(fp32=short(peak), bf16=short(products["bf16"].middle)),
-            memory_bytes=float(psutil.virtual_memory().total // cores()),
+            memory_bytes=float(alone.about[1]),
             memory_bandwidth=short(copies.middle),
             efficiency=Efficiency(
                 matmul=short(rates.products / peak),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from costs import communication
 from experiments import device_times, message_times, operator_times
-from experiments.calibrate import PATIENCE_S, SHAPES, SMALLEST, WHOLE, config_of
+from experiments.calibrate import PATIENCE_S, SHAPES, SMALLEST, WHOLE, config_of, cores
 from experiments.config import Device
 from experiments.environment import Rank, rendezvous
 from experiments.message_times import Timed as Message
@@ -27,7 +29,7 @@ class Alone:
     times: device_times.Timed
     # of a core a step of WHOLE, of a GPU's host an operator of SMALLEST; seconds
     step: Spread
-    about: tuple[str, int]  # the device's name, and bytes of memory; of a GPU
+    about: tuple[str, float]  # the device's name, and its bytes of memory
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def measure_alone(device: torch.device) -> Alone:
     """While the others wait for this rank, which they do asleep."""
     times = device_times.measure(device)
     if device.type == "cpu":
-        return Alone(times, operator_times.step_alone(config_of(WHOLE)), ("", 0))
+        about = f"one core of {platform.machine()}", psutil.virtual_memory().total // cores()
+        return Alone(times, operator_times.step_alone(config_of(WHOLE)), about)
     about = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
     return Alone(times, operator_times.launches(config_of(SMALLEST), device), about)
