@@ -12,6 +12,7 @@ from experiments.config import Device
 from experiments.environment import gpu_count
 from experiments.gpu_report import Figures, document, gpt2
 from minigpt.config import DataConfig, ModelConfig, Source
+from parallel.layout import Precision
 
 
 def figures() -> Figures:
@@ -61,12 +62,13 @@ def test_the_figures_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         data=DataConfig(source=Source.random, vocab_size=96, tokens=5000),
         seq_len=32,
         compile=False,
+        precision=Precision.fp32,  # whose attention is a flash kernel on a core too
         device=Device.cpu,
     )
     found = gpu_report.measure(config, torch.device("cpu"))
     assert len(found.ours_s) == len(found.plain_s) == 2
     assert found.tokens == 64 and found.allocator_bytes is None
-    assert found.eager_bytes == found.predicted["memory_bytes"]["peak"]
+    assert found.eager_bytes == pytest.approx(found.predicted["memory_bytes"]["peak"], rel=0.03)
     text = document(found)
     assert "by the meters" in text and "allocator" not in text
 
