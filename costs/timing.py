@@ -1,6 +1,6 @@
 """Where the seconds of a step go, on one rank.
 
-total                  the step's wall time
+total                  the step's wall time, or that of a GPU's stream (costs/moments.py)
 compute                forward and backward, without what is exposed
 exposed_communication  time in which this rank could only wait for messages
 bubble                 the part of a wait along pp before all who take part had handed their side of
@@ -22,11 +22,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from costs.messages import Call, CommunicationMeter
+from costs.moments import moments_of
 
 Interval = tuple[float, float]
 PHASES = ("data", "forward_backward", "optimizer")
@@ -147,33 +149,45 @@ class StepTimer:
     None where their times are not known (NCCL)."""
 
     def __init__(self, device: torch.device, communication: CommunicationMeter | None) -> None:
-        self.device, self.communication = device, communication
+        self.moments, self.communication = moments_of(device), communication
         self.record = StepRecord(0.0)
+        self.phases: list[tuple[str, Any, Any]] = []  # and the moments of its start and end
+        self.actions: list[tuple[Action, Any, Any]] = []
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around one step; afterwards `record` holds what it did."""
-        record = self.record = StepRecord(self._now())
+        record = self.record = StepRecord(0.0)
+        self.phases, self.actions = [], []
+        self.moments.begin()
+        start = self.moments.now()
         yield
-        record.end = self._now()
+        end = self.moments.now()
+        self.moments.end()
+        seconds = self.moments.seconds
+        record.start, record.end = seconds(start), seconds(end)
+        for name, first, last in self.phases:
+            record.phases[name].append((seconds(first), seconds(last)))
+        for action, first, last in self.actions:
+            action.start, action.end = seconds(first), seconds(last)
+            record.actions.append(action)
         if self.communication:
             record.calls, record.waits = self.communication.calls, self.communication.waits
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Around a part of the step; a phase may come several times."""
-        start = self._now()
+        start = self.moments.now()
         yield
-        self.record.phases[name].append((start, self._now()))
+        self.phases.append((name, start, self.moments.now()))
 
     @contextmanager
     def action(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Around one micro-batch's way through a stage. On a GPU these are the host's times: to
-        wait for the kernels here would take their overlap away."""
-        action = Action(kind, stage, micro_batch, time.perf_counter(), 0.0)
-        self.record.actions.append(action)
+        """Around one micro-batch's way through a stage."""
+        action, start = Action(kind, stage, micro_batch, 0.0, 0.0), self.moments.now()
+        place = len(self.actions)
         yield
-        action.end = time.perf_counter()
+        self.actions.insert(place, (action, start, self.moments.now()))
 
     @contextmanager
     def backward(self, loss: Tensor) -> Iterator[None]:
@@ -190,8 +204,3 @@ class StepTimer:
         hook.remove()
         if engine_ended:
             self.record.tails.append((engine_ended[0], time.perf_counter()))
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels run behind the host
-        return time.perf_counter()

@@ -1,19 +1,22 @@
-"""./launch.sh calibrate [to=FILE]: this machine as a cluster profile, measured in a minute.
+"""./launch.sh calibrate [to=FILE.yaml] [device=auto|cpu|cuda]: this machine as a cluster profile.
 
-A device is one rank: a core of the processor, as the launcher starts ranks on it. One measures
-alone, and then all at the same time, for they share the memory, and maybe more. Without `to` the
-YAML is printed.
+Two minutes at most. Without `to` the YAML is printed; with it there are also FILE.png, what was
+measured beside the profile's curves, and FILE.csv, the same as numbers with their quartiles.
+Between nodes: start it on all of them, a rank a device, as torchrun or srun do for training
+(docs/nodes.md).
 
-Operators are timed where they run, in training steps of small models
+A device is a GPU, or one core of the processor, as the launcher starts ranks on it. One measures
+alone (experiments/device_times.py), and then all at the same time, for they share the memory, and
+maybe more. A core's operators are timed where they run, in training steps of small models
 (experiments/operator_times.py), messages one by one (experiments/message_times.py). The few numbers
-that the closed forms take, which know no operator by its name, follow from the same steps.
+that the closed forms take, which know no operator by its name, follow from the same steps. What a
+GPU's profile has is in experiments/calibrate_gpu.py.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +24,21 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from omegaconf import OmegaConf
 
+from experiments import environment
 from experiments.arguments import key_values
+from experiments.config import Device as Kind
 from experiments.config import TrainConfig
 from experiments.refused import Refused
+from experiments.spread import Point, Spread, spread_of
 from minigpt.config import FFN, ModelConfig, Norm, Positions
 from simulator.formula_ledger import formula_steps
-from simulator.hardware import Cluster, Device, Efficiency, Level, Peak, numbers, tables
+from simulator.hardware import Cluster, Device, Efficiency, Level, Link, Peak, numbers, tables
 
 if TYPE_CHECKING:  # they import torch
-    from experiments.message_times import Times
-    from experiments.operator_times import Steps
+    from experiments.calibrate_ranks import Found
 
-RANKS = 2
 PATIENCE_S = 1800.0  # a busy machine may need minutes
-PEAK_S = 1.5  # seconds of products for a peak
+MOST_RANKS = 8  # cores that are measured at the same time
 COMMAND = "./launch.sh calibrate"
 GPT2 = {"norm": Norm.layernorm, "positions": Positions.learned, "ffn": FFN.gelu, "tied": True}
 # name -> layers, width, sequence, sequences, micro-batches, and what else the model has
@@ -44,38 +48,42 @@ SHAPES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "wide": (2, 512, 256, 6, 1, GPT2),
 }
 WHOLE = "wide"  # whose step the closed form must give
+SMALLEST = "small"
+Links = dict[str, dict[str, Link]]  # by level and collective
+FIXED = "set: the peaks and rates above are measured as they are had, nothing is lost of them"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one rank found while the others did the same, and rank 0 alone."""
+class Calibration:
+    """The profile, and all that was measured for it beside what the profile's curves say."""
 
-    messages: Times
-    steps: dict[str, Steps]  # by name in SHAPES
-    alone: Alone | None
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What a rank found while the others did nothing."""
-
-    fp32: float  # FLOP/s
-    bf16: float
-    step_s: float  # of WHOLE
+    cluster: Cluster
+    points: list[Point]
 
 
 def command(argv: list[str]) -> int:
-    """Measure, and print or write the profile. Raises Refused."""
-    _, given = key_values("calibrate", "to=FILE", argv)
-    file = Path(given["to"]) if given else None
-    if file and not file.parent.is_dir():
-        raise Refused(f"to={file}: no such folder as {file.parent}")
-    text = yaml_of(measured())
-    if file:
-        file.write_text(text)
-        print(f"wrote {file}")
-    else:
-        print(text, end="")
+    """Measure, and print or write the profile. Of a world's ranks the first one does."""
+    _, given = key_values("calibrate", "to=FILE and device=auto, cpu or cuda", argv)
+    path = Path(given["to"]) if "to" in given else None
+    if path and path.suffix != ".yaml":
+        raise Refused(f"to={path}: must end with .yaml, as every cluster's file does")
+    if path and not path.parent.is_dir():
+        raise Refused(f"to={path}: no such folder as {path.parent}")
+    name = given.get("device", "auto")
+    if name not in list(Kind):
+        raise Refused(f"device={name}: must be auto, cpu or cuda")
+    found = measure(Kind(name))
+    if found is None:
+        return 0
+    if path is None:
+        print(yaml_of(found.cluster), end="")
+        return 0
+    from experiments.calibrate_picture import draw, write  # matplotlib takes a second
+
+    path.write_text(yaml_of(found.cluster))
+    write(found.points, path.with_suffix(".csv"))
+    draw(found, path.with_suffix(".png"))
+    print(f"wrote {path}, and {path.stem}.png and {path.stem}.csv beside it")
     return 0
 
 
@@ -91,69 +99,153 @@ def _without_none(node: Any) -> Any:
 
 
 def measured() -> Cluster:
-    """This machine. Its network is the loopback that gloo's messages take, on every level."""
-    from experiments import message_times, operator_times
-    from experiments.ranks import run_ranks
+    """This machine's cores as a cluster."""
+    found = measure(Kind.cpu)
+    assert found
+    return found.cluster
 
-    found: list[Found] = run_ranks(RANKS, measure_rank, timeout_s=PATIENCE_S)
+
+def measure(wanted: Kind) -> Calibration | None:
+    """This machine's devices, or those of all nodes where torchrun or SLURM have started a rank on
+    each; None on the ranks that are not the first. Raises ValueError for a device that is not
+    there."""
+    gpus = environment.gpu_count()
+    device = environment.pick_device(wanted, gpus)
+    rank = environment.given_rank()
+    from experiments import calibrate_ranks
+
+    if rank is not None and rank.world_size > 1:
+        found, node_size = calibrate_ranks.in_a_world(rank, device)
+        if rank.rank:
+            return None
+    else:
+        node_size = gpus if device == Kind.cuda else max(2, min(cores(), MOST_RANKS))
+        found = calibrate_ranks.on_this_machine(device, node_size)
+    if device == Kind.cuda:
+        from experiments.calibrate_gpu import calibration_of_gpus
+
+        return calibration_of_gpus(found, node_size)
+    return calibration_of_cores(found, node_size)
+
+
+def cores() -> int:
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def calibration_of_cores(found: list[Found], node_size: int) -> Calibration:
+    """Of what all ranks found, `node_size` on each node. In a node gloo takes the loopback."""
+    from experiments import device_times, message_times, operator_times
+
     alone = found[0].alone
     assert alone
-    slow = max(1.0, sum(rank.steps[WHOLE].seconds for rank in found) / RANKS / alone.step_s)
+    ranks = len(found)
+    step = sum(rank.steps[WHOLE].step.middle for rank in found) / ranks
+    slow = max(1.0, step / alone.step.middle)
     steps = [one.faster(slow) for rank in found for one in rank.steps.values()]
     samples = [sample for one in steps for sample in one.samples]
     rates = operator_times.rates_of(samples)
-    peak = max(rates.products, alone.fp32)
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    links = message_times.fit(found[0].messages, RANKS)
-    plain = links["all_reduce"]
-    level = Level(plain.bandwidth, plain.latency, collectives=links)
+    products = {name: device_times.peak(of) for name, of in alone.times.products.items()}
+    copies = device_times.bandwidth(alone.times)
+    peak = max(rates.products, products["fp32"].middle)
+    links = message_times.fit(found[0].messages)
+    operators = operator_times.fit(samples)
+    overhead = sum(one.outside.middle for one in steps) / len(samples)
+    in_node, between = levels(links)
     cluster = Cluster(
         name="laptop",
         device=Device(
-            name=f"one core of {platform.machine()}",
-            peak_flops=Peak(fp32=_short(peak), bf16=_short(alone.bf16)),
-            memory_bytes=float(psutil.virtual_memory().total // cores),
-            memory_bandwidth=1.0,  # below
+            name=alone.about[0],
+            peak_flops=Peak(fp32=short(peak), bf16=short(products["bf16"].middle)),
+            memory_bytes=float(alone.about[1]),
+            memory_bandwidth=short(copies.middle),
             efficiency=Efficiency(
-                matmul=_short(rates.products / peak),
-                half_size=_short(rates.half_size),
-                attention=_short(min(1.0, rates.attention / peak)),
+                matmul=short(rates.products / peak),
+                half_size=short(rates.half_size),
+                attention=short(min(1.0, rates.attention / peak)),
             ),
             asynchronous=False,
-            operators=operator_times.fit(samples),
+            operators=operators,
         ),
-        node_size=cores,
-        in_node=level,
-        between_nodes=level,
-        operator_overhead=_short(sum(one.outside for one in steps) / len(samples)),
+        node_size=cores(),
+        operator_overhead=short(overhead),
         overlap=0.0,  # a message's work is done by the core that computes
-        crowding=_short(slow - 1),
+        # linear in the cores that compute (simulator/hardware.py), of which there may be more
+        crowding=short((slow - 1) * max(cores() - 1, 1) / max(node_size - 1, 1)),
+        in_node=in_node,
+        between_nodes=between,
     )
-    return with_sources(with_bandwidth(cluster, alone.step_s))
+    spreads = {
+        "device.peak_flops.fp32": products["fp32"],
+        "device.peak_flops.bf16": products["bf16"],
+        "device.memory_bandwidth": copies,
+        "operator_overhead": _widest([one.overhead for one in steps]),
+    }
+    points = device_times.points(alone.times)
+    points += message_times.points(found[0].messages, links)
+    points += operator_times.points(samples, ranks, operators)
+    fitted = with_memory_share(cluster, alone.step.middle)
+    return Calibration(with_sources(fitted, spreads, points, links), points)
 
 
-def _short(value: float) -> float:
+def levels(links: Links) -> tuple[Level, Level]:
+    """In a node and between nodes; where one was not measured it is as the other one."""
+    made = {}
+    for level, by_name in links.items():
+        plain = by_name["all_reduce"]
+        made[level] = Level(plain.bandwidth, plain.latency, collectives=by_name)
+    either = next(iter(made.values()), Level())
+    return made.get("in_node", either), made.get("between_nodes", either)
+
+
+def short(value: float) -> float:
     return float(f"{max(value, 0.0):.4g}")
 
 
-def with_bandwidth(cluster: Cluster, wanted: float) -> Cluster:
-    """With the bandwidth by which the closed form gives the step of WHOLE that was measured, in
-    seconds: it counts element-wise operators in bytes alone. Caches are in it."""
+def _widest(spreads: list[Spread]) -> Spread:
+    """From the lowest quartile to the highest, of what differs from model to model."""
+    middles = sorted(one.middle for one in spreads)
+    low, high = min(one.low for one in spreads), max(one.high for one in spreads)
+    return Spread(middles[len(middles) // 2], low, high)
+
+
+def with_memory_share(cluster: Cluster, wanted: float) -> Cluster:
+    """With the share of the copies' bandwidth by which the closed form gives the step of WHOLE that
+    was measured, in seconds: it counts element-wise operators in bytes alone. Where caches make it
+    more than a copy's, the bandwidth itself is."""
     config, low, high = config_of(WHOLE), 1e8, 1e13
     for _ in range(30):
         middle = (low * high) ** 0.5
         trial = cluster.changed({"device.memory_bandwidth": middle})
         (step,) = formula_steps(config.model, config.layout, config.options, trial)
         low, high = (low, middle) if step["time_s"]["total"] < wanted else (middle, high)
-    return cluster.changed({"device.memory_bandwidth": _short(high)})
+    share = high / cluster.device.memory_bandwidth
+    if share > 1:
+        return cluster.changed({"device.memory_bandwidth": short(high)})
+    return cluster.changed({"device.efficiency.memory": short(share)})
 
 
-def with_sources(cluster: Cluster) -> Cluster:
-    """Each number with where it is from."""
+def with_sources(
+    cluster: Cluster, spreads: dict[str, Spread], points: list[Point], links: Links
+) -> Cluster:
+    """Each number with where it is from; a measured one with its quartiles, a table with how far
+    its lines are from what was measured, a level without messages with what was assumed of it."""
     measured_here = f"measured: {COMMAND}, {datetime.date.today()}"
-    fixed = "set: the peaks and rates above are measured as they are had, nothing is lost of them"
-    sources = {key: fixed if value in (0, 1) else measured_here for key, value in numbers(cluster)}
-    return replace(cluster, sources=sources | dict.fromkeys(tables(cluster), measured_here))
+    sources = {key: FIXED if value in (0, 1) else measured_here for key, value in numbers(cluster)}
+    sources |= {key: f"{measured_here}; {spread}" for key, spread in spreads.items()}
+    for key in tables(cluster):
+        level = key.partition(".")[0]
+        mine = [
+            abs(point.error)
+            for point in points
+            if point.name.startswith(level) or (level == "device" and point.kind == "operator")
+        ]
+        off = f"; its lines are off by {spread_of(mine)} (shares)" if mine else ""
+        sources[key] = measured_here + off
+    for level in {"in_node", "between_nodes"} - set(links):
+        why = "no message was measured there; it is as the other level" if links else "one device"
+        of_it = [key for key in sources if key.startswith(f"{level}.")]
+        sources |= dict.fromkeys(of_it, f"assumed: {why}")
+    return replace(cluster, sources=sources)
 
 
 def config_of(name: str) -> TrainConfig:
@@ -168,33 +260,4 @@ def config_of(name: str) -> TrainConfig:
         gradient_accumulation_steps=micro_batches,
         seq_len=sequence,
         clip=1e-3,  # a bound that no gradient keeps: every step does the same
-    )
-
-
-def measure_rank() -> Found:
-    """What one rank finds; all call it at once."""
-    import torch
-    import torch.distributed as dist
-
-    from experiments import message_times, operator_times
-
-    torch.set_num_threads(1)
-    alone = measure_alone() if dist.get_rank() == 0 else None
-    dist.barrier()
-    messages = message_times.measure()
-    return Found(messages, {n: operator_times.watch(config_of(n)) for n in SHAPES}, alone)
-
-
-def measure_alone() -> Alone:
-    """While the others wait for this rank, which they do asleep."""
-    import torch
-
-    from costs.flops import measure_peak_flops
-    from experiments import operator_times
-
-    cpu = torch.device("cpu")
-    return Alone(
-        measure_peak_flops(cpu, torch.float32, PEAK_S),
-        measure_peak_flops(cpu, torch.bfloat16, PEAK_S),
-        operator_times.step_alone(config_of(WHOLE)),
     )

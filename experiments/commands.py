@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -70,6 +71,10 @@ class Row:
         return ledgers.read(self.folder / "ledger.json")
 
 
+class FailedElsewhere(Exception):
+    """A job that Hydra's submitit launcher ran in a process of its own has failed: one line."""
+
+
 @dataclass
 class Command:
     """What Hydra calls with a composed job: launch it, and keep how it ended."""
@@ -94,6 +99,10 @@ class Command:
             self.refuse(row, error)
         else:
             self.status = max(self.status, status)
+        if self.status and "SUBMITIT_EXECUTOR" in os.environ:
+            # this process is another than the one that is asked how the jobs ended
+            kind = Refused if row.status == "refused" else FailedElsewhere
+            raise kind(f"{shlex.join(overrides)}: {row.reason}")
 
     def refuse(self, row: Row, error: Exception) -> None:
         row.status, row.reason = "refused", str(error)
@@ -151,7 +160,11 @@ def train(argv: list[str]) -> int:
     if jobs is not None:
         return sweep(jobs, Command(torchrun, as_json))
     command = Command(torchrun, as_json)
-    run_hydra("train", rest, command)
+    try:
+        run_hydra("train", rest, command)
+    except FailedElsewhere as error:
+        print(f"launch.sh: a job failed: {error}", file=sys.stderr)
+        return 1
     return print_rows(command)
 
 

@@ -7,12 +7,12 @@ import time
 from experiments import environment
 
 
-def heading(title: str, command: str) -> str:
+def heading(title: str, command: str, on: str = "gloo") -> str:
     """The title, the command that stands beside the numbers, the day and the machine."""
     facts = environment.facts()
     return (
         f"# {title}\n\nMade by `{command}` on {time.strftime('%Y-%m-%d')}\n"
-        f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, gloo).\n"
+        f"({facts['processor']}, {facts['cores']} cores; torch {facts['torch']}, {on}).\n"
     )
 
 

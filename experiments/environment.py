@@ -111,6 +111,17 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def pick_device(wanted: Device, gpus: int) -> Device:
+    """cpu or cuda; auto is a GPU where there is one. Raises ValueError where there is none."""
+    require(
+        wanted != Device.cuda or gpus > 0,
+        "device=cuda: torch sees no CUDA device here; device=cpu works",
+    )
+    if wanted == Device.auto:
+        return Device.cuda if gpus else Device.cpu
+    return wanted
+
+
 def settle(
     config: TrainConfig,
     world_size: int | None,
@@ -123,13 +134,7 @@ def settle(
     `world_size` is what a scheduler gave, None where the layout decides; then `ranks_a_node` is
     what -1 fills, None: every GPU, or two ranks on a laptop.
     """
-    require(
-        config.device != Device.cuda or gpus > 0,
-        "device=cuda: torch sees no CUDA device here; device=cpu works",
-    )
-    device = config.device
-    if device == Device.auto:
-        device = Device.cuda if gpus else Device.cpu
+    device = pick_device(config.device, gpus)
     backend = config.backend
     if backend == Backend.auto:
         backend = Backend.nccl if device == Device.cuda else Backend.gloo
@@ -179,6 +184,28 @@ def _check_device(config: TrainConfig, device: Device) -> None:
         config.precision != Precision.bf16 or not on_gpu or _gpu_has_bf16(),
         "precision=bf16: this GPU has no bf16 (compute capability 8.0 or newer has); fp16 works",
     )
+    if config.precision == Precision.fp8:
+        _check_float8(on_gpu)
+
+
+def _check_float8(on_gpu: bool) -> None:
+    """What torchao's products in fp8 need; the rest is in parallel/rules.py."""
+    require(
+        on_gpu and _gpu_has_fp8(),
+        "precision=fp8: needs a GPU with units for it (compute capability 8.9 or newer has); "
+        "bf16 works",
+    )
+    require(
+        _is_installed("torchao"),
+        "precision=fp8: the package is not installed; pip install torchao, into .venv where "
+        "./launch.sh made one; bf16 works",
+    )
+
+
+def _gpu_has_fp8() -> bool:
+    import torch
+
+    return torch.cuda.get_device_capability() >= (8, 9)
 
 
 def _gpu_has_bf16() -> bool:
@@ -190,7 +217,7 @@ def _gpu_has_bf16() -> bool:
 def _check_accelerate(layout: Layout, device: Device) -> None:
     """What Accelerate cannot do on this machine; the rest is in parallel/rules.py."""
     require(
-        _has_accelerate(),
+        _is_installed("accelerate"),
         "impl=accelerate: the package is not installed; pip install 'accelerate>=1.15,<2', or let "
         "./launch.sh strategy=accelerate make its .venv",
     )
@@ -201,8 +228,8 @@ def _check_accelerate(layout: Layout, device: Device) -> None:
     )
 
 
-def _has_accelerate() -> bool:
-    return importlib.util.find_spec("accelerate") is not None
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _wanted_ranks(config: TrainConfig, there_are: int) -> int:

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from experiments.compose import configs_of
-from experiments.config import Device, GenerateConfig, TrainConfig
-from experiments.environment import gpu_count
+from experiments.config import GenerateConfig, TrainConfig
+from experiments.environment import gpu_count, pick_device
 from experiments.refused import Refused
 from experiments.run_folder import read_config
 from minigpt.corpus import kind_of_tokens
@@ -35,8 +35,8 @@ def run(config: GenerateConfig) -> str:
     # after the checks: torch takes seconds
     from experiments.sample import continue_text, read_model
 
-    on_gpu = config.device != Device.cpu and gpu_count() > 0
-    model = read_model(folder, trained.model, "cuda" if on_gpu else "cpu")
+    device = pick_device(config.device, gpu_count())
+    model = read_model(folder, trained.model, device.value)
     tokenizer = make_tokenizer(kind_of_tokens(trained.data), trained.data.vocab_size, folder)
     sampling = (config.temperature, config.top_k, config.top_p, config.seed)
     return continue_text(model, tokenizer, config.prompt, config.tokens, *sampling)
@@ -44,8 +44,7 @@ def run(config: GenerateConfig) -> str:
 
 def check_run(config: GenerateConfig, folder: Path) -> TrainConfig:
     """The configuration of the run, if all that is needed is there."""
-    if config.device == Device.cuda and not gpu_count():
-        raise Refused("device=cuda: torch sees no CUDA device here; device=cpu works")
+    pick_device(config.device, gpu_count())
     for name in ("config.yaml", "model.pt"):
         if not (folder / name).is_file():
             raise Refused(f"run={folder}: no {name} there; train one with ./launch.sh")

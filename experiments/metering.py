@@ -27,7 +27,7 @@ from costs.messages import control_of, rows_of
 from costs.timeline import Transfer, bubbles, name_axes, transfers
 from costs.timing import Interval, StepRecord, StepTimer
 from experiments.config import TrainConfig
-from experiments.step_log import KEPT_STEPS, followed_steps, untimed_steps
+from experiments.step_log import KEPT_STEPS, followed_steps, kernels_step, untimed_steps
 from parallel.moments import inner
 from parallel.precision import DTYPES
 from parallel.step import Trainer
@@ -52,6 +52,9 @@ class Meters:
         self.timer = StepTimer(self.mesh.device, self.communication)
         self.first = first
         self.flops_step, self.memory_step = followed_steps(config.steps, first)
+        on_gpu = self.mesh.device.type == "cuda"
+        self.kernels_step = kernels_step(config.steps, first) if config.trace and on_gpu else None
+        self.kernels: torch.profiler.profile | None = None  # once it has recorded a step
         self.steps: deque[StepRecord] = deque(maxlen=KEPT_STEPS)
         self.last = StepRecord(0.0)  # warm-up or not
         self.records: list[StepRecord] = []  # the step that is shown, of all ranks, on one clock
@@ -107,24 +110,41 @@ class Meters:
     def _looking(self, index: int) -> AbstractContextManager | None:
         """What looks at every operator of step `index`; None for nearly all steps.
 
-        A compiled step hides its operators: its memory and flops stay null.
+        A compiled step hides its operators: its memory and flops stay null. A GPU's allocator knows
+        what it held all the same.
         """
-        if self.config.compile or index not in (self.memory_step, self.flops_step):
-            return None
-        return self._follow_memory() if index == self.memory_step else self._count_flops()
+        if index == self.kernels_step:
+            return self._record_kernels()
+        if index == self.memory_step:
+            followed = nullcontext() if self.config.compile else self._follow_memory()
+            return self._ask_allocator(followed)
+        looked_at = index == self.flops_step and not self.config.compile
+        return self._count_flops() if looked_at else None
 
     @contextmanager
     def _follow_memory(self) -> Iterator[None]:
         state = inner(self.trainer.optimizer).state
         self.memory_meter = MemoryMeter(self.trainer.replica, state)
+        with self.memory_meter:
+            yield
+        self.followed, self.memory_meter = self.memory_meter, None
+
+    @contextmanager
+    def _ask_allocator(self, inside: AbstractContextManager) -> Iterator[None]:
         on_gpu = self.mesh.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.mesh.device)
-        with self.memory_meter:
+        with inside:
             yield
         if on_gpu:
             self.allocator_peak = torch.cuda.max_memory_allocated(self.mesh.device)
-        self.followed, self.memory_meter = self.memory_meter, None
+
+    @contextmanager
+    def _record_kernels(self) -> Iterator[None]:
+        """The host's operators and the device's kernels, by torch's profiler."""
+        with torch.profiler.profile() as recorded:
+            yield
+        self.kernels = recorded
 
     @contextmanager
     def _count_flops(self) -> Iterator[None]:
@@ -214,7 +234,8 @@ class Meters:
         return {**asdict(control_of(shown.calls)), "outside_steps": outside}
 
     def _measure_peak(self) -> float:
-        """This device's own peak, on all ranks at once, as they compute at once too."""
+        """This device's own peak, on all ranks at once, as they compute at once too. With fp8 it is
+        bf16's, in which much is still computed: more than all of it may be had."""
         return flops.measure_peak_flops(self.mesh.device, DTYPES[self.config.precision])
 
     @property

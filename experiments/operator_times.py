@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from costs.memory import WRAPPERS
 from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.config import TrainConfig
+from experiments.spread import Point, Spread, spread_of
 from minigpt.corpus import prepare
 from parallel.mesh import build_mesh
 from simulator.hardware import OperatorSpeed
 from simulator.trace_operators import cost_of
 
 WARMUP, WATCHED, TIMED = 3, 5, 9  # steps
+CPU = torch.device("cpu")
 LARGE = 2**18  # bytes: what is smaller says nothing of a bandwidth
 
 
@@ -41,6 +43,7 @@ class Sample:
     bytes: int
     sides: tuple[int, ...]  # of its product
     seconds: float
+    spread: Spread | None = None  # of the same call in several steps
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,30 @@ class Steps:
     """What one rank found in the steps of one configuration."""
 
     samples: list[Sample]
-    seconds: float  # of a step that nothing watches
+    step: Spread  # seconds of a step that nothing watches
 
     def faster(self, times: float) -> Steps:
         """The same, so many times faster."""
-        samples = [replace(sample, seconds=sample.seconds / times) for sample in self.samples]
-        return Steps(samples, self.seconds / times)
+        samples = [
+            replace(
+                sample,
+                seconds=sample.seconds / times,
+                spread=sample.spread and sample.spread.over(times),
+            )
+            for sample in self.samples
+        ]
+        return Steps(samples, self.step.over(times))
 
     @property
-    def outside(self) -> float:
+    def outside(self) -> Spread:
         """Seconds of such a step that no operator takes: Python and autograd."""
-        return self.seconds - sum(sample.seconds for sample in self.samples)
+        inside = sum(sample.seconds for sample in self.samples)
+        return Spread(*(seconds - inside for seconds in astuple(self.step)))
+
+    @property
+    def overhead(self) -> Spread:
+        """Of one operator."""
+        return self.outside.over(len(self.samples))
 
 
 class Stopwatch(TorchDispatchMode):
@@ -96,21 +112,36 @@ def watch(config: TrainConfig) -> Steps:
         with Stopwatch() as one:
             step()
         watches.append(one)
-    times = [statistics.median(each) for each in zip(*(w.seconds() for w in watches), strict=True)]
+    times = [spread_of(each) for each in zip(*(w.seconds() for w in watches), strict=True)]
     samples = [
-        replace(call, seconds=taken) for call, taken in zip(watches[0].calls, times, strict=True)
+        replace(call, seconds=taken.middle, spread=taken)
+        for call, taken in zip(watches[0].calls, times, strict=True)
     ]
     return Steps(samples, timed(step, dist.barrier))
 
 
-def step_alone(config: TrainConfig) -> float:
+def step_alone(config: TrainConfig) -> Spread:
     """Seconds of a step of `config` while no other rank computes. One rank calls it."""
     return timed(step_of(config), lambda: None)
 
 
-def step_of(config: TrainConfig) -> Callable[[], object]:
+def launches(config: TrainConfig, device: torch.device) -> Spread:
+    """Seconds that the host takes for an operator: of a step of `config`, so small that a GPU has
+    always done one operator before the next is launched. One rank calls it."""
+    step = step_of(config, device)
+    with Stopwatch() as watch:
+        step()
+    taken = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        step()  # its end waits for the device: the host reads the loss
+        taken.append(time.perf_counter() - start)
+    return spread_of(taken).over(len(watch.calls))
+
+
+def step_of(config: TrainConfig, device: torch.device = CPU) -> Callable[[], object]:
     """A training step on one rank, that has run some times."""
-    trainer = make_trainer(config, build_mesh(config.layout, torch.device("cpu")))
+    trainer = make_trainer(config, build_mesh(config.layout, device))
     batches = make_batches(config, prepare(config.data))
     rows = list(share_of_batch(batches, 0, config, trainer.replica.mesh))
     for _ in range(WARMUP):
@@ -118,15 +149,15 @@ def step_of(config: TrainConfig) -> Callable[[], object]:
     return lambda: trainer.step(rows)
 
 
-def timed(step: Callable[[], object], ready: Callable[[], object]) -> float:
-    """Median seconds of a step; `ready` comes before each."""
+def timed(step: Callable[[], object], ready: Callable[[], object]) -> Spread:
+    """Seconds of a step; `ready` comes before each."""
     taken = []
     for _ in range(TIMED):
         ready()
         start = time.thread_time()
         step()
         taken.append(time.thread_time() - start)
-    return statistics.median(taken)
+    return spread_of(taken)
 
 
 def fit(samples: list[Sample]) -> dict[str, OperatorSpeed]:
@@ -134,7 +165,7 @@ def fit(samples: list[Sample]) -> dict[str, OperatorSpeed]:
     by_name: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_name[sample.name].append(sample)
-    found = {name: _line(calls) for name, calls in sorted(by_name.items())}
+    found = {name: line_of(calls) for name, calls in sorted(by_name.items())}
     known = [line.bandwidth for line in found.values() if line.bandwidth is not None]
     for name, line in found.items():
         if line.flops is None and line.bandwidth is None:  # seen on little: as others do
@@ -142,7 +173,8 @@ def fit(samples: list[Sample]) -> dict[str, OperatorSpeed]:
     return found
 
 
-def _line(calls: list[Sample]) -> OperatorSpeed:
+def line_of(calls: list[Sample]) -> OperatorSpeed:
+    """The line of one operator: of relative errors the least squares, no part below zero."""
     seconds = np.array([call.seconds for call in calls])
     parts = {"latency": np.ones(len(calls))}
     if any(call.flops for call in calls):
@@ -171,6 +203,22 @@ def _least_squares(parts: dict[str, Any], seconds: Any) -> dict[str, float]:
     return {}
 
 
+def points(samples: list[Sample], ranks: int, operators: dict[str, OperatorSpeed]) -> list[Point]:
+    """Each call beside its operator's line."""
+    return [
+        Point(
+            "operator",
+            one.name,
+            ranks,
+            one.bytes,
+            one.flops or one.bytes,
+            one.spread or spread_of([one.seconds]),
+            operators[one.name].seconds(one.flops, one.bytes, one.sides),
+        )
+        for one in samples
+    ]
+
+
 @dataclass(frozen=True)
 class Rates:
     """What the closed forms take, which know products and attention and no operator by its name."""
@@ -184,9 +232,14 @@ def rates_of(samples: list[Sample]) -> Rates:
     """Of all products, and of all calls of attention, in these samples."""
     attention = [s for s in samples if "scaled_dot_product" in s.name]
     products = [s for s in samples if s.sides and "scaled_dot_product" not in s.name]
-    line = _line(products)
+    line = line_of(products)
     assert line.flops is not None
     half_size = line.flops / line.fill if line.fill else 0.0
-    # as simulator.estimate.flash_seconds has it: rows and columns of scores fill tiles
-    filled = [s.flops / 2 * (1 + half_size * (1 / s.sides[0] + 1 / s.sides[2])) for s in attention]
-    return Rates(line.flops, half_size, sum(filled) / sum(s.seconds for s in attention))
+    return Rates(line.flops, half_size, flash_rate(attention, half_size))
+
+
+def flash_rate(calls: list[Sample], half_size: float) -> float:
+    """FLOP/s of attention, counting what the causal mask leaves. Rows and columns of scores fill
+    tiles, as simulator.estimate.flash_seconds has it."""
+    filled = [s.flops / 2 * (1 + half_size * (1 / s.sides[0] + 1 / s.sides[2])) for s in calls]
+    return sum(filled) / sum(s.seconds for s in calls)

@@ -34,6 +34,13 @@ def timed_seconds(seconds: list[float], steps: int, compiled: bool) -> list[floa
     return [s for i, s in enumerate(seconds) if i not in untimed][-KEPT_STEPS:]
 
 
+def kernels_step(steps: int, first: int = 0) -> int | None:
+    """Of a run of so many steps, the one whose kernels are recorded where that is asked for: the
+    last that warms up, by when all is compiled. None where no such step is free."""
+    last = first + min(WARMUP_STEPS, (steps - first) // 2) - 1
+    return None if last < first or last in followed_steps(steps, first) else last
+
+
 def read_seconds(path: Path) -> list[float]:
     """What each step took, of metrics.jsonl; a last line that was cut off is left out. A run that
     was killed has fewer than it wanted. Raises ValueError, one line."""

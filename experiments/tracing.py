@@ -2,6 +2,8 @@
 
 The step is the one that the ledger shows. Every step is recorded as much as this needs, so that
 tracing slows none; only memory is from a step of its own, laid over this one action by action.
+On GPUs each rank also leaves kernels-RANK.json.gz: every operator and kernel of its last step of
+warm-up, as torch's profiler saw them, for Perfetto.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ def seconds_by_phase(record: StepRecord) -> dict[str, float]:
 
 def write_trace(meters: Meters, folder: Path) -> None:
     """Write and draw the trace of a run that is over. All ranks call it."""
+    if meters.kernels and folder.is_dir():  # another node may not see it
+        meters.kernels.export_chrome_trace(str(folder / f"kernels-{meters.mesh.rank}.json.gz"))
     trace = make_trace(meters)
     if trace is None:
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,9 @@ class PlainGPT(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        x = self.embedding(tokens) + self.positions(
+            torch.arange(tokens.shape[1], device=tokens.device)
+        )
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
@@ -102,5 +105,37 @@ def plain_loop(shape: Shape, text: Path, wrapper: str | None = None) -> Callable
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+    return step
+
+
+def plain_gpu_loop(shape: Shape, device: torch.device, compiled: bool) -> Callable[[], Tensor]:
+    """nanoGPT's step on one GPU (train.py): autocast to bf16, the whole model compiled, fused
+    AdamW, pinned batches. It returns the loss on the device; the host does not wait for it.
+
+    Batches are random tokens: reading text is no part of what is compared. On a core a test's.
+    """
+    torch.manual_seed(0)
+    on_gpu = device.type == "cuda"
+    model: Any = PlainGPT(shape).to(device)
+    if compiled:
+        model = torch.compile(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu
+    )
+    tokens = torch.randint(shape.vocab_size, (1_000_000,))
+
+    def step() -> Tensor:
+        places = torch.randint(len(tokens) - shape.seq_len, (shape.batch,)).tolist()
+        batch = torch.stack([tokens[i : i + shape.seq_len + 1] for i in places])
+        if on_gpu:
+            batch = batch.pin_memory().to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = model(batch[:, :-1], batch[:, 1:].contiguous())
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     return step

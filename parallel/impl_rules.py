@@ -5,6 +5,7 @@ from __future__ import annotations
 from minigpt.config import FFN, Attention, ModelConfig, Pieces, require
 from parallel.layout import MESH_AXES, ONE_F_ONE_B, Impl, Layout, Options, Precision
 
+FLOAT8_TILE = 16  # numbers; torch._scaled_mm takes no other sides
 BY_HAND = ("dp_replicate", "dp_shard", "tp", "pp")  # axes that parallel/by_hand/ has
 
 
@@ -39,6 +40,30 @@ def check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:
         require(
             options.zero_stage != 1 or layout.dp_shard == 1,
             "impl=accelerate: zero_stage=1 is none of its ways to shard; 2 and 3 are",
+        )
+
+
+def check_float8(model: ModelConfig, layout: Layout, options: Options) -> None:
+    """Raise ValueError, one line, where torchao's fp8 products cannot take a layer's place."""
+    if options.precision != Precision.fp8:
+        return
+    said = "precision=fp8:"
+    cut = [f"layout.{axis}={size}" for axis in ("tp", "ep") if (size := getattr(layout, axis)) > 1]
+    require(not cut, f"{said} {', '.join(cut)} cuts a product that is scaled whole; bf16 works")
+    plain = options.impl == Impl.torch and model.impl == Pieces.torch and not options.finetune.on
+    require(plain, f"{said} it is for impl=torch, model.impl=torch and finetune=none; bf16 works")
+    require(model.ffn != FFN.moe, f"{said} model.ffn=moe has products of its own; bf16 works")
+    sizes = {
+        "model.d_model": model.d_model,
+        "model.d_ff": model.ff_dim,
+        "model.n_kv_head * head width": model.kv_heads * model.head_dim,
+        "micro_batch_size * seq_len / cp": options.micro_batch_size * options.seq_len // layout.cp,
+    }
+    for key, value in sizes.items():
+        require(
+            value % FLOAT8_TILE == 0,
+            f"{said} {key}({value}) % {FLOAT8_TILE} = {value % FLOAT8_TILE}: fp8 units take whole "
+            "tiles; bf16 works",
         )
 
 

@@ -134,6 +134,7 @@ class Precision(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    fp8 = "fp8"  # products of the blocks; all else as in bf16 (parallel/float8.py)
 
 
 class ActivationCheckpointing(str, Enum):

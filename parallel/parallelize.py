@@ -1,9 +1,9 @@
 """From a model and a layout to a replica that trains: the only file that knows the order.
 
 Stages are split first, for each is then a model of its own. LoRA puts its adapters beside plain
-modules, and tensor parallel cuts plain modules. Activation checkpointing must see blocks that are
-already cut, compile must see the checkpoint, and the data axes come last: they take weights as they
-are by then, and their hooks stay outside.
+modules, fp8 takes their place, and tensor parallel cuts them. Activation checkpointing must see
+blocks that are already cut, compile must see the checkpoint, and the data axes come last: they take
+weights as they are by then, and their hooks stay outside.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.context_parallel import apply_context_parallel, local_part
 from parallel.ddp import apply_replicate
 from parallel.experts import apply_data_axes_to_experts, apply_expert_parallel, experts_dtype
-from parallel.layout import Impl, Options
+from parallel.layout import Impl, Options, Precision
 from parallel.mesh import Mesh
 from parallel.passes import Context, Loss, MicroBatch, OneByOne, Passes, loss_and_count
 from parallel.pipeline import split_model
@@ -49,6 +49,10 @@ def parallelize(
     for stage in stages.values():
         if options.finetune.on:
             apply_lora(stage, stage.blocks, options.finetune)
+        if options.precision == Precision.fp8:
+            from parallel.float8 import apply_float8  # a package that may not be there
+
+            apply_float8(stage.blocks)
         apply_inside(stage, mesh, options)
     if options.impl == Impl.accelerate:
         from parallel.through_accelerate import apply_accelerate  # a package that may not be there

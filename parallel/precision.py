@@ -18,6 +18,7 @@ DTYPES = {
     Precision.fp32: torch.float32,
     Precision.bf16: torch.bfloat16,
     Precision.fp16: torch.float16,
+    Precision.fp8: torch.bfloat16,  # of what is no product in a block (parallel/float8.py)
 }
 
 

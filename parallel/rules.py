@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from minigpt.config import FFN, ModelConfig, require
-from parallel.impl_rules import check_finetune, check_impl
+from parallel.impl_rules import check_finetune, check_float8, check_impl
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
@@ -44,6 +44,7 @@ def check_plainly(model: ModelConfig, layout: Layout, options: Options) -> None:
     _check_compile(layout, options)
     check_impl(model, layout, options)
     check_finetune(model, layout, options)
+    check_float8(model, layout, options)
 
 
 def nearest(model: ModelConfig, layout: Layout, options: Options) -> list[str]:

@@ -12,9 +12,14 @@ from parallel.layout import MESH_AXES, Precision
 from simulator.plans import NONE, PRECISIONS, Array, Plans
 from simulator.shapes import Rank
 
-ITEM_BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}
+ITEM_BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2, Precision.fp8: 2}
 LOW_BYTES = np.array([ITEM_BYTES[precision] for precision in PRECISIONS])
-DTYPE_NAMES = {Precision.fp32: "float32", Precision.bf16: "bfloat16", Precision.fp16: "float16"}
+DTYPE_NAMES = {
+    Precision.fp32: "float32",
+    Precision.bf16: "bfloat16",
+    Precision.fp16: "float16",
+    Precision.fp8: "bfloat16",  # what is sent and kept; products alone are in fp8
+}
 
 Key = tuple[str, str, str]  # collective, axis, dtype
 PhaseKey = tuple[str, str, str, str]  # the same and the phase (costs.program.PHASES)

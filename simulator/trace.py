@@ -22,7 +22,7 @@ from costs.memory import MemoryMeter
 from costs.messages import Row, rows_of
 from costs.program import Program, Work
 from minigpt.config import ModelConfig, OptimizerConfig
-from parallel.layout import Impl, Layout, Options
+from parallel.layout import Impl, Layout, Options, Precision
 from parallel.moments import inner
 from parallel.parallelize import parallelize
 from parallel.passes import MicroBatch
@@ -71,8 +71,12 @@ def trace(
     Raises ValueError for what cannot be traced, RuntimeError in a process that is in a process
     group: the caller starts one of its own.
     """
-    if options.impl != Impl.torch or options.compile:
-        what = "compile=true" if options.compile else f"impl={options.impl.value}"
+    lacks = {
+        f"impl={options.impl.value}": options.impl != Impl.torch,
+        "compile=true": options.compile,
+        "precision=fp8": options.precision == Precision.fp8,
+    }
+    for what in (key for key, holds in lacks.items() if holds):
         raise ValueError(f"{what}: cannot be traced; the default can")
     optimizer = optimizer or OptimizerConfig(lr=LR)
     with silent_world(layout, rank) as (mesh, mode), ExitStack() as kernels:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minigpt.config import ModelConfig
-from parallel.layout import PipelineConfig, Precision
+from parallel.layout import PipelineConfig
 from simulator.block_products import ROUTED_PASSES, ROUTED_PASSES_ONCE, Block
 from simulator.described import Described
 from simulator.habits import KERNELS, Habits
@@ -23,7 +23,10 @@ from simulator.sending import LOW_BYTES
 from simulator.shapes import Rank, most_blocks
 
 Values = dict[str, Any]  # fields of Work: arrays, or one for all plans
-OWN_DTYPE = np.array([DTYPES.index("fp32" if p == Precision.fp32 else "bf16") for p in PRECISIONS])
+# places in simulator.hardware.DTYPES: of a block's products, and of all others
+OWN = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}
+OWN_DTYPE = np.array([DTYPES.index(OWN[p.value]) for p in PRECISIONS])
+WIDE_DTYPE = np.minimum(OWN_DTYPE, DTYPES.index("bf16"))
 SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedule in SCHEDULES])
 
 # Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
@@ -146,7 +149,7 @@ class Work:
         values |= _stages(block)
         values |= {
             "dtype": dtype,
-            "wide_dtype": own,
+            "wide_dtype": WIDE_DTYPE[plans.precision],
             "compiled": compiled,
             "kernel": KERNELS.index(habits.kernel),
             "logit_bytes": habits.logit_bytes,

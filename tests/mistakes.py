@@ -30,6 +30,7 @@ SELECTIVE = {"activation_checkpointing": ActivationCheckpointing.selective}
 BY_HAND: dict[str, Any] = {"impl": Impl.by_hand}
 LORA: dict[str, Any] = {"finetune": FinetuneConfig(Method.lora)}
 ACCELERATE: dict[str, Any] = {"impl": Impl.accelerate}
+FLOAT8: dict[str, Any] = {"precision": Precision.fp8}
 
 MISTAKES: list[tuple[ModelConfig, Layout, dict[str, Any], str]] = [
     # tensor parallelism
@@ -273,4 +274,7 @@ MISTAKES: list[tuple[ModelConfig, Layout, dict[str, Any], str]] = [
         "impl=accelerate: precision=fp16 would scale the loss twice",
     ),
     (MODEL, Layout(dp_shard=2), {**ACCELERATE, "zero_stage": 1}, "impl=accelerate: zero_stage=1"),
+    (MODEL, Layout(tp=2), FLOAT8, "precision=fp8: layout.tp=2 cuts a product"),
+    (MODEL, Layout(), {**FLOAT8, **ACCELERATE}, "precision=fp8: it is for impl=torch"),
+    (MODEL, Layout(), {**FLOAT8, "seq_len": 15}, "precision=fp8: micro_batch_size * seq"),
 ]

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from costs.program import Message, Program, Wait, Work
+from experiments import calibrate, clusters, device_times, message_times
 from experiments.__main__ import main
-from experiments.message_times import fit as fit_messages
+from experiments.calibrate_gpu import calibration_of_gpus
+from experiments.calibrate_picture import draw, write
+from experiments.calibrate_ranks import Alone, Found
+from experiments.environment import gpu_count
 from experiments.operator_times import Sample, fit, rates_of
+from experiments.spread import Spread, spread_of
 from simulator.collectives import Group, ring, seconds
 from simulator.event_times import EventTimes
-from simulator.hardware import Cluster, Device, Efficiency, Level, Link, OperatorSpeed, Peak
+from simulator.hardware import (
+    Cluster,
+    Device,
+    Efficiency,
+    Level,
+    Link,
+    OperatorSpeed,
+    Peak,
+    numbers,
+    tables,
+)
 from simulator.programs import sent_by_the_device
 from simulator.replay import replay
+from tests.launching import ROOT, environment, free_ports
 
 PRODUCT = OperatorSpeed(latency=3e-6, flops=1e11, fill=5e9)
 GELU = OperatorSpeed(latency=2e-6, bandwidth=4e9)
@@ -54,18 +76,167 @@ def test_what_the_closed_forms_take_follows_from_the_same_samples() -> None:
     assert rates.attention == pytest.approx(2e10 * (1 + 20 * 2 / 512), rel=0.01)
 
 
-def test_lines_of_messages_are_found_again() -> None:
-    links = {"all_reduce": Link(1e9, 1e-4), "send": Link(3e9, 2e-5)}
-    times = {
-        name: {size: float(ring(name, size, 2, link.latency, link.bandwidth)) for size in SIZES}
+LINKS = {
+    "in_node": {"all_reduce": Link(1e9, 1e-4), "send": Link(3e9, 2e-5)},
+    "between_nodes": {"all_reduce": Link(1e7, 1e-3), "send": Link(3e7, 2e-3)},
+}
+
+
+def messages() -> list[message_times.Timed]:
+    """What a network of LINKS would take, in groups of several sizes."""
+    return [
+        message_times.Timed(
+            level,
+            name,
+            ranks,
+            size,
+            spread_of([float(ring(name, size, ranks, link.latency, link.bandwidth))]),
+        )
+        for level, links in LINKS.items()
         for name, link in links.items()
-    }
-    for name, found in fit_messages(times, 2).items():
-        assert found.bandwidth == pytest.approx(links[name].bandwidth, rel=1e-3)
-        assert found.latency == pytest.approx(links[name].latency, rel=1e-3)
+        for ranks in (2, 4)
+        for size in (1024, 2**18, 2**24)
+    ]
 
 
-SIZES = (1024, 2**18, 2**24)
+def test_lines_of_messages_are_found_again() -> None:
+    found = message_times.fit(messages())
+    assert found.keys() == LINKS.keys()
+    for level, links in LINKS.items():
+        for name, link in links.items():
+            assert found[level][name].bandwidth == pytest.approx(link.bandwidth, rel=1e-3)
+            assert found[level][name].latency == pytest.approx(link.latency, rel=1e-3)
+    for point in message_times.points(messages(), found):
+        assert point.error == pytest.approx(0, abs=1e-3)
+    inside, between = calibrate.levels(found)
+    assert between.of("send").bandwidth == pytest.approx(3e7, rel=1e-3)
+    assert calibrate.levels({"in_node": found["in_node"]}) == (inside, inside)
+
+
+def test_groups_of_two_and_up_in_a_node_and_between_nodes() -> None:
+    """Six ranks on two nodes, each with its like on the other."""
+    assert message_times.groups(6, 3) == [
+        ("in_node", [[0, 1]]),
+        ("in_node", [[0, 1, 2]]),
+        ("between_nodes", [[0, 3], [1, 4], [2, 5]]),
+    ]
+    assert [len(groups[0]) for _, groups in message_times.groups(8, 8)] == [2, 4, 8]
+    assert message_times.groups(1, 1) == []
+
+
+def test_quartiles_are_those_of_numpy() -> None:
+    values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
+    found = spread_of(values)
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    assert (found.low, found.middle, found.high) == pytest.approx((low, middle, high))
+    rate = found.rate(12.0)
+    assert (rate.low, rate.middle, rate.high) == pytest.approx((12 / high, 12 / middle, 12 / low))
+    assert spread_of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+CPU = torch.device("cpu")
+FEW = device_times.Sizes(
+    ((16, 16, 16), (64, 32, 64)), (2**10, 2**12, 2**16, 2**18), ((1, 2, 16, 8),)
+)
+
+
+def test_a_device_is_measured_in_every_dtype_that_it_has() -> None:
+    """This checks what is recorded of each call, not how fast this machine is."""
+    found = device_times.measure(CPU, FEW)
+    assert set(found.products) == set(device_times.DTYPES)
+    for calls in (*found.products.values(), found.copies, found.attention):
+        assert all(0 < s.low <= s.middle <= s.high and s.middle == c.seconds for c, s in calls)
+    assert [c.flops for c, _ in found.products["bf16"]] == [2 * 16**3, 2 * 64 * 32 * 64]
+    assert [c.bytes for c, _ in found.copies] == [2**11, 2**13, 2**17, 2**19]
+    assert [c.flops for c, _ in found.attention] == [14 * 2 * 16 * 16 * 8]
+    points = device_times.points(found)
+    assert {p.name for p in points} == {"fp32", "bf16", "fp16", "copy"}
+    assert points[1].size == pytest.approx(3 / (1 / 64 + 1 / 32 + 1 / 64))
+    largest = points[-1]
+    assert device_times.bandwidth(found).middle == 2**19 / largest.seconds.middle
+    assert largest.error == pytest.approx(0)
+
+
+def test_no_time_is_lost_on_a_dtype_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_times, "TOO_LONG_S", 0.0)
+    shapes = ((8, 8, 8), (16, 16, 16))
+    assert device_times.products_in(torch.float32, shapes, CPU) == []
+    monkeypatch.setattr(device_times, "TOO_LONG_S", 1e-12)
+    found = device_times.products_in(torch.float32, shapes, CPU)
+    assert [one.sides for one, _ in found] == [(8, 8, 8)], "the next would take longer"
+
+
+def test_a_gpus_profile_has_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
+    """From numbers that a CPU gave: the way from ranks' findings to a file and a picture."""
+    times = device_times.measure(CPU, FEW)
+    alone = Alone(times, Spread(5e-6, 4e-6, 6e-6), ("a GPU", 80 * 10**9))
+    none = calibration_of_gpus([Found([], {}, alone)], 1)
+    found = calibration_of_gpus([Found(messages(), {}, alone)], 4)
+    cluster = found.cluster
+    assert cluster.device.asynchronous and cluster.node_size == 4
+    assert cluster.operator_overhead == 5e-6 and cluster.device.memory_bytes == 8e10
+    assert "middle half from 4e-06 to 6e-06" in cluster.sources["operator_overhead"]
+    assert cluster.between_nodes.of("send").bandwidth == pytest.approx(3e7, rel=1e-3)
+    assert cluster.sources["overlap"].startswith("assumed: as cluster=h100")
+    assert none.cluster.sources["in_node.bandwidth"] == "assumed: one device"
+    file = tmp_path / "gpus.yaml"
+    for one in (none, found):
+        keys = {*dict(numbers(one.cluster)), *tables(one.cluster)}
+        assert set(one.cluster.sources) == keys
+        file.write_text(calibrate.yaml_of(one.cluster))
+        assert clusters.read(file) == one.cluster
+        draw(one, tmp_path / "gpus.png")
+        write(one.points, tmp_path / "gpus.csv")
+        rows = list(csv.DictReader((tmp_path / "gpus.csv").open()))
+        assert len(rows) == len(one.points)
+        assert all(float(r["low"]) <= float(r["seconds"]) <= float(r["high"]) for r in rows)
+
+
+REFUSED = [
+    (["speed=2"], "speed=2: calibrate takes to=FILE and device=auto, cpu or cuda"),
+    (["to="], "to=: calibrate takes to=FILE"),
+    (["to=mine.txt"], "to=mine.txt: must end with .yaml"),
+    (["device=tpu"], "device=tpu: must be auto, cpu or cuda"),
+]
+
+
+@pytest.mark.parametrize("argv,line", REFUSED, ids=[line[:12] for _, line in REFUSED])
+def test_bad_input_is_one_line(
+    argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, captured = main(["calibrate", *argv]), capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    assert captured.err.startswith(f"launch.sh: {line}") and captured.err.count("\n") == 1
+
+
+@pytest.mark.skipif(gpu_count() > 0, reason="there is one")
+def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "device=cuda"]) == 2
+    assert capsys.readouterr().err.startswith("launch.sh: device=cuda: torch sees no CUDA device")
+
+
+@pytest.mark.slow
+def test_two_nodes_of_one_rank_find_what_is_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun starts a rank on each; the first writes the profile. Sizes are small: what is held
+    to here is the way, not this machine."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    line += ["--master-addr=127.0.0.1", f"--master-port={free_ports(1)[0]}"]
+    module = ["-m", "tests.calibrate_on_nodes", "to=nodes.yaml"]
+    env = {**environment(), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    nodes = [
+        subprocess.Popen([*line, f"--node-rank={i}", *module], cwd=tmp_path, env=env)
+        for i in range(2)
+    ]
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    cluster = clusters.read(tmp_path / "nodes.yaml")
+    assert cluster.between_nodes.collectives
+    assert cluster.sources["in_node.bandwidth"].startswith("assumed: no message was measured")
+    assert "its lines are off by" in cluster.sources["between_nodes.collectives"]
+    assert (tmp_path / "nodes.png").stat().st_size > 0
+    rows = list(csv.DictReader((tmp_path / "nodes.csv").open()))
+    assert {row["kind"] for row in rows} == {"product", "memory", "message", "operator"}
 
 
 def machine(**changes: Any) -> Cluster:

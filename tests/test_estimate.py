@@ -11,10 +11,12 @@ import pytest
 from costs.ledger import TIME_PARTS
 from experiments import clusters
 from minigpt.config import FFN, ModelConfig
-from simulator.estimate import block_seconds, step_seconds
+from parallel.layout import Precision
+from simulator.estimate import block_seconds, head_seconds, step_seconds
 from simulator.habits import FUSED_LOGIT, KERNELS, MEGATRON_LOGIT, Habits
 from simulator.hardware import Cluster
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Plans
+from simulator.search import peak_flops
 from simulator.work import Work
 
 H100 = clusters.load("h100")
@@ -138,6 +140,12 @@ def test_small_products_are_slower_and_the_host_bounds_the_smallest() -> None:
 def test_fp8_products_are_faster_and_experts_cost_what_is_active() -> None:
     wide, narrow = (block_seconds(Work.of(plans(), name), H100)[0] for name in ("bf16", "fp8"))
     assert narrow < wide
+    eights = plans(precision=[PRECISIONS.index(Precision.fp8)])
+    work = Work.of(eights)
+    assert block_seconds(work, H100)[0] == narrow, "as a plan's own precision too"
+    assert head_seconds(work, H100) == head_seconds(Work.of(plans()), H100), "the head is in bf16"
+    peaks = [peak_flops(p.precision, H100)[0] for p in (eights, plans())]
+    assert peaks[0] == peaks[1], "a share of the peak is of bf16's"
     experts = ModelConfig(
         **{**vars(LLAMA), "ffn": FFN.moe, "n_expert": 8, "experts_per_token": 2, "d_ff": 7168}
     )

@@ -61,7 +61,7 @@ def test_a_dry_run_prints_a_line_that_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["precision=fp8"], "precision=fp8: Invalid value 'fp8'"),
+        (["precision=fp4"], "precision=fp4: Invalid value 'fp4'"),
         (["data=text", "data.path=nowhere.txt"], "data.path=nowhere.txt: no such file"),
         (["layout.dp_replicate=99999"], "layout needs 99999 ranks here"),
         (["run.dir=/proc/nowhere"], "run.dir=/proc/nowhere: cannot be made"),
@@ -123,13 +123,13 @@ def test_a_sweep_is_a_launch_a_job_and_a_bad_job_is_a_row(tmp_path: Path) -> Non
 
 
 def test_a_value_that_does_not_compose_is_a_row_too(tmp_path: Path) -> None:
-    jobs = ("model=tiny,tinny,llama3_405b", "precision=fp32,fp8", "launch=dry", "run.dir=all")
+    jobs = ("model=tiny,tinny,llama3_405b", "precision=fp32,fp4", "launch=dry", "run.dir=all")
     done = launch("-m", *SMALL, *jobs, "--json", cwd=tmp_path)
     assert done.returncode == 2
     rows = json.loads(done.stdout)["jobs"]
     assert [row["status"] for row in rows] == ["dry", *["refused"] * 5]
     for i, said in (
-        (1, "precision=fp8: Invalid"),
+        (1, "precision=fp4: Invalid"),
         (2, "model=tinny: no"),
         (4, "model.d_model=32 % "),
     ):

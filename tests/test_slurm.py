@@ -12,13 +12,16 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from costs import ledger as ledgers
 from experiments import environment as machine
+from experiments.checkpoints import FOLDER
+from experiments.step_log import read_metrics
 from parallel.layout import Layout
-from tests.launching import ROOT, SMALL, environment, wait_until
+from tests.launching import ROOT, SMALL, environment, free_ports, wait_until
 
 SCRIPT = ROOT / "experiments" / "cluster" / "train.sbatch"
 TOOLS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "munged")
@@ -28,7 +31,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -127,35 +130,66 @@ def asked(*command: str, env: dict[str, str]) -> str:
     return done.stdout.strip()
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-@pytest.mark.slow
-def test_the_script_trains_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
-    """Two tasks on each of two nodes, one run folder, which has the job's number."""
-    door = tmp_path / "launch.sh"
+def submitted(slurm: dict[str, str], folder: Path, *overrides: str) -> tuple[str, Path]:
+    """sbatch the script from a folder that has the door. Returns the job's number and the run's
+    folder, which has it in its name."""
+    door = folder / "launch.sh"
     door.write_text(f'#!/bin/sh\nexec {ROOT}/launch.sh "$@"\n')
     door.chmod(0o755)
     # the nodes have no names of their own that could be looked up
     env = {**slurm, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     sbatch = ["sbatch", "--parsable", "--overcommit", str(SCRIPT)]
-    plan = ("layout.dp_replicate=-1", "layout.tp=4")
     job = subprocess.run(
-        [*sbatch, *SMALL, *plan], cwd=tmp_path, env=env, capture_output=True, text=True
+        [*sbatch, *SMALL, *overrides], cwd=folder, env=env, capture_output=True, text=True
     )
     number = job.stdout.strip()
+    return number, folder / "runs" / f"slurm-{number}"
+
+
+@pytest.mark.slow
+def test_the_script_trains_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
+    """Two tasks on each of two nodes, one run folder, which has the job's number."""
+    plan = ("layout.dp_replicate=-1", "layout.tp=4")
+    number, run = submitted(slurm, tmp_path, *plan)
     output = tmp_path / f"slurm-{number}.out"
-    wait_until("the job is over", lambda: not asked("squeue", "-h", env=env), 240)
+    wait_until("the job is over", lambda: not asked("squeue", "-h", env=slurm), 240)
     said = output.read_text()
-    ledger = ledgers.read(tmp_path / "runs" / f"slurm-{number}" / "ledger.json")
+    ledger = ledgers.read(run / "ledger.json")
     assert ledger["layout"]["tp"] == 4 and ledger["layout"]["world_size"] == 4
     assert said.count("layout.tp=4 crosses nodes of 2 ranks") == 1, said
+
+
+@pytest.mark.slow
+def test_a_job_that_is_requeued_goes_on_in_the_same_folder(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    """From its newest checkpoint, with the losses that it would have had."""
+    plan = ("layout.dp_replicate=2", "layout.tp=2", "steps=1000000", "checkpoint.every=10")
+    number, run = submitted(slurm, tmp_path, *plan)
+    output = tmp_path / f"slurm-{number}.out"
+
+    def steps() -> list[dict[str, Any]]:
+        return read_metrics(run / "metrics.jsonl")
+
+    wait_until("some checkpoints", lambda: len(steps()) > 25, 240)
+    assert asked("scontrol", "requeue", number, env=slurm) == ""
+    wait_until("its ranks have ended", lambda: "PENDING" in state(number, slurm), 120)
+    before = steps()
+    saved = max(int(folder.name.removeprefix("step-")) for folder in (run / FOLDER).iterdir())
+    assert saved >= 20, "of this run"
+    # SLURM would wait for the last start's credentials to end
+    asked("scontrol", "update", f"JobId={number}", "StartTime=now", env=slurm)
+    wait_until("it goes on", lambda: len(steps()) > len(before) + 5, 240)
+    said = output.read_text()
+    assert f"going on from {run.relative_to(tmp_path)}/{FOLDER}/step-{saved:06d}, after" in said, (
+        said
+    )
+    assert "Restarts=1" in asked("scontrol", "show", "job", number, env=slurm)
+    after = steps()
+    assert [line["step"] for line in after] == list(range(len(after))), "each step once"
+    assert after[:saved] == before[:saved]
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [run.name]
+
+
+def state(number: str, env: dict[str, str]) -> str:
+    return asked("squeue", "-h", "-j", number, "-o", "%T", env=env)

@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.step_log import followed_steps, half_spread, read_seconds, untimed_steps
+from experiments.step_log import (
+    followed_steps,
+    half_spread,
+    kernels_step,
+    read_seconds,
+    untimed_steps,
+)
 
 
 def test_a_log_that_was_cut_off_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
@@ -32,6 +38,17 @@ def test_what_a_run_writes_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": 0, "step_s": s}) + "\n" for s in seconds))
     assert read_seconds(path) == seconds
+
+
+def test_kernels_are_recorded_in_a_step_that_counts_for_nothing_else() -> None:
+    assert kernels_step(300) == 4 and kernels_step(300, first=100) == 104
+    for steps in range(1, 40):
+        found = kernels_step(steps)
+        if found is None:
+            assert steps < 8, "a run of eight steps has one to spare"
+            continue
+        assert found in untimed_steps(steps, compiled=True)
+        assert found not in followed_steps(steps)
 
 
 def test_warm_up_and_followed_steps_are_not_timed() -> None:

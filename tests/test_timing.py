@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costs import timing
+from costs import moments, timing
 from costs.ledger import TIME_PARTS
 from costs.messages import Call, CommunicationMeter
 from costs.timing import Interval, StepTimer, intersection, length, union
@@ -46,6 +46,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(timing, "time", made)
+    monkeypatch.setattr(moments, "time", made)
     return made
 
 

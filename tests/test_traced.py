@@ -12,7 +12,7 @@ from experiments.agreement import agreements, plans_of, traced
 from experiments.config import TrainConfig
 from experiments.parity import make_config
 from minigpt.config import ModelConfig
-from parallel.layout import Impl, Layout, Options
+from parallel.layout import Impl, Layout, Options, Precision
 from simulator.communication import payload_bytes
 from simulator.trace import trace
 
@@ -87,7 +87,11 @@ def test_operators_have_the_flops_bytes_and_shapes_of_their_tensors() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(Options(impl=Impl.accelerate), "impl=accelerate"), (Options(compile=True), "compile=true")],
+    [
+        (Options(impl=Impl.accelerate), "impl=accelerate"),
+        (Options(compile=True), "compile=true"),
+        (Options(precision=Precision.fp8), "precision=fp8"),
+    ],
 )
 def test_what_cannot_be_traced_is_refused(options: Options, said: str) -> None:
     with pytest.raises(ValueError, match=f"{said}: cannot be traced"):
