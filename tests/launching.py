@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,18 @@ def processes_of(folder: Path) -> list[psutil.Process]:
         if any(str(folder) in part for part in process.info["cmdline"] or []):
             found.append(process)
     return found
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
 
 
 def wait_until(what: str, holds, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
