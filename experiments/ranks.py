@@ -1,18 +1,30 @@
-"""Real gloo ranks for a function: run_ranks(2, function, ...) returns what each rank returned."""
+"""Real gloo ranks for a function: run_ranks(2, function, ...) returns what each rank returned.
+
+Importing torch takes a rank seconds, and there are many short runs. So one process imports what
+they need, once, and every rank is a fork of it, which has run nothing yet.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments.environment import of_a_rank
+from experiments.process import die_with_parent, end
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 300.0
@@ -20,6 +32,20 @@ TIMEOUT_S = 300.0
 
 class RankFailed(RuntimeError):
     """A rank raised, died, or did not end in time; the message holds its traceback."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the ranks of a world do."""
+
+    folder: Path  # they meet there, and leave their results or errors
+    world_size: int
+    backend: str | None
+    module: str
+    function: str
+    args: bytes  # pickled: each rank reads its own
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    cwd: str = field(default_factory=os.getcwd)
 
 
 def run_ranks(
@@ -33,7 +59,7 @@ def run_ranks(
     """Call `function(*args)`, a function of a module, on `world_size` ranks.
 
     `backend` defaults to the metered one, `variables` to what the launcher gives its ranks. Raises
-    RankFailed. No process is left behind.
+    RankFailed. No rank is left behind.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -41,77 +67,148 @@ def run_ranks(
         spec = sys.modules["__main__"].__spec__
         if module == "__main__" and spec:  # of python -m: the ranks know it by its own name
             module = spec.name
-        task = (backend, module, function.__qualname__, args)
-        (folder / "task").write_bytes(pickle.dumps(task))
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        environ = {
-            **os.environ,
-            **(of_a_rank() if variables is None else variables),
-            "WORLD_SIZE": str(world_size),
-            "PYTHONPATH": path,
-        }
-        command = [sys.executable, "-m", "experiments.ranks", name]
-        ranks = [
-            subprocess.Popen(command, env={**environ, "RANK": str(i), "LOCAL_RANK": str(i)})
-            for i in range(world_size)
-        ]
-        try:
-            _wait(ranks, folder, time.monotonic() + timeout_s)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+        name_in_it, given = function.__qualname__, pickle.dumps(args)
+        task = Task(folder, world_size, backend, module, name_in_it, given)
+        server = Server.of(of_a_rank() if variables is None else variables)
+        statuses = server.run(task, timeout_s)
+        if any(statuses.values()):
+            raise RankFailed(_why(statuses, folder))
         return [pickle.loads((folder / f"result{i}").read_bytes()) for i in range(world_size)]
 
 
-def _wait(ranks: list[subprocess.Popen], folder: Path, deadline: float) -> None:
-    """Until all have ended well, or one has not."""
-    while any(process.poll() is None for process in ranks):
-        failed = [i for i, process in enumerate(ranks) if process.poll() not in (None, 0)]
-        if failed:
-            raise RankFailed(_why(failed[0], ranks, folder))
-        if time.monotonic() > deadline:
-            raise RankFailed("the ranks did not end in time")
-        time.sleep(0.02)
-    for i, process in enumerate(ranks):
-        if process.returncode:
-            raise RankFailed(_why(i, ranks, folder))
-
-
-def _why(rank: int, ranks: list[subprocess.Popen], folder: Path) -> str:
-    time.sleep(0.5)  # the rank that began it may still be writing
+def _why(statuses: dict[int, int], folder: Path) -> str:
+    rank, status = next((rank, status) for rank, status in statuses.items() if status)
     errors = sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime)
     text = errors[0].read_text() if errors else "no traceback"
-    return f"rank {rank} exited with {ranks[rank].returncode}\n{text}"
+    return f"rank {rank} exited with {status}\n{text}"
 
 
-def main(folder: Path) -> None:
+class Server:
+    """A process that forks ranks, from here; it ends when this process does."""
+
+    running: ClassVar[dict[str, Server]] = {}  # by the variables that were set when torch came
+
+    @classmethod
+    def of(cls, variables: dict[str, str]) -> Server:
+        """The one that has these."""
+        key = str(sorted(variables.items()))
+        if key not in cls.running:
+            cls.running[key] = cls(variables)
+        return cls.running[key]
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.variables = variables
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.connection, theirs = Pipe()
+        number = theirs.fileno()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.ranks", str(number)],
+            env={**os.environ, **variables, "PYTHONPATH": path},
+            pass_fds=[number],
+        )
+        theirs.close()
+
+    def run(self, task: Task, timeout_s: float) -> dict[int, int]:
+        """The exit status of every rank, in the order in which they ended; negative: by a signal.
+
+        Raises RankFailed where they do not all end in time.
+        """
+        task.environ.update(self.variables)
+        done = False
+        try:
+            self.connection.send(task)
+            if not self.connection.poll(timeout_s):
+                raise RankFailed("the ranks did not end in time")
+            statuses = self.connection.recv()
+            done = True
+        except (EOFError, ConnectionError):
+            raise RankFailed("the process that starts ranks has died") from None
+        finally:
+            if not done:
+                self.close()
+        return statuses
+
+    def close(self) -> None:
+        """End it, and the ranks that are still there."""
+        self.connection.close()
+        self.process.wait()
+        Server.running = {key: one for key, one in self.running.items() if one is not self}
+
+
+def serve(parent: Connection) -> None:
+    """One task after the other, until the parent is gone, which may be while ranks are at work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who then leaves
+    with suppress(EOFError, ConnectionError):
+        while True:
+            parent.send(_start(parent.recv(), parent))
+
+
+def _start(task: Task, parent: Connection) -> dict[int, int]:
+    """Fork the ranks and wait until all have ended well, or one has not."""
+    with suppress(BaseException):  # each rank meets it too, and says so
+        importlib.import_module(task.module)
+    ranks = {rank: _fork(task, rank, parent) for rank in range(task.world_size)}
+    statuses: dict[int, int] = {}
+    try:
+        while len(statuses) < len(ranks) and not any(statuses.values()):
+            if parent.poll(0.01):
+                parent.recv()  # EOFError: it has nothing to say while ranks are at work
+            for rank in ranks.keys() - statuses.keys():
+                ended, status = os.waitpid(ranks[rank], os.WNOHANG)
+                if ended:
+                    statuses[rank] = os.waitstatus_to_exitcode(status)
+        if any(statuses.values()):
+            time.sleep(0.5)  # the rank that began it may still be writing
+    finally:
+        for rank in ranks.keys() - statuses.keys():
+            os.kill(ranks[rank], signal.SIGKILL)
+            statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(ranks[rank], 0)[1])
+    return statuses
+
+
+def _fork(task: Task, rank: int, parent: Connection) -> int:
+    """The process id of a new rank."""
+    process = os.fork()
+    if process == 0:
+        try:
+            die_with_parent()
+            parent.close()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.chdir(task.cwd)
+            os.environ.clear()
+            os.environ.update(task.environ)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ["WORLD_SIZE"] = str(task.world_size)
+            be_rank(task, rank)
+        finally:
+            end(1)
+    return process
+
+
+def be_rank(task: Task, rank: int) -> None:
     """One rank: join, call, leave the result, and end at once as the project's own ranks do."""
-    import importlib
-    import traceback
-
     import torch.distributed as dist
 
     from costs.communication import BACKEND
-    from experiments.process import die_with_parent, end
     from parallel.mesh import join, leave
 
-    die_with_parent()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     status = 0
     try:
         # a file to meet at: a port found free now may be taken a moment later
-        store = dist.FileStore(str(folder / "store"), world_size)
-        backend, module, name, args = pickle.loads((folder / "task").read_bytes())
-        join(backend or BACKEND, TIMEOUT_S, rank, world_size, store)
-        result = getattr(importlib.import_module(module), name)(*args)
-        (folder / f"result{rank}").write_bytes(pickle.dumps(result))
+        store = dist.FileStore(str(task.folder / "store"), task.world_size)
+        join(task.backend or BACKEND, TIMEOUT_S, rank, task.world_size, store)
+        function = getattr(importlib.import_module(task.module), task.function)
+        result = function(*pickle.loads(task.args))
+        (task.folder / f"result{rank}").write_bytes(pickle.dumps(result))
         leave()
     except BaseException:
-        (folder / f"error{rank}").write_text(traceback.format_exc())
+        (task.folder / f"error{rank}").write_text(traceback.format_exc())
         status = 1
     end(status)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # by its own name: what is sent here is pickled
+    from experiments import ranks
+
+    ranks.serve(Connection(int(sys.argv[1])))

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 Moments = dict[Tensor, dict[str, Tensor]]
 
 
 def inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that does this rank's work."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    """The optimizer that does this rank's work: ZeroRedundancyOptimizer keeps it as `optim`."""
+    return getattr(optimizer, "optim", optimizer)
 
 
 def owned(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

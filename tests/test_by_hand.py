@@ -46,6 +46,7 @@ WRAPPERS = (
     "torch.distributed.algorithms",
 )
 BY_HAND = {"impl": Impl.by_hand}
+STEPS = {"steps": 8}  # docs/parity.md has twenty of them
 # strategy -> the axis that it is for, and what it needs besides
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("dp_replicate", {}),
@@ -89,7 +90,7 @@ EVEN = {"model.n_layer": 4, "clip": 1.0, "steps": 4}
 
 def config_of(strategy: str, changes: dict[str, Any], ranks: int = 2) -> TrainConfig:
     axis, needed = STRATEGIES[strategy]
-    return make_config(Layout(**{axis: ranks}), {**needed, **changes, **BY_HAND})
+    return make_config(Layout(**{axis: ranks}), {**STEPS, **needed, **changes, **BY_HAND})
 
 
 class Measured:
@@ -123,7 +124,7 @@ def measured(request: pytest.FixtureRequest) -> Measured:
 def alone() -> dict[str, Trajectory]:
     """Each model that is trained on ranks, on a single process and in one micro-batch."""
     configs = [
-        make_config(Layout(), {**changes, "gradient_accumulation_steps": 1})
+        make_config(Layout(), {**STEPS, **changes, "gradient_accumulation_steps": 1})
         for changes in MODELS.values()
     ]
     return dict(zip(MODELS, trajectories(configs), strict=True))
