@@ -39,6 +39,7 @@ FILES_THAT_MAY_MORE = {
     "simulator/trace_streams.py": {"torch"},
     "simulator/trace_kernels.py": {"torch", "parallel", "minigpt"},
     "parallel/through_accelerate.py": {"accelerate"},
+    "parallel/float8.py": {"torchao"},
 }
 PURE = (
     "minigpt/config.py",
