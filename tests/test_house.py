@@ -38,6 +38,7 @@ FILES_THAT_MAY_MORE = {
     "simulator/trace_operators.py": {"torch", "costs"},
     "simulator/trace_streams.py": {"torch"},
     "parallel/through_accelerate.py": {"accelerate"},
+    "parallel/float8.py": {"torchao"},
 }
 PURE = (
     "minigpt/config.py",
