@@ -10,15 +10,18 @@ lab's cluster profile (experiments/lab.py: seconds_over). Rates take turns, in r
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -37,6 +40,8 @@ NODES = 2
 STRATEGIES = ("ddp", "fsdp")
 RATES = ("100mbit", "1gbit", "10gbit")
 ROUNDS = 3
+ATTEMPTS = 4  # at a run that others leave alone
+QUIET = 0.05  # share of the cores that others may take
 STEPS = 16
 MODEL = ("sample.tokens=0", "validation.batches=0", "run.save=false", f"steps={STEPS}")
 BAR = 0.10
@@ -54,16 +59,50 @@ class Found:
     exposed: dict[str, list[float]] = field(default_factory=dict)  # measured
     curves: list[list[float]] = field(default_factory=list)  # predicted, at each rate of CURVE
 
+    others: float = 0.0  # share of the cores that other programs took in the most disturbed run
+
     def error(self, rate: str) -> float:
-        """Of the medians of all rounds; signed."""
-        return statistics.median(self.predicted[rate]) / statistics.median(self.measured[rate]) - 1
+        """The median of the rounds' own errors, signed: what slows a whole round is in both."""
+        pairs = zip(self.predicted[rate], self.measured[rate], strict=True)
+        return statistics.median(said / seen - 1 for said, seen in pairs)
 
 
-def run(folder: Path, *arguments: str) -> dict[str, Any]:
-    """One run in the lab, and its ledger."""
-    command = [sys.executable, "-m", "experiments", "lab", f"nodes={NODES}", f"run.dir={folder}"]
-    subprocess.run([*command, *MODEL, *arguments, "--json"], check=True, stdout=subprocess.DEVNULL)
-    return ledgers.read(folder / "ledger.json")
+class Neighbours:
+    """While open, what share of this machine's cores others take than this process's children."""
+
+    def __enter__(self) -> Neighbours:
+        self.begin = self._seconds()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall, busy, own = (b - a for a, b in zip(self.begin, self._seconds(), strict=True))
+        self.share = max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """Of the clock, of all cores, of this process's children. Interrupts are the network's."""
+        cores, times = psutil.cpu_times(), os.times()
+        idle = sum(getattr(cores, n, 0.0) for n in ("idle", "iowait", "irq", "softirq", "guest"))
+        children = times.children_user + times.children_system
+        return time.monotonic(), sum(cores) - idle, children + times.user + times.system
+
+
+def run(folder: Path, *arguments: str) -> tuple[Path, dict[str, Any], float]:
+    """One run in the lab that others left alone, or the most so of ATTEMPTS: its folder, its
+    ledger's step, and the share that others took of the cores."""
+    found = []
+    for number in range(ATTEMPTS):
+        place = folder / str(number)
+        command = [sys.executable, "-m", "experiments", "lab", f"nodes={NODES}", f"run.dir={place}"]
+        with Neighbours() as others:
+            subprocess.run(
+                [*command, *MODEL, *arguments, "--json"], check=True, stdout=subprocess.DEVNULL
+            )
+        found.append((others.share, place))
+        if others.share < QUIET:
+            break
+    share, place = min(found)
+    return place, ledgers.read(place / "ledger.json")["step"], share
 
 
 def measure(folder: Path, machine: Cluster) -> dict[str, Found]:
@@ -73,15 +112,17 @@ def measure(folder: Path, machine: Cluster) -> dict[str, Found]:
         for strategy, its in found.items():
             progress(f"round {number + 1} of {ROUNDS}: {strategy}")
             of_round = folder / f"{strategy}-{number}"
-            fast = run(of_round / "fast", f"strategy={strategy}", "trace=true")
-            its.fast.append(fast["step"]["time_s"]["total"])
+            fast, step, share = run(of_round / "fast", f"strategy={strategy}", "trace=true")
+            its.fast.append(step["time_s"]["total"])
+            its.others = max(its.others, share)
             for rate in RATES:
-                step = run(of_round / rate, f"strategy={strategy}", f"rate={rate}")["step"]
+                _, step, share = run(of_round / rate, f"strategy={strategy}", f"rate={rate}")
+                its.others = max(its.others, share)
                 its.measured.setdefault(rate, []).append(step["time_s"]["total"])
                 its.exposed.setdefault(rate, []).append(step["time_s"]["exposed_communication"])
-                one = predicted(of_round / "fast", rate_of(rate), machine)
+                one = predicted(fast, rate_of(rate), machine)
                 its.predicted.setdefault(rate, []).append(one)
-            its.curves.append([predicted(of_round / "fast", r, machine) for r in CURVE])
+            its.curves.append([predicted(fast, r, machine) for r in CURVE])
     return found
 
 
@@ -180,7 +221,9 @@ def main() -> None:
         "links as fast as the machine, replayed over the lab's cluster profile, which is the "
         "machine's calibration and the rate: a message takes what the profile says, or what it "
         "took on fast links, whichever is longer. Steps are medians of "
-        f"{ROUNDS} rounds in which the rates take turns. Bar: an error of {BAR:.0%}.\n"
+        f"{ROUNDS} rounds in which the rates take turns, errors those of the rounds' own pairs; a "
+        f"run in which other programs took more than {QUIET:.0%} of the cores is done again, "
+        f"{ATTEMPTS} times at most. Bar: an error of {BAR:.0%}.\n"
     )
     print("\n".join(rows(found)))
     print("\n![Step time against the rate of the links](lab.png)\n")
@@ -190,7 +233,8 @@ def main() -> None:
             "(predicted); below it, twice the rate is nearly twice the speed."
         )
     worst = max(abs(its.error(rate)) for its in found.values() for rate in RATES)
-    print(f"\nThe largest error is {worst:.1%}.")
+    others = max(its.others for its in found.values())
+    print(f"\nThe largest error is {worst:.1%}. Of the most disturbed run others had {others:.0%}.")
 
 
 if __name__ == "__main__":

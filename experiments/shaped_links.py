@@ -69,8 +69,8 @@ def command(spec: Path | None = None) -> list[str]:
     except OSError as error:
         raise Missing(
             f"{error}; run it as root (docker: --privileged), or allow user namespaces "
-            "(sysctl kernel.unprivileged_userns_clone=1 "
-            "kernel.apparmor_restrict_unprivileged_userns=0)"
+            "(sysctl user.max_user_namespaces=10000 kernel.unprivileged_userns_clone=1 "
+            "kernel.apparmor_restrict_unprivileged_userns=0, those that there are)"
         ) from error
     return [*prefix, sys.executable, "-m", __spec__.name, *([str(spec)] if spec else [])]
 

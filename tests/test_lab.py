@@ -16,7 +16,7 @@ import pytest
 
 from costs import ledger as ledgers
 from costs.messages import gloo_bytes
-from experiments import clusters, shaped_links
+from experiments import clusters, lab_report, shaped_links
 from experiments.__main__ import main
 from experiments.commands import Row
 from experiments.lab import Lab, comparison, delay_of, rate_of, show
@@ -245,3 +245,26 @@ def test_a_torchrun_on_each_of_two_hosts(namespaces: None, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert ledgers.read(tmp_path / "shared" / "ledger.json")["layout"]["world_size"] == 4
     assert "crosses nodes" not in done.stderr, "two ranks a node: tp stays inside"
+
+
+def test_the_reports_errors_are_of_pairs() -> None:
+    """A round that others slowed has slowed what is predicted of it too."""
+    found = lab_report.Found(measured={"r": [1.0, 2.0, 1.0]}, predicted={"r": [1.1, 2.2, 1.1]})
+    assert found.error("r") == pytest.approx(0.1)
+    uneven = lab_report.Found(measured={"r": [1.0, 3.0, 2.0]}, predicted={"r": [0.9, 3.0, 2.4]})
+    assert uneven.error("r") == pytest.approx(0.0)
+
+
+def test_what_others_take_is_what_the_children_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 10 s two cores were busy for 12, of which the children had 8: others had 4 of 20."""
+    seconds = iter([(0.0, 5.0, 1.0), (10.0, 17.0, 9.0)])
+    monkeypatch.setattr(lab_report.Neighbours, "_seconds", staticmethod(lambda: next(seconds)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with lab_report.Neighbours() as others:
+        pass
+    assert others.share == pytest.approx(0.2)
+    monkeypatch.undo()
+    before = lab_report.Neighbours._seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    after = lab_report.Neighbours._seconds()
+    assert after[0] > before[0] and after[1] > before[1] and after[2] > before[2]
