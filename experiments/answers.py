@@ -59,6 +59,14 @@ def head() -> list[str]:
         "configs/cluster, whose seconds are fitted to published runs and are off by what "
         "[score.md](score.md) says, while its bytes and memory are held to real ranks by tests.",
         "",
+        "Words: *sent* and *wire* are the bytes that a rank sends in a step under ring algorithms, "
+        "and what it *hands over* is the size of the tensors. *Peak* is the fullest moment of the "
+        "fullest rank, and *saved* the share of a peak that is gone. *Exposed* is the share of a "
+        "step in which a rank waits for a message that no compute hides, *bubble* that in which "
+        "it waits for a neighbour. *m* is the number of micro-batches of a step. MFU is the "
+        "model's flops over the peak of the devices. A layout is named by its axes: "
+        "dp_replicate (replicas), dp_shard (ZeRO, FSDP), tp, pp, cp.",
+        "",
     ]
 
 

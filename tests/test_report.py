@@ -86,6 +86,10 @@ def test_what_it_says(report: Path) -> None:
     found = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)
     figures = [json.loads(one) for one in found]
     assert len(figures) == 8, "time, memory, bytes, two of losses, errors, timeline, its memory"
+    (predicted,) = figures[5]["data"]
+    rows = text.partition(">measured beside simulated<")[2].partition("</table>")[0].count("<tr>")
+    assert len(predicted["y"]) == len(set(predicted["y"])) == rows - 1, "a bar a row of its table"
+    assert predicted["x"][predicted["y"].index("step")] == pytest.approx(20.0)
     kinds = {bar["name"]: bar for bar in figures[6]["data"]}
     assert {"forward", "backward", "idle", "exposed communication"} <= set(kinds)
     assert kinds["forward"]["base"][:2] == [0.0, 100.0], "milliseconds"

@@ -33,7 +33,7 @@ def answer(evidence: Evidence) -> Answer:
     runs = {n: evidence.measured(n, *BASE, *keys, TWELVE_STEPS) for n, keys in RUNS.items()}
     twins = [on_laptop(evidence, n, *BASE, *keys) for n, keys in RUNS.items()]
     return Answer(
-        conclusion=[ridge(probe), *bound(probe), *limits(runs), on_gpus()],
+        conclusion=[*limits(runs), ridge(probe), *bound(probe), on_gpus()],
         tables=[operator_table(probe), run_table(runs)],
         pictures=[picture(probe)],
         carries_over=[
@@ -141,10 +141,11 @@ def spent(run: Run) -> dict[str, Quantity]:
 
 
 def limits(runs: dict[str, Run]) -> list[Said]:
-    said = []
+    said, times = [], dict.fromkeys(("compute", "memory and host", "network"), 0)
     for name, run in runs.items():
         parts = spent(run)
         most = max(parts, key=lambda part: parts[part].value)
+        times[most] += 1
         said.append(
             say(
                 "{name}: {most} is the largest part of a step ({share}).",
@@ -153,7 +154,9 @@ def limits(runs: dict[str, Run]) -> list[Said]:
                 share=parts[most],
             )
         )
-    return said
+    order = sorted(times, key=lambda part: -times[part])
+    each = ", ".join(f"{part} in {times[part]}" for part in order)
+    return [say("Of {n} runs here what takes most of a step is {e}.", n=len(runs), e=each), *said]
 
 
 def on_gpus() -> Said:

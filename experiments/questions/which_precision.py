@@ -34,6 +34,7 @@ WILD = "optimizer.lr=10"  # thousands of times what trains
 # what is done -> keys: each meets another guard
 TRIALS: dict[str, tuple[str, ...]] = {
     "lr 10, clipped at 1": (WILD,),
+    "fp16, lr 10, clipped at 1": (WILD, "precision=fp16"),
     "lr 10, not clipped": (WILD, "clip=null"),
     "lr 1000, not clipped": ("optimizer.lr=1000", "clip=null"),
     "lr 1000, not clipped, nonfinite=skip": (
