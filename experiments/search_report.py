@@ -16,9 +16,11 @@ from experiments.compose import run_hydra, to_config
 from experiments.console import human_bytes, human_seconds, share
 from experiments.document import heading
 from experiments.plan_config import SearchConfig
+from experiments.score import ROWS, Scored, score
 from experiments.search import find, plan_of, said_of
 from experiments.search_picture import draw
 from experiments.search_tables import schedule_of
+from simulator.at_scale import HOUR
 from simulator.space import layout_at
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -35,6 +37,7 @@ CASES = [
         LLAMA,
         "pp16-dp_shard128-tp8",
         "schedule=[1f1b,interleaved_1f1b] layout.cp=1 layout.dp_replicate=1",
+        "llama3-002",
     ),
     (
         "GPT-3 175B on 1,024 A100 (Narayanan et al. 2021, section 5)",
@@ -42,6 +45,7 @@ CASES = [
         "pp8-dp_replicate16-tp8",
         "schedule=[1f1b,interleaved_1f1b] layout.cp=1 layout.dp_shard=1 "
         "activation_checkpointing=[full]",
+        "mega-008",
     ),
 ]
 LAYOUTS_SHOWN = 4
@@ -54,9 +58,12 @@ def main() -> int:
         "All times and bytes are predictions (docs/score.md says how far they are from",
         "measurements); theirs is the best plan of the layout that was published.",
     ]
-    for title, given, layout, had in CASES:
+    scored = score(ROWS)
+    for title, given, layout, had, row in CASES:
         lines += case(title, given, layout)
+        lines += ["", by_their_program(scored, row, layout)]
         lines += with_what_they_had(given, had, layout)
+    lines += ["", "## To the end, with failures", "", *to_the_end()]
     lines += ["", "## How long it takes", "", *timings()]
     config = configured(PICTURE)
     draw(find(config), config, DOCS / "search.png", svg_too=False)
@@ -102,6 +109,48 @@ def case(title: str, given: str, layout: str) -> list[str]:
     lines.append(f"| MFU | {share(best['mfu'], 1)} | {share(theirs['mfu'], 1)} | |")
     a, b = best["memory_bytes"], theirs["memory_bytes"]
     lines.append(f"| memory | {human_bytes(a)} | {human_bytes(b)} | {100 * (b / a - 1):+.1f} % |")
+    return lines
+
+
+def by_their_program(scored: Scored, name: str, layout: str) -> str:
+    """The same layout as a program of its time runs it, which is a published row."""
+    i = next(i for i, row in enumerate(scored.rows) if row.name == name)
+    measured, predicted = scored.rows[i].seconds, float(scored.seconds[i])
+    plan = scored.rows[i].candidates[0].plan
+    sequences = int(plan.tokens[0]) // plan.seq_len
+    assert measured
+    return (
+        f"Plans of a search run this program: weights, gradients and optimizer in fp32, messages "
+        f"of tp in the open. {layout} as its own program ran it, with bf16 weights and messages "
+        f"behind compute, is row {name} of docs/score.md ({sequences:,} sequences of "
+        f"{plan.seq_len:,} a step): {human_seconds(measured)} measured, "
+        f"{human_seconds(predicted)} predicted ({100 * (predicted / measured - 1):+.1f} %)."
+    )
+
+
+def to_the_end() -> list[str]:
+    """Llama 3's pre-training beside what was published of it. How long its checkpoints took was
+    not: weights and optimizer at 14 bytes a parameter, at the 2 TB/s of its storage."""
+    lines = [
+        "Published (Llama team 2024, section 3.3.4): more than 90 % effective time, 419 unexpected "
+        "interruptions in 54 days, which is where the devices' mean time between failures is from.",
+        "Restarts are assumed to take ten minutes.",
+        "",
+        "| a checkpoint takes | goodput | a checkpoint every | failures in 54 days |",
+        "|--:|--:|--:|--:|",
+    ]
+    for seconds, why in ((30.0, "the default"), (405e9 * 14 / 2e12, "14 B a parameter at 2 TB/s")):
+        given = f"{LLAMA} scale.tokens=15.6T scale.failures.checkpoint_s={seconds:.3g}"
+        config = configured(given)
+        run = said_of(config, find(config))["to_the_end"]
+        in_54_days = run["failures"] * 54 * 24 * HOUR / run["time_s"]
+        cells = (
+            f"{human_seconds(seconds)} ({why})",
+            share(run["goodput"], 1),
+            human_seconds(run["checkpoint_interval_s"]),
+            f"{in_54_days:.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -139,15 +139,13 @@ def say_explained(console: Console, said: dict[str, Any]) -> None:
     table = Table(title=f"{own['label']} beside {best['label']}", title_justify="left")
     for name in ("part", broken(own["label"]), broken(best["label"]), "more"):
         table.add_column(name, justify="left" if name == "part" else "right")
-    a, b = own["time_s"], best["time_s"]
-    table.add_row("step", human_seconds(a), human_seconds(b), _more(a, b))
-    for key, a in own["time_parts"].items():
-        b = best["time_parts"][key]
-        table.add_row(key.replace("_", " "), human_seconds(a), human_seconds(b), _more(a, b))
+    whole = best["time_s"]
+    for name, a, b in [
+        ("step", own["time_s"], whole),
+        *((key, own["time_parts"][key], best["time_parts"][key]) for key in own["time_parts"]),
+    ]:
+        more = f"{100 * (a - b) / whole:+.1f} % of the step"
+        table.add_row(name.replace("_", " "), human_seconds(a), human_seconds(b), more)
     a, b = own["memory_bytes"], best["memory_bytes"]
-    table.add_row("memory", human_bytes(a), human_bytes(b), _more(a, b))
+    table.add_row("memory", human_bytes(a), human_bytes(b), f"{100 * (a / b - 1):+.1f} %")
     console.print(table)
-
-
-def _more(a: float, b: float) -> str:
-    return f"{100 * (a / b - 1):+.1f} %" if b else DASH

@@ -197,6 +197,8 @@ def routed_seconds(work: Work, cluster: Cluster) -> Array:
     """One all_to_all over ep: a row for each choice; or, where they are sent once, one for each
     rank, and one for each node, that has any of the k experts of a token: of n of them
     n (1 - (1 - 1/n)^k), where experts are chosen evenly."""
+    if not np.any(work.routed_bytes):
+        return np.zeros_like(work.tokens)
     stride = np.where(work.expert_tp < work.tp, work.expert_tp, work.tp * work.cp)
     ep = group(work.ep, stride, cluster.node_size)
     nodes = np.ceil(work.ep / ep.in_node)
