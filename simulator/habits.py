@@ -36,6 +36,9 @@ class Habits:
     hides_gradients: bool = True  # they are sent while the backward goes on, else in one message
     hides_updates: bool = False  # updated weights (zero_stage 1) are gathered in the next forward
     hides_gathers: bool = True  # weights are gathered before they are wanted
+    copies_shards: bool = (
+        True  # messages of sharded weights have buffers of their own (fully_shard)
+    )
 
 
 def program_of(cells: Cells) -> str:
@@ -69,7 +72,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     program, source = program_of(cells), cells.get("source", "")
     note = cells.get("source_verbatim_note", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
-    own = Habits(hides_gradients=flash)
+    own = Habits(hides_gradients=flash, copies_shards=program == "torchtitan")
     if not flash or program == "nanotron":
         own = replace(own, logit_bytes=MEGATRON_LOGIT)
     if any(name in source for name in ("Korthikanti", "2205.05198")):
