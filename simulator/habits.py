@@ -36,9 +36,7 @@ class Habits:
     hides_gradients: bool = True  # they are sent while the backward goes on, else in one message
     hides_updates: bool = False  # updated weights (zero_stage 1) are gathered in the next forward
     hides_gathers: bool = True  # weights are gathered before they are wanted
-    copies_shards: bool = (
-        True  # messages of sharded weights have buffers of their own (fully_shard)
-    )
+    copies_shards: bool = True  # messages of sharded weights have buffers of their own
 
 
 def program_of(cells: Cells) -> str:
