@@ -143,7 +143,7 @@ def large() -> Iterator[str]:
         "with a GPU's kernels and streams, beside the closed form. The "
         "trace prices each of torch's operators by its flops and bytes; the closed form counts a "
         "block's products and element-wise passes, fused as in the programs whose published runs "
-        "it is fitted on. *exposed*: seconds in which a rank waits for a message, computing nothing."
+        "it is fitted on. *exposed*: seconds in which a rank only waits for a message."
     )
     yield from head(
         *("model, layout", "answers in", "needs", "a rank holds", "formula off"),
