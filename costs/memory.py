@@ -169,7 +169,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, category: str) -> None:
         if isinstance(tensor, DTensor):
-            tensor = tensor.to_local() if not tensor.requires_grad else tensor._local_tensor
+            tensor = tensor._local_tensor  # to_local() makes a view, and a node of autograd
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.elem
         if tensor.layout != torch.strided or tensor.is_meta:

@@ -1,7 +1,8 @@
-"""./launch.sh python -m experiments.fit [write]: the efficiencies of configs/cluster, fitted.
+"""./launch.sh python -m experiments.fit [write|constants]: configs/cluster's efficiencies, fitted.
 
 Prints each number with its prior, and how far predictions are off. `write` puts the numbers into
-configs/cluster/*.yaml, where the others leave them.
+configs/cluster/*.yaml, where the others leave them. `constants` fits nothing, and says how far
+predictions are off at other values of two constants of simulator/estimate.py.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import numpy as np
 
 from experiments import clusters
 from experiments.score import ROWS
+from simulator import estimate
 from simulator.fit import Parameter, Problem, fit, parameters
 from simulator.published import read
 from simulator.score import summary
 
 AS_H100 = ("mi300x", "tpu_v5p")  # no published run of theirs was fitted
+# of simulator/estimate.py, and values at which the error is shown
+CONSTANTS = {"FUSED": (0.4, 0.6, 0.8, 1.0), "HIDDEN_GATHERS": (0.6, 0.7, 0.8, 0.9, 1.0)}
 FP8 = "device.efficiency.matmul_fp8"
 
 
 def main(argv: list[str]) -> int:
     problem = timed_problem()
+    if "constants" in argv:
+        errors_at_constants(problem)
+        return 0
     found, x = parameters(), fit(problem, np.ones(len(problem.rows), dtype=bool))
     for parameter, at in zip(found, x, strict=True):
         value, kind = parameter.value(at), " ".join(parameter.clusters)
@@ -33,6 +40,19 @@ def main(argv: list[str]) -> int:
         for parameter, at in zip(found, x, strict=True):
             write(parameter, parameter.value(at))
     return 0
+
+
+def errors_at_constants(problem: Problem) -> None:
+    """Print the error of the clusters as they are, with other constants of simulator/estimate.py
+    than it has."""
+    for name, values in CONSTANTS.items():
+        own = getattr(estimate, name)
+        for value in values:
+            setattr(estimate, name, value)
+            errors = summary(problem.predict(), problem.measured, problem.sources.tolist())
+            mark = " as it is" if value == own else ""
+            print(f"{name}={value}: {100 * errors['macro_mape']:.2f} %{mark}")
+        setattr(estimate, name, own)
 
 
 def timed_problem() -> Problem:

@@ -34,10 +34,7 @@ def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]
     layout = config.layout
     stride = layout.world_size // layout.pp
     ranks = [place * stride for place in range(layout.pp)] if config.rank is None else [config.rank]
-    # processes of their own: the world of a trace is global
-    count = min(len(ranks), os.cpu_count() or 1)
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        found = dict(zip(ranks, pool.map(trace_rank, [config] * len(ranks), ranks), strict=True))
+    found = dict(zip(ranks, trace_ranks(config, ranks), strict=True))
     if config.rank is not None:
         return "traced", [step(config, found[config.rank], dict.fromkeys(("total", *TIME_PARTS)))]
     programs = {rank: one.program for rank, one in found.items()}
@@ -46,6 +43,16 @@ def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]
         draw(config, folder, timeline)
     times: dict[int, dict[str, Any]] = {**timeline.time_s}
     return "traced", [step(config, found[rank], times[rank]) for rank in ranks]
+
+
+def trace_ranks(config: SimulateConfig, ranks: list[int]) -> list[Traced]:
+    """One here, for another process would import torch once more; several each in a process of its
+    own, for the world of a trace is global."""
+    if len(ranks) == 1:
+        return [trace_rank(config, ranks[0])]
+    count = min(len(ranks), os.cpu_count() or 1)
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(trace_rank, [config] * len(ranks), ranks))
 
 
 def trace_rank(config: SimulateConfig, rank: int) -> Traced:

@@ -140,9 +140,10 @@ def large() -> Iterator[str]:
         "method=trace` from the command line, one rank of each pipeline stage traced, and the "
         "resident memory of its fullest process; bars: 70B on 1,024 ranks in 30 s and 4 GiB, 405B "
         f"in 60 s. Memory of a rank: bar {FORMULA_BAR:.0%}. *step*: the traced programs replayed, "
-        "with streams as fully_shard has them, beside the closed form, which knows the fused "
-        "kernels of the published runs that it is fitted on; the trace prices torch's operators "
-        "one by one, each reading and writing its tensors."
+        "with a GPU's kernels and streams, beside the closed form. The "
+        "trace prices each of torch's operators by its flops and bytes; the closed form counts a "
+        "block's products and element-wise passes, fused as in the programs whose published runs "
+        "it is fitted on. *exposed*: seconds in which a rank only waits for a message."
     )
     yield from head(
         *("model, layout", "answers in", "needs", "a rank holds", "formula off"),

@@ -22,17 +22,19 @@ from simulator.work import Work
 BACKWARD_PRODUCTS = 2.0  # gradients of inputs and of weights, each as large as the forward product
 BACKWARD_FLASH = 2.5  # with the scores again (Dao et al. 2022, FlashAttention, appendix B.4)
 BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gradient, writes one
-FUSED = 0.6  # of the element-wise bytes left where torch.compile fuses operators
+# of the element-wise bytes left where torch.compile fuses operators. Fitted, like HIDDEN_GATHERS:
+# `./launch.sh python -m experiments.fit constants` prints the error at other values, which here
+# hardly changes it
+FUSED = 0.6
 SCORE_PASSES = 5.0  # over the T x T matrix: write, softmax in and out, dropout in and out
 SCORE_PASSES_BACKWARD = 7.0  # the same with each operator's gradient
 CAST_BYTES = 4.0  # of a number that a product in fp8 takes: read wide, written twice (transposed).
 # Forward its input, backward its output's gradient
-NARROW_FILL = 1.5  # half_size in fp8 and fp4 over that in bf16: the faster units fill later
 ALIGNED = 8  # numbers: tensor cores want multiples of 16 bytes (NVIDIA, Matrix Multiplication
 # Background User's Guide, section 4)
 TRITON_SHARE = 1 / 1.6  # of FlashAttention-2's speed: it is 1.3 to 2.5 times as fast as
 # FlashAttention in Triton (Dao 2023, section 1)
-HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can hide
+HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can hide: least error
 
 
 def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
@@ -52,7 +54,7 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     slot = mean + work.mean_layers * sent + stages
     idle = bubble_slots(work) * slot + m * (slowest - mean)
     parts = {
-        "compute": m * mean,
+        "compute": m * mean + copy_seconds(work, cluster),
         "exposed_communication": m * messages + exposed_data(work, cluster, block),
         "bubble": np.where(pp > 1, idle, 0.0),
         "optimizer": crowded * optimizer_seconds(work, cluster),
@@ -124,9 +126,9 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
     """The device's."""
     share, narrow = cluster.device.efficiency, work.dtype >= DTYPES.index("fp8")
     bandwidth = cluster.device.memory_bandwidth * share.memory
-    half = share.half_size * np.where(narrow, NARROW_FILL, 1.0)
-    peak = reached_flops(work.dtype, cluster)
-    each = product_seconds(work.rows, work.inner, work.columns, peak[:, None], half[:, None])
+    peak = reached_flops(work.dtype, cluster)[:, None]
+    half = np.broadcast_to(share.half_size, narrow.shape)[:, None]
+    each = product_seconds(work.rows, work.inner, work.columns, peak, half)
     products = np.sum(work.count * each, axis=1)
     weights = np.sum(work.count * work.inner * work.columns, axis=1)
     taken = np.sum(work.count * work.rows * work.inner, axis=1)
@@ -145,6 +147,15 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
     light = np.where(work.score_heads > 0, kept + SCORE_PASSES * passes, pointwise)
     again = work.recomputed * forward + work.selective * light
     return forward + backward + added + again
+
+
+def copy_seconds(work: Work, cluster: Cluster) -> Array:
+    """fully_shard copies what it has gathered into weights, and gradients into what it scatters
+    (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py: split_with_sizes_copy, chunk_cat)."""
+    gathers = np.where(work.gathers_weights > 0, 2 * work.micro_batches, 1)
+    each = 2 * gathers * work.weight_bytes + work.item + work.gradient_bytes
+    bandwidth = cluster.device.memory_bandwidth * cluster.device.efficiency.memory
+    return work.copies_shards * work.parameters * each / bandwidth
 
 
 def score_seconds(work: Work, cluster: Cluster) -> tuple[Array, Array]:

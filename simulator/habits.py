@@ -47,6 +47,7 @@ class Habits:
     # (nanotron, src/nanotron/distributed.py: all_gather_coalesced)
     copied_tensors: int = 0
     graphs: bool = False  # a block with experts is launched as CUDA graphs, but for the experts
+    copies_shards: bool = True  # messages of sharded weights have buffers of their own
 
 
 def program_of(cells: Cells) -> str:
@@ -82,7 +83,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     program, source = program_of(cells), cells.get("source", "")
     note, gpu = cells.get("source_verbatim_note", ""), cells.get("gpu", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
-    own = Habits(hides_gradients=flash)
+    own = Habits(hides_gradients=flash, copies_shards=program == "torchtitan")
     if program == "nanotron":  # of a block: qkv, out, gate and up, down, two norms
         own = replace(own, copied_tensors=6)
     if not flash or program == "nanotron":

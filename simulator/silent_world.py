@@ -183,10 +183,14 @@ def _clear_caches() -> None:
 class Numberless(FakeTensorMode):
     """Answers what reads a number with one that is made up."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard is a tenth of a trace's time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return NORM if args[0].dtype.is_floating_point else 1
-        return super().__torch_dispatch__(func, types, args, kwargs or {})
+        return self.dispatch(func, types, args, kwargs or {})
 
 
 def even_shares(counts: Tensor, even: int) -> list[int]:

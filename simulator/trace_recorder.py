@@ -21,6 +21,8 @@ from simulator.trace_operators import cost_of
 from simulator.trace_streams import Streams
 
 functional = torch.ops._c10d_functional
+# every look at a fake tensor's device is an operator, and there is one device
+DEVICE, CPU = torch.ops.prim.device.default, torch.device("cpu")
 # functional collective -> (collective, whether the payload is what it gives, not what it takes)
 FUNCTIONAL = {
     functional.all_reduce.default: ("all_reduce", False),
@@ -56,11 +58,17 @@ class Recorder(TorchDispatchMode):
         self.arriving: dict[int, int] = {}  # storage of a functional collective -> its message
         self.in_flight: list[int] = []  # messages for which C++ will wait
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here (simulator/silent_world.py)
+
     # -- operators
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if func is DEVICE:
+            return CPU
         if any(issubclass(kind, WRAPPERS) for kind in types):
             return NotImplemented  # their local operators come here one by one
         kwargs = kwargs or {}

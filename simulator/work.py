@@ -61,6 +61,7 @@ class Work:
     hides_gradients: Array
     hides_updates: Array
     hides_gathers: Array
+    copies_shards: Array
     # a block and one micro-batch, forward
     rows: Array
     inner: Array
@@ -159,6 +160,7 @@ class Work:
             "hides_updates": habits.hides_updates,
             "hides_gathers": habits.hides_gathers,
             "sends_once": habits.sends_once,
+            "copies_shards": habits.copies_shards & (plans.dp_shard > 1) & (plans.zero_stage > 1),
             "messages_a_block": messages_a_block,
             "item": item,
             "tokens": _tokens(plans),

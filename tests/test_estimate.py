@@ -213,3 +213,16 @@ def test_messages_to_the_next_stage_lengthen_the_bubble() -> None:
     near, slow = (step_seconds(Work.of(some, habits=hidden), c) for c in (H100, far))
     assert slow["exposed_communication"][0] == near["exposed_communication"][0]
     assert slow["bubble"][0] > near["bubble"][0]
+
+
+@pytest.mark.parametrize(("zero_stage", "gathers"), [(3, 2 * 8), (2, 1), (1, 0)])
+def test_sharded_weights_are_copied_out_of_messages_and_gradients_into_them(
+    zero_stage: int, gathers: int
+) -> None:
+    """Each gather is read and written in bf16; gradients are read so and written in fp32, once."""
+    some = plans(dp_shard=[64], zero_stage=[zero_stage])
+    without = Work.of(some, habits=Habits(copies_shards=False))
+    more = step_seconds(Work.of(some), H100)["compute"] - step_seconds(without, H100)["compute"]
+    moved = LLAMA.parameters * (gathers * (2 + 2) + (2 + 4) * (zero_stage > 1))
+    rate = H100.device.memory_bandwidth * H100.device.efficiency.memory
+    assert more == pytest.approx(moved / rate, rel=1e-6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.fsdp
 
 from costs.messages import payloads
 from costs.program import Message, Wait, Work
@@ -15,6 +17,7 @@ from minigpt.config import ModelConfig
 from parallel.layout import Impl, Layout, Options, Precision
 from simulator.communication import payload_bytes
 from simulator.trace import trace
+from simulator.trace_operators import cost_of
 
 
 @pytest.mark.slow
@@ -120,3 +123,11 @@ def test_seventy_billion_parameters_on_a_thousand_ranks() -> None:
     share = 4 * model.parameters / 1024
     assert one.memory_bytes["parameters"] == pytest.approx(share, rel=0.01, abs=norms)
     assert one.memory_bytes["optimizer"] == pytest.approx(2 * share, rel=0.01, abs=2 * norms)
+
+
+def test_what_out_is_given_for_is_written_and_not_read() -> None:
+    """fully_shard's copy of gradients in two bytes into the buffer of a reduce_scatter in four."""
+    gradients = [torch.empty(4, 2, dtype=torch.bfloat16), torch.empty(4, 3, dtype=torch.bfloat16)]
+    func, filled = torch.ops.fsdp.chunk_cat.default, {"out": torch.empty(2, 10)}
+    cost = cost_of(func, (gradients, 0, 2), filled, None)
+    assert cost is not None and cost.bytes == 20 * (2 + 4)
