@@ -28,6 +28,7 @@ from experiments import environment
 from experiments.arguments import key_values
 from experiments.config import Device as Kind
 from experiments.config import TrainConfig
+from experiments.process import end
 from experiments.refused import Refused
 from experiments.spread import Point, Spread, spread_of
 from minigpt.config import FFN, ModelConfig, Norm, Positions
@@ -63,6 +64,13 @@ class Calibration:
 
 def command(argv: list[str]) -> int:
     """Measure, and print or write the profile. Of a world's ranks the first one does."""
+    status = calibrate(argv)
+    if environment.given_rank():
+        end(status)  # as every rank does: torch may abort in an ordinary exit
+    return status
+
+
+def calibrate(argv: list[str]) -> int:
     _, given = key_values("calibrate", "to=FILE and device=auto, cpu or cuda", argv)
     path = Path(given["to"]) if "to" in given else None
     if path and path.suffix != ".yaml":
@@ -80,7 +88,7 @@ def command(argv: list[str]) -> int:
         return 0
     from experiments.calibrate_picture import draw, write  # matplotlib takes a second
 
-    path.write_text(yaml_of(found.cluster))
+    path.write_text(yaml_of(replace(found.cluster, name=path.stem)))  # as a cluster's file must
     write(found.points, path.with_suffix(".csv"))
     draw(found, path.with_suffix(".png"))
     print(f"wrote {path}, and {path.stem}.png and {path.stem}.csv beside it")

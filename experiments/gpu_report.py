@@ -8,6 +8,7 @@ take for products, copies and attention (experiments/device_times.py).
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
@@ -106,6 +107,7 @@ def measure(config: TrainConfig, device: torch.device) -> Figures:
         step()
     found = meters.costs()
     del meters, step  # before the next is measured: what is held would be held beside it
+    gc.collect()  # a trainer and its meters hold each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
     progress("compiled, and the plain loop")
