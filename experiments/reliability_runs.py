@@ -162,7 +162,7 @@ def preemption(folder: Path, share: float) -> Iterator[str]:
     """SIGTERM and USR1 to the launcher at random moments: all ranks save the same step."""
     yield "| signal | times | saved, exit 128 + its number | went on | losses equal to the bit |"
     yield "|---|--:|--:|--:|--:|"
-    asked = [*SMALL, "strategy=fsdp", "steps=200"]
+    asked = [*SMALL, "strategy=fsdp", "steps=60"]
     whole = Launch(folder / "whole", asked)
     assert whole.wait() == 0, whole.said
     losses, times = losses_of(whole), few(PREEMPTIONS, share)
@@ -181,7 +181,7 @@ def preemption(folder: Path, share: float) -> Iterator[str]:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         dice = random.Random(number)
         places = [folder / f"{number.name}{trial}" for trial in range(times)]
-        moments = [dice.randint(1, 120) for _ in places]
+        moments = [dice.randint(1, 40) for _ in places]
         came = side_by_side(preempted, places, itertools.repeat(number), moments)
         counts = sum(came, Counter[str]())
         left = f"| {number.name} | {times} | {counts['saved']} |"
