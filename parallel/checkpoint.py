@@ -12,6 +12,7 @@ Everything is a tensor: what torch would pickle, it would also run when it is lo
 
 from __future__ import annotations
 
+import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -190,7 +191,8 @@ class Writer:
                     no_dist=self.group is None,
                 )
         except CheckpointException as error:
-            raise OSError(f"{folder} could not be written: {reason_of(error)}") from error
+            reason = f"{reason_of(error)} ({free_mb(folder):,.1f} MB free)"
+            raise OSError(f"{folder} could not be written: {reason}") from error
         said: list[str | None] = [None]
         if self.first:
             try:
@@ -201,6 +203,12 @@ class Writer:
             dist.broadcast_object_list(said, group=self.group, group_src=0)
         if said[0]:
             raise OSError(said[0])
+
+
+def free_mb(folder: Path) -> float:
+    """Room on its disk: of a full one torch says "unexpected pos 704 vs 598", and no more."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free / 1e6
 
 
 def copied(tensor: Tensor) -> Tensor:
