@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -41,6 +42,14 @@ SCHEMAS: dict[str, type] = {
 Config = TypeVar("Config")
 
 
+@cache
+def store_schemas() -> None:
+    """Where Hydra looks for them; once, for it makes a configuration of each."""
+    store = ConfigStore.instance()
+    for command, node in SCHEMAS.items():
+        store.store(name=f"{command}_schema", node=node)
+
+
 def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> None:
     """Compose configs/NAME.yaml with the overrides in `argv` and call `job` for each job of it.
 
@@ -48,9 +57,7 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     Raises Refused where a key, a value or a group is not there. `job` must not raise: Hydra would
     print a line of its own.
     """
-    store = ConfigStore.instance()
-    for command, node in SCHEMAS.items():
-        store.store(name=f"{command}_schema", node=node)
+    store_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
     entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
     schema = SCHEMAS[name]

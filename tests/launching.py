@@ -13,6 +13,7 @@ import psutil
 from experiments.trials import without_scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 1200.0  # for what takes seconds: a machine may be busy
 SMALL = (
     "data=generated",
     "model.n_layer=2",
@@ -44,8 +45,17 @@ def start(*arguments: str, cwd: Path, **more: str) -> subprocess.Popen:
 def launch(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess:
     """Run to the end: status, output, errors."""
     process = start(*arguments, cwd=cwd, **more)
-    out, err = process.communicate(timeout=240)
+    out, err = ended(process)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def ended(process: subprocess.Popen) -> tuple[str, str]:
+    """Output and errors of a launch that comes to its end; none is left at work if it does not."""
+    try:
+        return process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # its ranks end with it
+        raise
 
 
 def only_run(cwd: Path) -> Path:
@@ -75,7 +85,7 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def wait_until(what: str, holds, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
+def wait_until(what: str, holds, seconds: float = PATIENCE_S) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not in {seconds} s: {what}"

@@ -22,7 +22,7 @@ from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, Impl, Layout, Precision
 from simulator.communication import payload_bytes
 from tests.configs import compose
-from tests.launching import ROOT, SMALL, environment, launch, only_run
+from tests.launching import PATIENCE_S, ROOT, SMALL, environment, launch, only_run
 from tests.on_ranks import Key, payloads
 
 needs_accelerate = pytest.mark.skipif(
@@ -190,7 +190,7 @@ def test_accelerate_launch_starts_it(tmp_path: Path, options: list[str], ranks: 
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, *module]
     variables = {**environment(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240
+        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
     ledger = ledgers.read(only_run(tmp_path) / "ledger.json")

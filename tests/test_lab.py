@@ -24,7 +24,7 @@ from experiments.lab_profile import PAYLOAD, profile_of, slower_device
 from experiments.shaped_links import Links, Missing
 from simulator.collectives import Group, seconds
 from simulator.hardware import OperatorSpeed, numbers, tables
-from tests.launching import ROOT, SMALL, environment, launch, start, wait_until
+from tests.launching import PATIENCE_S, ROOT, SMALL, ended, environment, launch, start, wait_until
 from tests.test_ledger import a_ledger
 
 LAPTOP = clusters.load("laptop")
@@ -193,16 +193,20 @@ def test_nothing_is_left_however_it_ends(
     long = (*SMALL, "steps=100000", f"run.dir={tmp_path}/long")
     process = start("lab", "nodes=2", "rate=100mbit", *long, cwd=tmp_path)
     metrics = tmp_path / "long" / "metrics.jsonl"
-    wait_until("a step", lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
+    wait_until("a step", lambda: process.poll() is not None or lines(metrics) > 1)
     theirs = psutil.Process(process.pid).children(recursive=True)
     networks = {namespace_of(p) for p in theirs}
     assert len(networks - {namespace_of(psutil.Process())}) == 3, "the bridge's and two nodes'"
     process.send_signal(number)
-    _, err = process.communicate(timeout=40)
-    wait_until("no process is left", lambda: not any(alive(p) for p in theirs), 15)
+    _, err = ended(process)
+    wait_until("no process is left", lambda: not any(alive(p) for p in theirs))
     if number == signal.SIGINT:
         assert process.returncode == 130 and "stopped; what was measured is in" in err
     assert subprocess.run(["ip", "-br", "link"], capture_output=True, text=True).stdout == before
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def namespace_of(process: psutil.Process) -> str:
@@ -222,7 +226,7 @@ def test_a_node_that_fails_ends_the_others(namespaces: None, tmp_path: Path) -> 
     program = "import sys; from experiments import shaped_links as s; s.NOTICE_S = 0.5; "
     program += "sys.exit(s.main(sys.argv[1:]))"
     prefix = shaped_links.command()[: -len([sys.executable, "-m", "module"])]
-    done = subprocess.run([*prefix, sys.executable, "-c", program, str(spec)], timeout=60)
+    done = subprocess.run([*prefix, sys.executable, "-c", program, str(spec)], timeout=PATIENCE_S)
     assert done.returncode == 7
 
 
@@ -240,7 +244,7 @@ def test_a_torchrun_on_each_of_two_hosts(namespaces: None, tmp_path: Path) -> No
         env={**environment(), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     assert ledgers.read(tmp_path / "shared" / "ledger.json")["layout"]["world_size"] == 4

@@ -17,7 +17,7 @@ from experiments.environment import settle
 from experiments.parity import trajectory
 from experiments.process import TORCHRUN
 from tests.configs import compose
-from tests.launching import ROOT, SMALL, environment, free_ports, launch, only_run, start
+from tests.launching import ROOT, SMALL, ended, environment, free_ports, launch, only_run, start
 
 pytestmark = pytest.mark.slow
 
@@ -180,7 +180,7 @@ def test_slurm_may_start_the_ranks(tmp_path: Path) -> None:
         )
         for i in range(2)
     ]
-    said = [task.communicate(timeout=120)[0] for task in tasks]
+    said = [ended(task)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
     assert "run folder" in said[0] and said[1] == ""
     assert ledgers.read(only_run(tmp_path) / "ledger.json")["layout"]["dp_replicate"] == 2
@@ -192,7 +192,7 @@ def test_two_nodes_make_one_run(tmp_path: Path) -> None:
     shared = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}")
     more = (*SMALL, "run.dir=shared", "layout.dp_replicate=2", "layout.dp_shard=2")
     nodes = [start(*shared, f"--node-rank={i}", *more, cwd=tmp_path) for i in range(2)]
-    said = [node.communicate(timeout=120) for node in nodes]
+    said = [ended(node) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert ledgers.read(tmp_path / "shared" / "ledger.json")["layout"]["world_size"] == 4
 

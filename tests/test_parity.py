@@ -19,10 +19,9 @@ from tests.on_ranks import make, random_numbers, weights_and_validation
 
 def on_one_process(name: str) -> Difference:
     """Accumulation over four micro-batches against none."""
-    runs = [
-        {**VARIANTS[name], "gradient_accumulation_steps": micro_batches} for micro_batches in (4, 1)
-    ]
-    return compare(*parity.trajectories([make_config(Layout(), changes) for changes in runs]))
+    changes = {**VARIANTS[name], "steps": 6}
+    configs = [make_config(Layout(), {**changes, "gradient_accumulation_steps": n}) for n in (4, 1)]
+    return compare(*parity.trajectories(configs))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

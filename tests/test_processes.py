@@ -15,6 +15,7 @@ from experiments.process import RANK, TORCHRUN
 from tests.launching import (
     ROOT,
     SMALL,
+    ended,
     environment,
     launch,
     only_run,
@@ -37,13 +38,13 @@ def test_a_signal_ends_every_process_and_keeps_what_was_measured(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     process, folder = start(*LONG, cwd=tmp_path), tmp_path / "long"
-    wait_until("three steps", lambda: lines(folder) > 3)
+    wait_until("three steps", lambda: lines(folder) > 3 or process.poll() is not None)
     assert len(processes_of(Path("long"))) >= 3, "torchrun and two ranks"
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = ended(process)
     assert process.returncode == 128 + number
     assert err == "launch.sh: stopped; what was measured is in long\n"
-    wait_until("no process is left", lambda: not ranks_of(tmp_path), 10)
+    wait_until("no process is left", lambda: not ranks_of(tmp_path))
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["loss"] > 0
     assert not (folder / "ledger.json").exists()
@@ -52,7 +53,7 @@ def test_a_signal_ends_every_process_and_keeps_what_was_measured(
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank"])
 def test_a_kill_leaves_no_process(tmp_path: Path, victim: str) -> None:
     process, folder = start(*LONG, cwd=tmp_path), tmp_path / "long"
-    wait_until("three steps", lambda: lines(folder) > 3)
+    wait_until("three steps", lambda: lines(folder) > 3 or process.poll() is not None)
     ranks = ranks_of(tmp_path)
     if victim == "launcher":
         process.kill()
@@ -60,8 +61,8 @@ def test_a_kill_leaves_no_process(tmp_path: Path, victim: str) -> None:
         module = {"torchrun": TORCHRUN, "rank": RANK}[victim]
         # python -m MODULE ...; torchrun's own line names the worker's module later on
         next(p for p in ranks if module in p.cmdline()[:4]).kill()
-    _, err = process.communicate(timeout=60)
-    wait_until("no process is left", lambda: not ranks_of(tmp_path), 15)
+    _, err = ended(process)
+    wait_until("no process is left", lambda: not ranks_of(tmp_path))
     if victim != "launcher":
         assert process.returncode == 1 and err.startswith("launch.sh: the run failed: ")
         assert err.count("\n") == 1

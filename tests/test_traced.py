@@ -19,13 +19,16 @@ from simulator.communication import payload_bytes
 from simulator.trace import trace
 from simulator.trace_operators import cost_of
 
+# one axis alone, whose ranks do on four what they do on two
+AS_ON_TWO = ("ddp4", "zero1 4", "zero2 4", "fsdp4", "tp4", "pp4 gpipe", "cp4")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "changes"), [(2, {}), (4, {"model.tied": True})])
 def test_a_trace_is_what_ranks_measure(world_size: int, changes: dict[str, Any]) -> None:
     """Messages and flops exactly, and the peak of memory; first rank where it differs, and last."""
-    plans = plans_of(world_size)
-    assert len(plans) >= 10
+    plans = [plan for plan in plans_of(world_size) if plan.name not in AS_ON_TWO]
+    assert len(plans) >= 15
     for one in agreements(world_size, plans, changes):
         where = (one.plan.name, one.rank)
         measured, traced_calls = one.calls
