@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from experiments.__main__ import main
 from experiments.comparison import Comparison, compared
-from experiments.config_differences import UNKNOWN, differences_of, pairs_of
+from experiments.config_differences import differences_of
 from experiments.find_runs import find_runs, ledger_paths
 from experiments.run_costs import says
 from tests.made_runs import a_run
@@ -280,27 +279,6 @@ def test_what_a_ledger_does_not_say_differs_from_nothing(tmp_path: Path) -> None
     a_run(tmp_path / "b", {"timeout_s": 5.0, "new_key": 1})
     found = differences_of(find_runs([str(tmp_path)])[0])
     assert found.keys == [] and found.elementary == [] and found.repeats == [[0, 1]]
-
-
-@pytest.mark.parametrize("keys", [0, 3, 62, 63, 140])
-def test_pairs_are_told_apart_by_each_key(keys: int) -> None:
-    """Against the definition, pair by pair; more keys than a whole number of numpy's has bits."""
-    codes = np.random.default_rng(keys).integers(UNKNOWN, 2, (9, keys))
-    codes[4:6] = codes[3]
-    pairs = pairs_of(codes)
-    wanted = {
-        (i, j): sum(
-            1 << k
-            for k, (a, b) in enumerate(zip(codes[i].tolist(), codes[j].tolist(), strict=True))
-            if a != b and UNKNOWN not in (a, b)
-        )
-        for j in range(len(codes))
-        for i in range(j)
-    }
-    every = [(i, j, mask) for (i, j), mask in wanted.items()]
-    assert list(pairs.that(lambda mask: True)) == every
-    assert list(pairs.that(lambda mask: not mask)) == [e for e in every if not e[2]] != []
-    assert len(set(pairs.masks)) == len(pairs.masks) == len(set(wanted.values()))
 
 
 def test_it_starts_without_what_takes_long() -> None:

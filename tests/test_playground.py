@@ -110,6 +110,17 @@ def test_only_what_a_control_can_say_is_taken() -> None:
             moved_to(START, key, value)
 
 
+# what is written on the page: its text, its size in pixels, its contrast with white (WCAG 2, 1.4.3)
+TEXTS = """() => [...document.querySelectorAll("main *")].filter((e) =>
+  e.checkVisibility() && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())
+).map((e) => {
+  const parts = getComputedStyle(e).color.match(/[0-9.]+/g).slice(0, 3).map((p) => p / 255);
+  const [r, g, b] = parts.map((p) => p <= 0.04045 ? p / 12.92 : ((p + 0.055) / 1.055) ** 2.4);
+  const contrast = 1.05 / (0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05);
+  return [e.textContent.slice(0, 40), parseFloat(getComputedStyle(e).fontSize), contrast];
+})"""
+
+
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A playground on a free port."""
@@ -132,6 +143,10 @@ def test_the_page_in_a_browser(address: str, width: int) -> None:
         memory, text = page.locator("#n-memory"), page.locator("#result-command")
         memory.wait_for()
         assert START.command in text.inner_text()
+        texts = page.evaluate(TEXTS)
+        assert len(texts) > 40
+        assert not [text for text, pixels, _ in texts if pixels < 11]
+        assert not [text for text, _, contrast in texts if contrast < 4.5]
         before = memory.inner_text()
         slider = page.get_by_label(SLIDERS["micro_batch_size"][0])
         slider.focus()
