@@ -16,14 +16,14 @@ from simulator.at_scale import Failures
 from simulator.hardware import Cluster
 from simulator.space import Space
 
-SUFFIXES = {"": 0, "k": 1, "M": 2, "G": 3, "B": 3, "T": 4}  # thousands
+SUFFIXES = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}  # thousands
 
 
 def count_of(key: str, text: str, thousand: int = 1000) -> float:
     """A number with a suffix: 4M, 1.5T. Raises ValueError with the key."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kMGBT]?)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kKMGBT]?)\s*", str(text))
     if not match or not float(match[1]):
-        raise ValueError(f"{key}={text}: must be a number above 0, as 4194304, 4M or 1.5T")
+        raise ValueError(f"{key}={text}: must be a number above 0, as 4194304, 128K, 4M or 1.5T")
     return float(match[1]) * thousand ** SUFFIXES[match[2]]
 
 
