@@ -53,7 +53,7 @@ def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Me
     moments = [on.at_the_loss(later) for later in (False, True)]
     places = [(after, later) for after in behind for later in (False, True)]
     moments += [on.in_block(*place) for place in places]
-    if plans.model.ffn != FFN.moe:
+    if plans.model.ffn != FFN.moe and on.may_be_fuller_before_mlp:
         moments += [on.before_mlp(*place) for place in places]
     if np.any(plans.tp > 1):
         moments += [on.in_embedding(later) for later in (False, True)]
@@ -95,6 +95,12 @@ class Moments(Held):
         later = self.may_be(later)
         gradients, activations, messages = self.behind(after, later, self._down + self._up)
         return gradients, activations + self.of.before_mlp - self.came(after), messages
+
+    @property
+    def may_be_fuller_before_mlp(self) -> bool:
+        """Whether any plan may be fuller then than in_block, by the most that gradients can add."""
+        each = np.maximum(self.plans.numerics.gradients, self.low)
+        return bool(np.any(self.of.before_mlp + each * self._up > self.of.in_mlp))
 
     def in_embedding(self, later: Array | bool) -> tuple[Array, Array, Array]:
         """When all blocks of the first stage have gone backward: the embedding's gradient is as
