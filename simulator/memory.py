@@ -140,8 +140,7 @@ class Moments(Held):
         # fully_shard and replicate hand over gradients a block at a time, and the last ones at the
         # end: until then they are a message's, as is the block's before, on its way in fp32
         pending = self.low * (self._back + there)
-        n, rest = self.rank.weight_shards, self.rank.expert_shards
-        block = self.rank.of_block(n) + self.rank.of_experts(rest)
+        block = self.whole_block + self.whole_experts
         sent = (after > 0) * self.plans.numerics.gradients * block
         sent = np.where(self.unsynchronised | later, 0, pending + sent)
         unsent = self.unsent(after * block + self._back + there, later)
