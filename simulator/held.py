@@ -44,6 +44,20 @@ class Held:
         n, rest = self.rank.weight_shards, self.rank.expert_shards
         return self.rank.of_block(n) // n + self.rank.of_experts(rest) // rest
 
+    # weights once the shards of all ranks are gathered, with what pads them
+
+    @cached_property
+    def whole_outer(self) -> Array:
+        return self.rank.of_outer(self.rank.weight_shards)
+
+    @cached_property
+    def whole_block(self) -> Array:
+        return self.rank.of_block(self.rank.weight_shards)
+
+    @cached_property
+    def whole_experts(self) -> Array:
+        return self.rank.of_experts(self.rank.expert_shards)
+
     @property
     def parameters(self) -> Array:
         return self.plans.numerics.weights * self.numbers
@@ -119,9 +133,7 @@ class Held:
 
     def unsent(self, numbers: Array, later: Array | bool) -> Array:
         """Gradients that wait whole, of so many weights; of all where there was a micro-batch."""
-        n, rest = self.rank.weight_shards, self.rank.expert_shards
-        block = self.rank.of_block(n) + self.rank.of_experts(rest)
-        everything = self.rank.of_outer(n) + self.rank.layers * block
+        everything = self.whole_outer + self.rank.layers * (self.whole_block + self.whole_experts)
         waits = self.unsynchronised | (self.modular & later)
         return self.plans.numerics.gradients * waits * np.where(later, everything, numbers)
 
@@ -183,9 +195,8 @@ class Held:
         backwards in 1F1B. Experts of whom ep has left no copy are whole as they are
         (parallel/experts.py)."""
         rank, plans = self.rank, self.plans
-        n, rest = rank.weight_shards, rank.expert_shards
         copies = rank.expert_rest * np.where(plans.dp_shard > 1, plans.dp_replicate, 1) > 1
-        block = rank.of_block(n) + copies * rank.of_experts(rest)
+        block = self.whole_block + copies * self.whole_experts
         turns = (rank.local_stages == 1) & ~(later & (plans.schedule == GPIPE))
         blocks = np.where(self.gives_up & ((plans.pp == 1) | turns), blocks, rank.layers)
-        return self.modular * self.low * (rank.of_outer(n) + blocks * block)
+        return self.modular * self.low * (self.whole_outer + blocks * block)

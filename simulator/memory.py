@@ -53,7 +53,7 @@ def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Me
     moments = [on.at_the_loss(later) for later in (False, True)]
     places = [(after, later) for after in behind for later in (False, True)]
     moments += [on.in_block(*place) for place in places]
-    if plans.model.ffn != FFN.moe:
+    if plans.model.ffn != FFN.moe and on.may_be_fuller_before_mlp:
         moments += [on.before_mlp(*place) for place in places]
     if np.any(plans.tp > 1):
         moments += [on.in_embedding(later) for later in (False, True)]
@@ -96,6 +96,12 @@ class Moments(Held):
         gradients, activations, messages = self.behind(after, later, self._down + self._up)
         return gradients, activations + self.of.before_mlp - self.came(after), messages
 
+    @property
+    def may_be_fuller_before_mlp(self) -> bool:
+        """Whether any plan may be fuller then than in_block, by the most that gradients can add."""
+        each = np.maximum(self.plans.numerics.gradients, self.low)
+        return bool(np.any(self.of.before_mlp + each * self._up > self.of.in_mlp))
+
     def in_embedding(self, later: Array | bool) -> tuple[Array, Array, Array]:
         """When all blocks of the first stage have gone backward: the embedding's gradient is as
         large as if tp had not cut it, and so is the sum in fp32 of those that wait."""
@@ -134,8 +140,7 @@ class Moments(Held):
         # fully_shard and replicate hand over gradients a block at a time, and the last ones at the
         # end: until then they are a message's, as is the block's before, on its way in fp32
         pending = self.low * (self._back + there)
-        n, rest = self.rank.weight_shards, self.rank.expert_shards
-        block = self.rank.of_block(n) + self.rank.of_experts(rest)
+        block = self.whole_block + self.whole_experts
         sent = (after > 0) * self.plans.numerics.gradients * block
         sent = np.where(self.unsynchronised | later, 0, pending + sent)
         unsent = self.unsent(after * block + self._back + there, later)
