@@ -67,8 +67,8 @@ def kills(folder: Path, share: float) -> Iterator[str]:
         total += kept.counts
         yield kept.row(strategy, equal, runs)
     yield f"\nTogether: {total['kills']} kills, {total['inside']} inside of a save,"
-    yield f"{total['resumed']} resumed from the newest checkpoint, {total['afresh']} from the start:"
-    yield f"killed before the first one, but for {total['forgot']}; {total['silent']} of them"
+    yield f"{total['resumed']} resumed from the newest checkpoint,"
+    yield f"{total['afresh']} from the start: killed before the first one, but for {total['forgot']}; {total['silent']} of them"
     yield f"without a word. {total['survivors']} processes left."
 
 
