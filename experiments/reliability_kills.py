@@ -67,8 +67,9 @@ def kills(folder: Path, share: float) -> Iterator[str]:
         total += kept.counts
         yield kept.row(strategy, equal, runs)
     yield f"\nTogether: {total['kills']} kills, {total['inside']} inside of a save,"
-    yield f"{total['resumed']} resumed from the newest checkpoint, {total['afresh']} fresh starts"
-    yield f"({total['silent']} without a word), {total['survivors']} processes left."
+    yield f"{total['resumed']} resumed from the newest checkpoint,"
+    yield f"{total['afresh']} from the start: killed before the first one, but for {total['forgot']}; {total['silent']} of them"
+    yield f"without a word. {total['survivors']} processes left."
 
 
 def _kill(folder: Path, strategy: str, wanted: int, inside: int) -> tuple[Kills, int, int]:
@@ -133,9 +134,9 @@ def _count(kept: Kills, launch: Launch, newest: int | None, reached: int) -> Non
         return
     went_on = re.search(r"going on from .*, after (\d+) steps", launch.said)
     if went_on is None:
-        said = "starting from step 0" in launch.said
         kept.counts["afresh"] += 1
-        kept.counts["silent"] += not said
+        kept.counts["forgot"] += newest is not None
+        kept.counts["silent"] += "starting from step 0" not in launch.said
         return
     kept.counts["resumed"] += int(went_on[1]) == newest
     kept.worst_loss = max(kept.worst_loss, reached - int(went_on[1]))

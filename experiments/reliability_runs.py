@@ -163,10 +163,12 @@ def preemption(folder: Path, share: float) -> Iterator[str]:
     """SIGTERM and USR1 to the launcher at random moments: all ranks save the same step."""
     yield "| signal | times | saved, exit 128 + its number | went on | losses equal to the bit |"
     yield "|---|--:|--:|--:|--:|"
-    asked = [*SMALL, "strategy=fsdp", "steps=60"]
+    asked = [*SMALL, "strategy=fsdp", "steps=150"]
     whole = Launch(folder / "whole", asked)
     assert whole.wait() == 0, whole.said
     losses, times = losses_of(whole), few(PREEMPTIONS, share)
+
+    odd = []  # what else came of it
 
     def preempted(place: Path, number: signal.Signals, at: int) -> Counter[str]:
         launch = Launch(place, asked)
@@ -174,6 +176,9 @@ def preemption(folder: Path, share: float) -> Iterator[str]:
         launch.process.send_signal(number)
         status, step = launch.wait(), newest_in(place)
         saved = status == 128 + number and step == launch.steps()
+        if not saved:
+            told = f"status {status} after {launch.steps()} steps, checkpoint of {step}"
+            odd.append(f"- {number.name} after {at} steps: {told}: `{launch.said[-300:].strip()}`")
         again = Launch(place, [*asked, "resume=auto"])
         again.wait()
         went_on, equal = f"after {step} steps" in again.said, losses_of(again) == losses
@@ -187,6 +192,9 @@ def preemption(folder: Path, share: float) -> Iterator[str]:
         counts = sum(came, Counter[str]())
         left = f"| {number.name} | {times} | {counts['saved']} |"
         yield f"{left} {counts['went_on']} | {counts['equal']} |"
+    if odd:
+        yield "\nWhere it was not so:\n"
+        yield from odd
 
 
 # --- two at once, and a long one
