@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from experiments.config import ExportConfig, GenerateConfig, TrainConfig
-from experiments.plan_config import SearchConfig, SimulateConfig
+from experiments.predict.plan_config import SearchConfig, SimulateConfig
 from experiments.refused import Refused
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -27,7 +27,7 @@ class Torchrun:
     """torchrun's own options, passed through: several nodes are its business."""
 
     options: list[str] = field(default_factory=list)
-    on_one_machine: bool = False  # all nodes are here (experiments/lab.py)
+    on_one_machine: bool = False  # all nodes are here (experiments/lab/command.py)
 
     @property
     def nodes(self) -> int:

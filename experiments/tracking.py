@@ -116,9 +116,9 @@ class WandbTracker(Mirror):
 
 def shown_of(folder: Path) -> tuple[list[Sheet], dict[str, Path]]:
     """The tables and the pictures, by name, of a run's folder or a sweep's."""
-    from experiments.compare import shown
-    from experiments.compare_pictures import draw  # matplotlib takes a second
-    from experiments.comparison import compared
+    from experiments.compare.command import shown
+    from experiments.compare.comparison import compared
+    from experiments.compare.pictures import draw  # matplotlib takes a second
 
     comparison = compared([str(folder)])
     drawn = {path.stem: path for path in draw(comparison, folder / "pictures")}

@@ -4,7 +4,7 @@
 
 A product takes the longer of its flops and its bytes; element-wise operators take their bytes; the
 host must launch every operator in time. All but the efficiencies, which are fitted
-(experiments/fit.py) or measured, and the constants below follows from the shapes.
+(experiments/predict/fit.py) or measured, and the constants below follows from the shapes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ BACKWARD_PRODUCTS = 2.0  # gradients of inputs and of weights, each as large as 
 BACKWARD_FLASH = 2.5  # with the scores again (Dao et al. 2022, FlashAttention, appendix B.4)
 BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gradient, writes one
 # of the element-wise bytes left where torch.compile fuses operators. Fitted, like HIDDEN_GATHERS:
-# `./launch.sh python -m experiments.fit constants` prints the error at other values, which here
-# hardly changes it
+# `./launch.sh python -m experiments.predict.fit constants` prints the error at other values, which
+# here hardly changes it
 FUSED = 0.6
 SCORE_PASSES = 5.0  # over the T x T matrix: write, softmax in and out, dropout in and out
 SCORE_PASSES_BACKWARD = 7.0  # the same with each operator's gradient

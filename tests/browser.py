@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from experiments import browser
+from experiments.playground import browser
 
 
 @contextmanager
 def opened(address: str, width: int, height: int = 900) -> Iterator[browser.Opened]:
-    """Open an address, as experiments.browser does."""
+    """Open an address, as experiments.playground.browser does."""
     pytest.importorskip("playwright.sync_api")
     if browser.chromium() is None:
         pytest.skip("no Chromium on PATH")

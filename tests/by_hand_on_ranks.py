@@ -9,8 +9,8 @@ import torch
 
 from costs.communication import recorded
 from experiments.config import TrainConfig
-from experiments.parity import Trajectory, trajectories
-from experiments.short_runs import step_costs
+from experiments.figures.parity import Trajectory, trajectories
+from experiments.figures.short_runs import step_costs
 from parallel.by_hand import ddp
 from parallel.by_hand.pipeline import Pipeline
 from tests.on_ranks import Key, make, payloads, weights_and_validation

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from experiments import calibrate, device_times, message_times
 from experiments.__main__ import main
+from experiments.calibrate import command as calibrate
+from experiments.calibrate import device_times, message_times
 
 device_times.SIZES["cpu"] = device_times.Sizes(
     ((32, 32, 32), (64, 64, 64), (128, 32, 64)), (2**12, 2**18, 2**20), ()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from experiments.trials import without_scheduler
+from experiments.reliability.trials import without_scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 1200.0  # for what takes seconds: a machine may be busy

@@ -11,9 +11,9 @@ from costs.communication import recorded
 from costs.messages import Key, Row, control_of, rows_of
 from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.config import TrainConfig
+from experiments.figures.parity import mesh_of
+from experiments.figures.short_runs import run_of
 from experiments.metering import Meters
-from experiments.parity import mesh_of
-from experiments.short_runs import run_of
 from experiments.train import train_step
 from minigpt.corpus import prepare
 from parallel.step import Trainer, evaluate

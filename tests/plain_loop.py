@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.config import TrainConfig
-from experiments.parity import Trajectory
+from experiments.figures.parity import Trajectory
 from minigpt.config import OptimizerConfig
 from minigpt.corpus import prepare
 from minigpt.data import Batches

@@ -23,7 +23,7 @@ import parallel.training as training
 from experiments import assemble
 from experiments.config import TrainConfig
 from experiments.debug.patches import Bug, instead
-from experiments.parity import make_config
+from experiments.figures.parity import make_config
 from minigpt.config import OptimizerConfig
 from parallel import context_parallel, experts, passes, pipeline, step, strategies
 from parallel.gradients import align_gradients, gradient_norm, local, scale_gradients

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from experiments.config import TrainConfig
-from experiments.parity import Trajectory, trajectory
+from experiments.figures.parity import Trajectory, trajectory
 from tests.on_ranks import make
 from tests.planted import PLANTS
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from experiments.parity import Plan
+from experiments.figures.parity import Plan
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,

@@ -15,7 +15,7 @@ import torch
 from costs import ledger as ledgers
 from experiments import environment as machine
 from experiments.config import TrainConfig
-from experiments.parity import VARIANTS, Trajectory, compare, make_config, trajectories
+from experiments.figures.parity import VARIANTS, Trajectory, compare, make_config, trajectories
 from experiments.ranks import run_ranks
 from experiments.refused import Refused
 from minigpt.config import ModelConfig

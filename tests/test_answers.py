@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments.evidence import Run, value_at
-from experiments.node_bytes import leaving
-from experiments.quantity import SIGNS, Quantity
+from experiments.ask.evidence import Run, value_at
+from experiments.ask.quantity import SIGNS, Quantity
+from experiments.lab.node_bytes import leaving
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BETWEEN_NODES = re.compile(r"ranks\[\]\.communication.* rings that cross nodes of (\d+)")

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 
-from experiments import ask, kept, launch, search
+from experiments import launch
 from experiments.__main__ import main
-from experiments.answer import Answer, Picture, Table, markdown, say
-from experiments.ask_words import nearest, wanted
-from experiments.evidence import Evidence, Run, RunFailed, value_at
-from experiments.node_bytes import leaving
+from experiments.ask import command as ask
+from experiments.ask import kept
+from experiments.ask.answer import Answer, Picture, Table, markdown, say
+from experiments.ask.evidence import Evidence, Run, RunFailed, value_at
+from experiments.ask.quantity import Quantity, combined, formula, mean, published
+from experiments.ask.words import nearest, wanted
+from experiments.lab.node_bytes import leaving
 from experiments.overrides import composed
-from experiments.quantity import Quantity, combined, formula, mean, published
-from experiments.search import find
+from experiments.predict import search
+from experiments.predict.search import find
 from tests.launching import SMALL
 
 PACKAGES = ("costs", "minigpt", "parallel", "simulator")
@@ -219,8 +222,8 @@ def test_the_version_of_code_is_that_of_its_files(
 
 
 def test_all_that_a_search_runs_is_in_its_version() -> None:
-    """Modules of ours that experiments.search loads are hashed, but for what reads and prints."""
-    code = "import sys, experiments.search; print(*sys.modules)"
+    """What experiments.predict.search loads of ours is hashed, but for what reads and prints."""
+    code = "import sys, experiments.predict.search; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = [m for m in done.stdout.split() if m.startswith((*PACKAGES, "experiments."))]
     paths = {m.replace(".", "/") + ".py" for m in ours} | set(PACKAGES)

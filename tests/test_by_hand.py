@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from experiments.config import TrainConfig
-from experiments.parity import VARIANTS, Trajectory, compare, make_config, trajectories
+from experiments.figures.parity import VARIANTS, Trajectory, compare, make_config, trajectories
 from experiments.ranks import run_ranks
 from minigpt.config import ModelConfig
 from parallel.by_hand.ddp import in_buckets

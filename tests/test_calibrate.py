@@ -15,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from costs.program import Message, Program, Wait, Work
-from experiments import calibrate, clusters, device_times, message_times
 from experiments.__main__ import main
-from experiments.calibrate_gpu import calibration_of_gpus
-from experiments.calibrate_picture import draw, write
-from experiments.calibrate_ranks import Alone, Found
+from experiments.calibrate import command as calibrate
+from experiments.calibrate import device_times, message_times
+from experiments.calibrate.gpu import calibration_of_gpus
+from experiments.calibrate.operator_times import Sample, fit, rates_of
+from experiments.calibrate.picture import draw, write
+from experiments.calibrate.ranks import Alone, Found
+from experiments.calibrate.spread import Spread, spread_of
 from experiments.environment import gpu_count
-from experiments.operator_times import Sample, fit, rates_of
-from experiments.spread import Spread, spread_of
+from experiments.predict import clusters
 from simulator.collectives import Group, ring, seconds
 from simulator.event_times import EventTimes
 from simulator.hardware import (

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import clusters
 from experiments.__main__ import main
-from experiments.check import KINDS, Checked, configurations, said, show, simulated
+from experiments.calibrate.check import KINDS, Checked, configurations, said, show, simulated
+from experiments.predict import clusters
 
 REFUSED = [
     (["speed=2"], "speed=2: check takes cluster=NAME|FILE, --json"),

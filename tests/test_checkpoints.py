@@ -23,10 +23,10 @@ from experiments.checkpoints import (
     set_aside,
     steps_of,
 )
-from experiments.parity import make_config
-from experiments.reliability_state import DAMAGE, faulty
+from experiments.figures.parity import make_config
+from experiments.reliability.resuming import train_on, write
+from experiments.reliability.state import DAMAGE, faulty
 from experiments.resume import check_fits, choose, goes_on_in, run_dir, same_layout
-from experiments.resuming import train_on, write
 from experiments.run_folder import make_folder, settings_of
 from parallel.checkpoint import Writer
 from parallel.checkpoint_reader import read_index, read_whole

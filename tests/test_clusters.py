@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import clusters
-from experiments.calibrate import yaml_of
-from experiments.fit import replaced
+from experiments.calibrate.command import yaml_of
+from experiments.predict import clusters
+from experiments.predict.fit import replaced
 from experiments.refused import Refused
 from simulator.hardware import Cluster, Device, Peak, numbers, tables
 from simulator.published import GPUS

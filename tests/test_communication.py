@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.matrix import PLANS
+from experiments.figures.matrix import PLANS
 from experiments.ranks import run_ranks
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options, Precision

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from experiments.__main__ import main
-from experiments.comparison import Comparison, compared
-from experiments.config_differences import differences_of
-from experiments.find_runs import find_runs, ledger_paths
-from experiments.run_costs import says
+from experiments.compare.comparison import Comparison, compared
+from experiments.compare.config_differences import differences_of
+from experiments.compare.find_runs import find_runs, ledger_paths
+from experiments.compare.run_costs import says
 from tests.made_runs import a_run
 
 SHARDED = {"layout.dp_replicate": 1, "layout.dp_shard": 2}
@@ -282,7 +282,7 @@ def test_what_a_ledger_does_not_say_differs_from_nothing(tmp_path: Path) -> None
 
 
 def test_it_starts_without_what_takes_long() -> None:
-    code = "import sys, experiments.__main__, experiments.compare; print(*sys.modules)"
+    code = "import sys, experiments.__main__, experiments.compare.command; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     slow = {"torch", "hydra", "omegaconf", "matplotlib", "wandb", "plotly"}
     assert not slow & set(done.stdout.split())

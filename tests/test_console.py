@@ -18,7 +18,7 @@ from experiments.console import (
     share,
 )
 from experiments.explain import Explained, Explanation, case_of, flops, messages
-from experiments.parity import make_config
+from experiments.figures.parity import make_config
 from experiments.tracking import without_secrets
 from parallel.layout import ActivationCheckpointing, Layout, PipelineConfig, PipelineSchedule
 from tests.test_ledger import a_ledger

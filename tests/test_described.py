@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments import clusters
+from experiments.predict import clusters
 from minigpt.config import FFN, ModelConfig, Norm
 from parallel.layout import Layout, Options, Precision
 from simulator.described import Described, described

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.config_differences import UNKNOWN, pairs_of
+from experiments.compare.config_differences import UNKNOWN, pairs_of
 
 
 @pytest.mark.parametrize("keys", [0, 3, 62, 63, 140])

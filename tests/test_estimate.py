@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from costs.ledger import TIME_PARTS
-from experiments import clusters
+from experiments.predict import clusters
 from minigpt.config import FFN, ModelConfig
 from parallel.layout import Precision
 from simulator.block_products import ROUTED_PASSES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.matrix import PLANS
+from experiments.figures.matrix import PLANS
 from parallel.layout import ActivationCheckpointing, Precision
 from simulator.explain import LETTERS, Case, formulas
 from simulator.shapes import padded, weights_of

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from experiments.config import TrainConfig
-from experiments.faults import FAULTS
-from experiments.matrix import plan_named
-from experiments.parity import make_config, mesh_of
+from experiments.figures.matrix import plan_named
+from experiments.figures.parity import make_config, mesh_of
 from experiments.ranks import run_ranks
-from experiments.reliability_runs import with_fault
-from experiments.reliability_steps import meet_nonfinite
+from experiments.reliability.faults import FAULTS
+from experiments.reliability.runs import with_fault
+from experiments.reliability.steps import meet_nonfinite
 from experiments.step_log import read_metrics
 from experiments.verdict import path_of
 from parallel.drift import Drifted, check_copies, checksum
@@ -31,7 +31,12 @@ AT = 3  # the step before which a fault comes; the rank is in the one before sti
         ("hang", 1, "ddp", r"rank 1 stands still in step 2: it never came to \w+ .*, where rank 0"),
         ("stop", 0, "fsdp", r"rank 0 is stopped in step 2: .* \(its stacks: .*rank-0.stacks.txt\)"),
         ("other-collective", 1, "tp", r"rank.* 1 called broadcast .* at the same time"),
-        ("raise", 1, "pp", r"rank 1: LookupError: on purpose at experiments/faults.py:\d+ \("),
+        (
+            "raise",
+            1,
+            "pp",
+            r"rank 1: LookupError: on purpose at experiments/\w+/faults.py:\d+ \(",
+        ),
     ],
 )
 def test_the_rank_that_failed_is_named(

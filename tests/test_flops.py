@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from costs.flops import counted, measure_peak_flops
+from experiments.figures.parity import make_config
 from experiments.metering import flops_per_token, utilisation
-from experiments.parity import make_config
 from minigpt.attention import sdpa
 from minigpt.config import FFN, Attention, ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options

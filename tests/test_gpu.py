@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from costs import ledger as ledgers
 from costs.timing import StepTimer
-from experiments import clusters
 from experiments.environment import gpu_count
+from experiments.predict import clusters
 from minigpt.attention import sdpa
 from parallel.attention_kernels import kernels_for
 from tests.launching import SMALL, launch

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import device_times, gpu_report
+from experiments.calibrate import device_times
 from experiments.config import Device
 from experiments.environment import gpu_count
-from experiments.gpu_report import Figures, document, gpt2
+from experiments.figures import gpu_report
+from experiments.figures.gpu_report import Figures, document, gpt2
 from minigpt.config import DataConfig, ModelConfig, Source
 from parallel.layout import Precision
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from experiments import checkpoints
 from experiments.checkpoints import check, folder_of, publish
-from experiments.parity import make_config
+from experiments.figures.parity import make_config
 from experiments.resume import check_fits, choose
 from experiments.run_folder import settings_of
 from parallel.checkpoint import Writer

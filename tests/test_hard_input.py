@@ -14,14 +14,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from experiments import clusters
 from experiments.__main__ import main
 from experiments.compose import keys_of
 from experiments.config import TrainConfig
-from experiments.parity import make_config
+from experiments.figures.parity import make_config
+from experiments.predict import clusters
+from experiments.predict.score import ROWS
 from experiments.refused import Refused
 from experiments.run_folder import Launched, read_config, read_launched, write_config
-from experiments.score import ROWS
 from experiments.step_log import read_metrics
 from experiments.weights_file import check_init
 from minigpt.config import ModelConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.kernel_bytes import measure
-from experiments.loopback import namespace
+from experiments.figures.kernel_bytes import measure
+from experiments.figures.loopback import namespace
 
 FRAMING = 0.02  # headers of TCP, IP and gloo, and acknowledgements: at most, of what is sent
 

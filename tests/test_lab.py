@@ -16,12 +16,14 @@ import pytest
 
 from costs import ledger as ledgers
 from costs.messages import gloo_bytes
-from experiments import clusters, lab_report, shaped_links
 from experiments.__main__ import main
 from experiments.commands import Row
-from experiments.lab import Lab, comparison, delay_of, rate_of, show
-from experiments.lab_profile import PAYLOAD, profile_of, slower_device
-from experiments.shaped_links import Links, Missing
+from experiments.lab import report as lab_report
+from experiments.lab import shaped_links
+from experiments.lab.command import Lab, comparison, delay_of, rate_of, show
+from experiments.lab.profile import PAYLOAD, profile_of, slower_device
+from experiments.lab.shaped_links import Links, Missing
+from experiments.predict import clusters
 from simulator.collectives import Group, seconds
 from simulator.hardware import OperatorSpeed, numbers, tables
 from tests.launching import PATIENCE_S, ROOT, SMALL, ended, environment, launch, start, wait_until

@@ -14,7 +14,7 @@ import torch
 from costs import ledger as ledgers
 from experiments.__main__ import main
 from experiments.environment import settle
-from experiments.parity import trajectory
+from experiments.figures.parity import trajectory
 from experiments.process import TORCHRUN
 from tests.configs import compose
 from tests.launching import ROOT, SMALL, ended, environment, free_ports, launch, only_run, start

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from experiments.assemble import make_batches, set_step, share_of_batch
 from experiments.config import TrainConfig
 from experiments.explain import case_of, messages
-from experiments.parity import Plan, differences, make_config
+from experiments.figures.parity import Plan, differences, make_config
+from experiments.figures.short_runs import step_costs
 from experiments.ranks import run_ranks
 from experiments.run_folder import Launched, write_config
 from experiments.run_weights import check_base, is_base
-from experiments.short_runs import step_costs
 from minigpt.config import ModelConfig
 from minigpt.corpus import prepare
 from minigpt.finetune import FinetuneConfig, Method

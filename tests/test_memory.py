@@ -12,9 +12,9 @@ import torch
 
 from costs.ledger import MEMORY_PARTS
 from costs.memory import MemoryMeter
-from experiments.parity import make_config
+from experiments.figures.parity import make_config
+from experiments.figures.short_runs import step_costs
 from experiments.ranks import run_ranks
-from experiments.short_runs import step_costs
 from minigpt.config import ModelConfig
 from minigpt.model import GPT, token_loss
 from parallel import activation_checkpointing

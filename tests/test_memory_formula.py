@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.parity import make_config
-from experiments.short_runs import step_costs
+from experiments.figures.parity import make_config
+from experiments.figures.short_runs import step_costs
 from minigpt.config import FFN, ModelConfig, Norm, Positions
 from parallel.layout import ActivationCheckpointing, Layout, Options, PipelineSchedule, Precision
 from simulator.activations import Activations

@@ -11,8 +11,8 @@ import pytest
 
 from costs.ledger import MEMORY_PARTS
 from experiments.config import TrainConfig
-from experiments.matrix import PLANS
-from experiments.parity import Plan, make_config
+from experiments.figures.matrix import PLANS
+from experiments.figures.parity import Plan, make_config
 from experiments.ranks import run_ranks
 from parallel.layout import ActivationCheckpointing, Impl
 from tests.on_ranks import memory_bytes

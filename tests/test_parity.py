@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import parity
-from experiments.parity import VARIANTS, Difference, compare, make_config
+from experiments.figures import parity
+from experiments.figures.parity import VARIANTS, Difference, compare, make_config
 from experiments.ranks import run_ranks
 from parallel import step
 from parallel.layout import Layout, Precision

@@ -16,7 +16,7 @@ from costs.messages import Call, Row, control_of, rows_of
 from costs.phases import Phases
 from experiments.config import TrainConfig
 from experiments.explain import hardware_flops_of
-from experiments.matrix import PLANS
+from experiments.figures.matrix import PLANS
 from experiments.ranks import run_ranks
 from parallel.layout import ActivationCheckpointing
 from tests.on_ranks import control_traffic, rows_and_flops

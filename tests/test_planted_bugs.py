@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.parity import Trajectory, compare, make_config, trajectory
+from experiments.figures.parity import Trajectory, compare, make_config, trajectory
 from experiments.ranks import run_ranks
 from parallel.layout import Layout
 from tests.plain_loop import plain_loop

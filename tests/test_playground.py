@@ -8,13 +8,13 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from experiments.evidence import Evidence
+from experiments.ask.evidence import Evidence
 from experiments.overrides import composed
-from experiments.playground import LISTS, SLIDERS, moved_to
-from experiments.playground_plan import Controls, View, choices, view
-from experiments.playground_results import results_of
-from experiments.playground_speed import moves_of, started
-from experiments.playground_svg import joined, passes_of
+from experiments.playground.command import LISTS, SLIDERS, moved_to
+from experiments.playground.plan import Controls, View, choices, view
+from experiments.playground.results import results_of
+from experiments.playground.speed import moves_of, started
+from experiments.playground.svg import joined, passes_of
 from simulator.coarse_programs import coarse_programs
 from simulator.event_times import EventTimes
 from simulator.plan_programs import programs_of

@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 
-from experiments.parity import Plan, differences
+from experiments.figures.parity import Plan, differences
 from experiments.ranks import RankFailed
 from tests.random_plans import random_plan
 

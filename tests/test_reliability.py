@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.reliability import PARTS, main, with_section
-from experiments.reliability_kills import shares
+from experiments.reliability.kills import shares
 
 
 def test_a_part_made_anew_leaves_the_others_and_their_order(tmp_path: Path) -> None:

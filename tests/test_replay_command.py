@@ -12,9 +12,9 @@ from costs import ledger as ledgers
 from costs import trace as traces
 from costs.program import Message, Program, Wait, Work
 from costs.trace import COMMUNICATION, COMPUTE, WAIT, Slice, Trace
-from experiments import clusters
 from experiments.__main__ import main
-from experiments.given_back import CASES, given_back
+from experiments.figures.given_back import CASES, given_back
+from experiments.predict import clusters
 from simulator.event_times import EventTimes
 from simulator.hardware import Cluster, Device, Efficiency, Level, Peak
 from tests.test_ledger import a_ledger
@@ -144,7 +144,7 @@ def test_recorded_runs_are_given_back() -> None:
     """Replayed on its own messages, a run takes about the time that was measured.
 
     A busy machine holds threads up where nothing records it, which only makes the replay shorter:
-    so the lower bound is wide here; experiments/simulator_figures.py shows how near it comes.
+    so the lower bound is wide here; experiments/figures/simulator.py shows how near it comes.
     """
     ratios = given_back(3)
     assert len(ratios) == len(CASES)

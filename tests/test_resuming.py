@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.matrix import plan_named
-from experiments.parity import LOSS_BOUND, make_config
+from experiments.figures.matrix import plan_named
+from experiments.figures.parity import LOSS_BOUND, make_config
 from experiments.ranks import run_ranks
-from experiments.resuming import load_and_go_on, same_state, stop_and_go_on
+from experiments.reliability.resuming import load_and_go_on, same_state, stop_and_go_on
 from parallel.layout import Layout
 
 TIED = {"model.tied": True, "clip": 0.5}

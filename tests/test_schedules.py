@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from experiments import parity
-from experiments.parity import compare, make_config, trajectories, trajectory
+from experiments.figures import parity
+from experiments.figures.parity import compare, make_config, trajectories, trajectory
 from experiments.ranks import run_ranks
 from parallel.layout import Layout, PipelineConfig, PipelineSchedule
 from parallel.rules import takes

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import clusters
 from experiments.__main__ import main
-from experiments.score import ROWS, Scored, score
+from experiments.predict import clusters
+from experiments.predict.score import ROWS, Scored, score
 from parallel.layout import ActivationCheckpointing
 from simulator.candidates import schedule_of
 from simulator.cells import Unknown

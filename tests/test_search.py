@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.clusters import load
-from experiments.search_picture import draw
-from experiments.search_tables import broken, thinned
-from experiments.verify import compare_bytes, options_at_twin, twin_of
+from experiments.predict.clusters import load
+from experiments.predict.search_picture import draw
+from experiments.predict.search_tables import broken, thinned
+from experiments.predict.verify import compare_bytes, options_at_twin, twin_of
 from minigpt.config import ModelConfig
 from simulator.hardware import Cluster
 from simulator.search import LOSSES, OUT_OF_MEMORY, RECOMPUTES, SMALL_TILES, Found, search
@@ -153,7 +153,7 @@ def test_a_known_layout_is_beside_the_winner(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_picture_is_drawn(found: Found, tmp_path: Path) -> None:
-    from experiments.plan_config import SearchConfig
+    from experiments.predict.plan_config import SearchConfig
 
     config = SearchConfig(model=MODEL, cluster=cluster(), gpus=16, seq_len=2048)
     draw(found, config, tmp_path / "front.png")

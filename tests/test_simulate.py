@@ -10,8 +10,8 @@ import pytest
 
 from costs import ledger as ledgers
 from experiments.__main__ import main
-from experiments.clusters import load
-from experiments.comparison import compared
+from experiments.compare.comparison import compared
+from experiments.predict.clusters import load
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options
 from simulator.communication import payload_bytes

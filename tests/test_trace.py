@@ -14,9 +14,9 @@ from costs.ledger import MEMORY_PARTS, TIME_PARTS
 from costs.program import Message, Wait, Work
 from costs.trace import COMMUNICATION, COMPUTE, WAIT, Trace, lanes
 from experiments.config import TrainConfig
-from experiments.parity import make_config
+from experiments.figures.parity import make_config
+from experiments.figures.short_runs import recorded, step_costs
 from experiments.ranks import run_ranks
-from experiments.short_runs import recorded, step_costs
 from parallel.layout import Impl, Layout, PipelineConfig, PipelineSchedule
 from simulator.plans import Plans
 from simulator.shapes import Rank, weights_of

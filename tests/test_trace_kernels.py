@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from costs.program import Work
-from experiments.agreement import traced
 from experiments.config import TrainConfig
-from experiments.parity import make_config
+from experiments.figures.agreement import traced
+from experiments.figures.parity import make_config
 from parallel.layout import (
     ActivationCheckpointing,
     Layout,

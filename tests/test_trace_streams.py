@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from costs.program import Message, Program, Wait, Work
-from experiments.agreement import traced
-from experiments.parity import make_config
+from experiments.figures.agreement import traced
+from experiments.figures.parity import make_config
 from parallel.layout import Layout
 from simulator.replay import replay
 from simulator.trace import Traced

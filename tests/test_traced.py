@@ -10,9 +10,9 @@ import torch.distributed.fsdp
 
 from costs.messages import payloads
 from costs.program import Message, Wait, Work
-from experiments.agreement import agreements, plans_of, traced
 from experiments.config import TrainConfig
-from experiments.parity import make_config
+from experiments.figures.agreement import agreements, plans_of, traced
+from experiments.figures.parity import make_config
 from minigpt.config import ModelConfig
 from parallel.layout import Impl, Layout, Options, Precision
 from simulator.communication import payload_bytes

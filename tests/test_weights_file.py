@@ -16,8 +16,8 @@ from torch import Tensor
 
 from experiments.config import ExportConfig
 from experiments.export import run as export
-from experiments.parity import make_config
-from experiments.resuming import train_on
+from experiments.figures.parity import make_config
+from experiments.reliability.resuming import train_on
 from experiments.run_folder import Launched, write_config
 from experiments.saving import Saver
 from experiments.weights_file import check_init, reader, shapes_of
@@ -142,7 +142,7 @@ def test_a_file_that_is_none_is_one_line(content: bytes, tmp_path: Path) -> None
 
 def test_a_checkpoint_becomes_a_file_and_the_file_a_run(tmp_path: Path) -> None:
     from experiments.assemble import make_trainer
-    from experiments.parity import mesh_of
+    from experiments.figures.parity import mesh_of
     from parallel.weights import full_weights
 
     config = make_config(Layout(), {"steps": 2, "model.tied": True})

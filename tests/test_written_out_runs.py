@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.by_hand import memory_of, slope
-from experiments.parity import GLOBAL_BATCH, compare, make_config, trajectories, trajectory
+from experiments.figures.by_hand import memory_of, slope
+from experiments.figures.parity import GLOBAL_BATCH, compare, make_config, trajectories, trajectory
+from experiments.figures.short_runs import step_costs
 from experiments.ranks import run_ranks
-from experiments.short_runs import step_costs
 from minigpt.by_hand.cross_entropy import token_loss
 from minigpt.config import FFN, ModelConfig, OptimizerName, Pieces
 from minigpt.model import GPT

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from experiments.config import TrainConfig
 from experiments.debug.observe import Gradients, Seen, watch
 from experiments.debug.probes import JUMP, RAMP_STEPS, Probes, ask, first_half, rise
-from experiments.parity import Trajectory, compare
+from experiments.figures.parity import Trajectory, compare
 
 TWICE = 0.25  # of the sequences: windows at random places may be the same one by chance
 GRADIENT = 1e-3  # relative: a hundred times what a change of order makes in fp32

@@ -20,7 +20,7 @@ from experiments.assemble import (
     validation_share,
 )
 from experiments.config import TrainConfig
-from experiments.parity import drift, mesh_of, trajectory
+from experiments.figures.parity import drift, mesh_of, trajectory
 from minigpt.corpus import prepare
 from minigpt.data import Batches
 from parallel.gradients import local

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, agreement, fits, h100_memory, on_laptop
-from experiments.evidence import Evidence, Run
-from experiments.kept import SIMULATOR, code_of
+from experiments.ask.answer import Answer, Picture, Said, Table, listed, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.kept import SIMULATOR, code_of
+from experiments.ask.quantity import SHARE, Quantity, formula, mean
+from experiments.ask.runs import SECONDS, agreement, fits, h100_memory, on_laptop
 from experiments.overrides import composed
-from experiments.quantity import SHARE, Quantity, formula, mean
 from experiments.refused import Refused
 from parallel.layout import PipelineConfig, PipelineSchedule
 from parallel.stages import ideal_bubble

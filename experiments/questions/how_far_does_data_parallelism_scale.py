@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.answer import Answer, Picture, Said, Table, say
-from experiments.ask_runs import (
+from experiments.ask.answer import Answer, Picture, Said, Table, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import COUNT, SHARE, Quantity, published
+from experiments.ask.runs import (
     SECONDS,
     SHAPE,
     TWELVE_STEPS,
@@ -13,8 +15,6 @@ from experiments.ask_runs import (
     on_laptop,
     share_of_step,
 )
-from experiments.evidence import Evidence, Run
-from experiments.quantity import COUNT, SHARE, Quantity, published
 from experiments.questions.which_parallelism import published_row
 
 QUESTION = (
@@ -291,7 +291,7 @@ def picture(fixed: dict[str, dict[int, Run]], grown: dict[int, Run]) -> Picture:
     }
 
     def draw(path: Path) -> None:
-        from experiments import charts
+        from experiments.ask import charts
 
         title = "speed of a GPU, in that on 8 (Llama 3 8B, FSDP, H100)"
         panel = charts.Lines(title, "GPUs", "per cent", lines, points, log_x=True)

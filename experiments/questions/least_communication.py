@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, SHAPE, agreement, fits, on_laptop
-from experiments.evidence import Evidence, Run
-from experiments.node_bytes import leaving
-from experiments.quantity import COUNT, Quantity, formula
+from experiments.ask.answer import Answer, Picture, Said, Table, listed, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import COUNT, Quantity, formula
+from experiments.ask.runs import SECONDS, SHAPE, agreement, fits, on_laptop
+from experiments.lab.node_bytes import leaving
 
 QUESTION = "A pipeline that minimises communication between nodes: DDP, FSDP or tensor parallel?"
 ORDER = 2
@@ -249,7 +249,7 @@ def picture(evidence: Evidence) -> Picture:
         lines[name] = (xs, ys)
 
     def draw(path: Path) -> None:
-        from experiments import charts
+        from experiments.ask import charts
 
         title = "Llama 3 8B on two nodes of four H100 (formula)"
         y = "GB between the nodes in a step"

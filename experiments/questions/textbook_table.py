@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.answer import Answer, Said, Table, listed, say
-from experiments.ask_runs import (
+from experiments.ask.answer import Answer, Said, Table, listed, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import COUNT, Quantity, formula
+from experiments.ask.runs import (
     SECONDS,
     SHAPE,
     STRATEGIES,
@@ -17,8 +19,6 @@ from experiments.ask_runs import (
     states,
     strategy,
 )
-from experiments.evidence import Evidence, Run
-from experiments.quantity import COUNT, Quantity, formula
 
 QUESTION = (
     "The textbook's table (DDP, FSDP, TP, PP: what is split, memory saved, communication, best "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.answer import Answer, Said, Table, say
-from experiments.ask_runs import SECONDS, SHAPE, agreement, on_laptop
-from experiments.evidence import Evidence, Run
-from experiments.quantity import Quantity
+from experiments.ask.answer import Answer, Said, Table, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import Quantity
+from experiments.ask.runs import SECONDS, SHAPE, agreement, on_laptop
 
 QUESTION = "What does accumulation change in communication, memory and loss?"
 ORDER = 7

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, TWELVE_STEPS, agreement, on_laptop, share_of_step
-from experiments.clusters import load
-from experiments.evidence import Evidence, Run
-from experiments.quantity import SHARE, Quantity, combined, formula
+from experiments.ask.answer import Answer, Picture, Said, Table, listed, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import SHARE, Quantity, combined, formula
+from experiments.ask.runs import SECONDS, TWELVE_STEPS, agreement, on_laptop, share_of_step
+from experiments.predict.clusters import load
 
 QUESTION = (
     "What limits throughput here: compute, memory or network (a roofline picture from measured "
@@ -29,7 +29,7 @@ BASE = ("strategy=single", "data=generated")
 
 
 def answer(evidence: Evidence) -> Answer:
-    probe = evidence.probed("roofline", 2, "experiments.roofline", "measure")
+    probe = evidence.probed("roofline", 2, "experiments.ask.roofline", "measure")
     runs = {n: evidence.measured(n, *BASE, *keys, TWELVE_STEPS) for n, keys in RUNS.items()}
     twins = [on_laptop(evidence, n, *BASE, *keys) for n, keys in RUNS.items()]
     return Answer(
@@ -202,7 +202,7 @@ def picture(probe: Run) -> Picture:
     roof = ([left, top / rate, right], [left * rate, top, top])
 
     def draw(path: Path) -> None:
-        from experiments import charts
+        from experiments.ask import charts
 
         charts.draw(
             path,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.answer import Answer, Picture, Said, Table, say
-from experiments.ask_runs import (
+from experiments.ask.answer import Answer, Picture, Said, Table, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import Quantity
+from experiments.ask.runs import (
     SECONDS,
     SHAPE,
     TWELVE_STEPS,
@@ -14,8 +16,6 @@ from experiments.ask_runs import (
     on_laptop,
     share_of_step,
 )
-from experiments.evidence import Evidence, Run
-from experiments.quantity import Quantity
 
 QUESTION = (
     "When does FSDP's extra communication cost time? When does tensor parallel have to stay in "
@@ -290,7 +290,7 @@ def picture(curves: dict[str, dict[int, tuple[Run, Run]]]) -> Picture:
     }
 
     def draw(path: Path) -> None:
-        from experiments import charts
+        from experiments.ask import charts
 
         what = "exposed communication of FSDP: Llama 3 8B on 64 H100 (formula)"
         axis = "tokens of a micro-batch"

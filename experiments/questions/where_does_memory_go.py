@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from costs.ledger import MEMORY_PARTS
-from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import (
+from experiments.ask.answer import Answer, Picture, Said, Table, listed, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import COUNT, Quantity, formula
+from experiments.ask.runs import (
     FOUR_STEPS,
     SECONDS,
     SHAPE,
@@ -18,8 +20,6 @@ from experiments.ask_runs import (
     parts_of,
     states,
 )
-from experiments.evidence import Evidence, Run
-from experiments.quantity import COUNT, Quantity, formula
 
 QUESTION = (
     "Where does memory go, and what does each remedy save (bf16, checkpointing, accumulation, "
@@ -254,13 +254,13 @@ def memory_table(title: str, runs: dict[str, Run]) -> Table:
 
 def picture(runs: dict[str, Run], eight: dict[str, Run], device: Quantity) -> Picture:
     def panel(title: str, of: dict[str, Run], unit: str, size: float, limit: float | None):
-        from experiments.charts import Bars
+        from experiments.ask.charts import Bars
 
         parts = {p: [r.memory(p).value / size for r in of.values()] for p in MEMORY_PARTS}
         return Bars(title, list(of), parts, unit, limit)
 
     def draw(path: Path) -> None:
-        from experiments import charts
+        from experiments.ask import charts
 
         charts.draw(
             path,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from experiments.answer import Answer, Cell, Said, Table, listed, say
-from experiments.ask_runs import (
+from experiments.ask.answer import Answer, Cell, Said, Table, listed, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import COUNT, SHARE, Quantity, formula, published
+from experiments.ask.runs import (
     SECONDS,
     SHAPE,
     STRATEGIES,
@@ -16,7 +18,7 @@ from experiments.ask_runs import (
     states,
     strategy,
 )
-from experiments.ask_search import (
+from experiments.ask.search import (
     HEAD,
     cells_of,
     described,
@@ -25,8 +27,6 @@ from experiments.ask_search import (
     plan_number,
     plans_table,
 )
-from experiments.evidence import Evidence, Run
-from experiments.quantity import COUNT, SHARE, Quantity, formula, published
 
 QUESTION = "Train a large language model across hundreds of GPUs: which parallelism, and why?"
 ORDER = 1
@@ -107,7 +107,7 @@ def seconds_of(run: Run) -> float:
 
 
 def bandwidths() -> Quantity:
-    from experiments.clusters import load
+    from experiments.predict.clusters import load
 
     h100 = load("h100")
     inside, across = (
@@ -271,7 +271,7 @@ def practice() -> Said:
 def published_row(name: str) -> dict[str, str]:
     import csv
 
-    from experiments.score import ROWS
+    from experiments.predict.score import ROWS
 
     with open(ROWS, newline="") as file:
         return next(row for row in csv.DictReader(file) if row["id"] == name)

@@ -7,10 +7,10 @@ import math
 import re
 from pathlib import Path
 
-from experiments.answer import Answer, Picture, Said, Table, listed, say
-from experiments.ask_runs import SECONDS, agreement, on_laptop, states
-from experiments.evidence import Evidence, Run
-from experiments.quantity import COUNT, Quantity, mean
+from experiments.ask.answer import Answer, Picture, Said, Table, listed, say
+from experiments.ask.evidence import Evidence, Run
+from experiments.ask.quantity import COUNT, Quantity, mean
+from experiments.ask.runs import SECONDS, agreement, on_laptop, states
 
 QUESTION = (
     "bf16, fp16, fp32: memory, speed, stability. Why does a loss go NaN, and which guard catches "
@@ -229,7 +229,7 @@ def picture(runs: dict[str, Run], trials: dict[str, Run | str]) -> Picture:
     other = {n: (list(range(len(loss))), loss) for n, loss in wild.items()}
 
     def draw(path: Path) -> None:
-        from experiments import charts
+        from experiments.ask import charts
 
         left = charts.Lines("as tuned", "step", "loss, nats", lines)
         right = charts.Lines("asking for trouble", "step", "loss, nats", other, log_y=True)

@@ -1,0 +1,186 @@
+"""How long one device takes for matrix products, copies and attention, by size and dtype.
+
+The same on a core and on a GPU. A core's seconds are of the thread that computes, so that other
+programs count for little; a GPU's are between two events on its stream, behind a wait that lets the
+host run ahead, so that no launch is in them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from experiments.calibrate.operator_times import Sample, line_of
+from experiments.calibrate.spread import Point, Spread, spread_of
+from simulator.hardware import OperatorSpeed
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Sizes(NamedTuple):
+    """What is measured on a kind of device."""
+
+    products: tuple[tuple[int, int, int], ...]  # rows, inner, columns
+    copies: tuple[int, ...]  # bytes, up to far beyond the caches
+    attention: tuple[tuple[int, int, int, int], ...]  # batch, heads, sequence, width of a head
+
+
+CUBES = tuple((side, side, side) for side in (64, 128, 256, 512, 1024))
+LARGE_CUBES = tuple((side, side, side) for side in (512, 1024, 2048, 4096, 8192))
+SIZES = {
+    "cpu": Sizes(
+        (*CUBES, (2048, 384, 384), (512, 128, 2048), (256, 1024, 1024), (2048, 64, 512)),
+        tuple(2**n for n in range(14, 29, 2)),
+        (),  # operator_times.py has a core's
+    ),
+    "cuda": Sizes(
+        (*LARGE_CUBES, (16384, 768, 3072), (8192, 4096, 1024), (4096, 128, 4096)),
+        tuple(2**n for n in range(20, 32, 2)),
+        ((16, 12, 1024, 64), (4, 32, 4096, 128)),
+    ),
+}
+# "addmm_impl_cpu_" not implemented for 'Half'; CUBLAS_STATUS_NOT_SUPPORTED
+LACKS = ("not implemented", "not_supported", "not supported")
+FEWEST, MOST = 5, 40  # calls of each
+ENOUGH_S = 0.1  # seconds for each, once there are FEWEST
+TOO_LONG_S = 0.5  # for one product: a dtype without kernels of its own is slow
+AHEAD = 1_000_000  # cycles that a GPU waits before what is timed: half a millisecond
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Of one call on the device."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3  # from ms
+    begin = time.thread_time()
+    call()
+    return time.thread_time() - begin
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> Spread:
+    """Of several calls, after one that sets the library up."""
+    call()
+    found: list[float] = []
+    begin = time.perf_counter()
+    while len(found) < FEWEST or (len(found) < MOST and time.perf_counter() < begin + ENOUGH_S):
+        found.append(seconds_of(call, device))
+    return spread_of(found)
+
+
+class Timed(NamedTuple):
+    """What one device was found to take: samples for the lines, spreads in the same order."""
+
+    products: dict[str, list[tuple[Sample, Spread]]]  # by dtype
+    copies: list[tuple[Sample, Spread]]
+    attention: list[tuple[Sample, Spread]]  # forward and backward, in bf16 or fp16
+
+
+def measure(device: torch.device, sizes: Sizes | None = None) -> Timed:
+    """All of it: some seconds. A dtype in which this torch has no products there is left out."""
+    sizes = sizes or SIZES[device.type]
+    products = {}
+    for name, dtype in DTYPES.items():
+        try:
+            products[name] = products_in(dtype, sizes.products, device)
+        except RuntimeError as error:
+            if not any(said in str(error).lower() for said in LACKS):
+                raise
+    return Timed(
+        products,
+        [copy(size, device) for size in sizes.copies],
+        [attention(shape, device) for shape in sizes.attention],
+    )
+
+
+def products_in(
+    dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...], device: torch.device
+) -> list[tuple[Sample, Spread]]:
+    """Those that take no longer than TOO_LONG_S, by the slowest so far."""
+    found: list[tuple[Sample, Spread]] = []
+    for shape in shapes:
+        slowest = max((one.seconds / one.flops for one, _ in found), default=0.0)
+        if 2 * math.prod(shape) * slowest < TOO_LONG_S:
+            found.append(product(shape, dtype, device))
+    return found
+
+
+def product(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Sample, Spread]:
+    rows, inner, columns = shape
+    # random numbers: equal ones toggle fewer bits, and a GPU at its power limit would run faster
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(inner, columns, device=device).to(dtype)
+    out = a @ b
+    spread = timed(lambda: torch.mm(a, b, out=out), device)
+    moved = a.element_size() * (rows * inner + inner * columns + rows * columns)
+    return Sample("product", 2 * rows * inner * columns, moved, shape, spread.middle), spread
+
+
+def copy(size: int, device: torch.device) -> tuple[Sample, Spread]:
+    """`size` bytes from one place to another: as many are read and as many written."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    spread = timed(lambda: target.copy_(source), device)
+    return Sample("copy", 0, 2 * size, (), spread.middle), spread
+
+
+def attention(shape: tuple[int, int, int, int], device: torch.device) -> tuple[Sample, Spread]:
+    """torch's fused causal kernel, forward and backward, which is two and a half times as much.
+    FLOPs are counted in full, as torch counts them (costs/flops.py)."""
+    batch, heads, sequence, width = shape
+    old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float16 if old else torch.bfloat16
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
+    gradient = torch.ones_like(q)
+
+    def call() -> None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, (q, k, v), gradient)
+
+    spread = timed(call, device)
+    flops = 14 * batch * heads * sequence * sequence * width
+    sides = (sequence, width, sequence)
+    return Sample("scaled_dot_product", flops, 0, sides, spread.middle), spread
+
+
+def bandwidth(timed_: Timed) -> Spread:
+    """Bytes/s, read and written, of the largest copy, which no cache holds."""
+    one, spread = max(timed_.copies, key=lambda pair: pair[0].bytes)
+    return spread.rate(one.bytes)
+
+
+def peak(products: list[tuple[Sample, Spread]]) -> Spread:
+    """FLOP/s of the fastest shape."""
+    one, spread = max(products, key=lambda pair: pair[0].flops / pair[1].middle)
+    return spread.rate(one.flops)
+
+
+def lines(timed_: Timed) -> dict[str, OperatorSpeed]:
+    """The curve of each dtype's products."""
+    return {n: line_of([one for one, _ in found]) for n, found in timed_.products.items()}
+
+
+def points(timed_: Timed) -> list[Point]:
+    """Everything measured beside its curve."""
+    found = []
+    for name, line in lines(timed_).items():
+        for one, spread in timed_.products[name]:
+            size = len(one.sides) / sum(1 / side for side in one.sides)
+            fitted = line.seconds(one.flops, one.bytes, one.sides)
+            found.append(Point("product", name, 1, size, one.flops, spread, fitted))
+    rate = bandwidth(timed_).middle
+    for one, spread in timed_.copies:
+        fitted = one.bytes / rate
+        found.append(Point("memory", "copy", 1, one.bytes, one.bytes, spread, fitted))
+    return found

@@ -1,0 +1,138 @@
+"""./launch.sh simulate [OVERRIDES]: what a step would cost on a cluster that you don't have.
+
+./launch.sh simulate model=llama3_70b cluster=h100 layout.tp=8 layout.pp=4 layout.dp_shard=16
+./launch.sh simulate ... method=trace         the program itself on fake tensors, not closed forms
+./launch.sh simulate ... trace=true           and its timeline, event by event
+./launch.sh simulate ... scale.tokens=15T scale.price=2.5
+
+Writes the ledger that a real run writes into a run folder, and prints its tables and a verdict.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from costs import ledger as ledgers
+from experiments.compose import configs_of
+from experiments.console import (
+    DASH,
+    costs_tables,
+    human_bytes,
+    human_seconds,
+    make_console,
+    share,
+)
+from experiments.predict.plan_config import Method, SimulateConfig, plain
+from experiments.predict.scale import run_to_the_end, say_scale
+from experiments.refused import Refused
+from experiments.run_folder import make_folder
+from parallel.layout import Impl
+from simulator.formula_ledger import formula_steps
+from simulator.verdict import verdict
+
+Step = dict[str, Any]
+
+
+def command(argv: list[str]) -> int:
+    """Predict, write, and print the tables or the ledger."""
+    as_json = "--json" in argv
+    configs = configs_of("simulate", [a for a in argv if a != "--json"])
+    for number, config in enumerate(configs):
+        check(config)
+        given = Path(config.run.dir) if config.run.dir else None
+        if given and len(configs) > 1:  # a sweep (-m)
+            given = given / str(number)
+        folder = make_folder(given, config.layout)
+        ledger = simulate(config, folder)
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        ledgers.write(folder / "ledger.json", ledger)
+        if as_json:
+            print(json.dumps(ledger, indent=1))
+        else:
+            show(config, ledger, folder)
+    return 0
+
+
+def check(config: SimulateConfig) -> None:
+    """Raise Refused for what no simulation has."""
+    if config.impl != Impl.torch:
+        raise Refused(f"impl={config.impl.value}: only impl=torch is simulated")
+    if config.compile:
+        raise Refused("compile=true: a compiled step is not simulated")
+
+
+def simulate(config: SimulateConfig, folder: Path) -> dict[str, Any]:
+    """The ledger. With trace=true the timeline goes into `folder`."""
+    if config.method == Method.trace:
+        from experiments.predict.simulate_traced import traced_steps  # torch takes seconds
+
+        return ledger_of(config, *traced_steps(config, folder))
+    steps = formula_steps(
+        config.model, config.layout, config.options, config.cluster, config.clip is not None
+    )
+    if config.trace:
+        from experiments.predict.simulate_traced import draw, timeline_of
+        from simulator.plan_programs import programs_of
+
+        clipped = config.clip is not None
+        programs, like = programs_of(config.model, config.layout, config.options, clipped)
+        draw(config, folder, timeline_of(config, programs, like))
+    return ledger_of(config, "formula", steps)
+
+
+def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[str, Any]:
+    """A ledger of one rank of each pipeline place, or of the one that was traced."""
+    layout, device = config.layout, config.cluster.device
+    step, end = ledgers.step_of(steps), None
+    seconds = step["time_s"]["total"]
+    if seconds is not None:
+        sizes = (config.model.parameters, step["tokens"], seconds, layout.world_size)
+        end = run_to_the_end(config.scale, *sizes)
+    return {
+        "schema": ledgers.SCHEMA,
+        "source": source,
+        "config": plain(config),
+        "layout": {"world_size": layout.world_size, **layout.by_axis},
+        "model": {
+            "parameters": config.model.parameters,
+            "flops_per_token": steps[0]["flops"]["model"] * layout.world_size / steps[0]["tokens"],
+        },
+        "environment": {
+            "cluster": config.cluster.name,
+            "device": device.name,
+            "device_memory_bytes": device.memory_bytes,
+            "verdict": verdict(steps, layout, config.options, device.memory_bytes),
+            "to_the_end": end,
+        },
+        "step": step,
+        "ranks": steps,
+    }
+
+
+def show(config: SimulateConfig, ledger: dict[str, Any], folder: Path) -> None:
+    """Tables as a run has them, and the verdict."""
+    console, layout = make_console(), config.layout
+    console.print(
+        f"{config.model.parameters:,} parameters, {layout.label} on {layout.world_size:,} x "
+        f"{config.cluster.device.name} ({config.cluster.name}), {config.precision.value}: "
+        f"{config.batch_size:,} sequences of {config.seq_len:,} tokens a step",
+        highlight=False,
+    )
+    for table in costs_tables(ledger):
+        console.print(table)
+    step = ledger["step"]
+    total = step["time_s"]["total"]
+    speed = DASH if step["tokens_per_s"] is None else f"{step['tokens_per_s']:,.0f}"
+    console.print(
+        f"{human_seconds(total)} a step, {speed} tokens/s  MFU {share(step['mfu'], 1.0)}  "
+        f"HFU {share(step['hfu'], 1.0)}; peak {human_bytes(step['memory_bytes']['peak'])} of "
+        f"{human_bytes(config.cluster.device.memory_bytes)}"
+    )
+    console.print(ledger["environment"]["verdict"], markup=False, style="bold", soft_wrap=True)
+    if ledger["environment"]["to_the_end"]:
+        say_scale(console, ledger["environment"]["to_the_end"])
+    console.print(f"run folder {folder}", markup=False)
