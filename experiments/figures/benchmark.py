@@ -208,8 +208,8 @@ PARTS = (
         "Speed",
         "Against the plain loop of experiments/figures/yardstick.py (nanoGPT's way, fp32; for two "
         "ranks torch's wrappers with nothing set), one thread a rank, our meters on. Each "
-        "contestant has processes of its own and they take turns; `plain, tuned` is the same loop with what "
-        "launch.sh sets for its ranks: glibc keeps freed memory. S is 4 layers x "
+        "contestant has processes of its own and they take turns; `plain, tuned` is the same loop "
+        "with what launch.sh sets for its ranks: glibc keeps freed memory. S is 4 layers x "
         "width 128 x 64 tokens x 12 sequences, L is 6 x 384 x 256 x 8. A ratio is the median of "
         "the ratios of neighbouring steps; bf16 is held to plain fp32.",
         speed,
