@@ -26,6 +26,7 @@ from simulator.described import Described, described
 from simulator.footprint import Program, peak_bytes
 from simulator.habits import habits_of, program_of
 from simulator.plans import Plans
+from simulator.row_memory import memory_of, numerics_of
 from simulator.work import Work
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks, tried likewise

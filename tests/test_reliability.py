@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.reliability import PARTS, main, with_section
+from experiments.reliability.__main__ import PARTS, main, with_section
 from experiments.reliability.kills import shares
 
 
