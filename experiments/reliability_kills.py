@@ -68,8 +68,9 @@ def kills(folder: Path, share: float) -> Iterator[str]:
         yield kept.row(strategy, equal, runs)
     yield f"\nTogether: {total['kills']} kills, {total['inside']} inside of a save,"
     yield f"{total['resumed']} resumed from the newest checkpoint,"
-    yield f"{total['afresh']} from the start: killed before the first one, but for {total['forgot']}; {total['silent']} of them"
-    yield f"without a word. {total['survivors']} processes left."
+    yield f"{total['afresh']} from the start: killed before the first one,"
+    yield f"but for {total['forgot']}; {total['silent']} of them without a word."
+    yield f"{total['survivors']} processes left."
 
 
 def _kill(folder: Path, strategy: str, wanted: int, inside: int) -> tuple[Kills, int, int]:
