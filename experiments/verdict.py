@@ -121,20 +121,25 @@ class Wait:
         axis = f" over {self.kind.axis}" if self.kind.axis else " of all ranks"
         if self.kind.peer is not None:
             axis = f" along {self.kind.axis or 'pp'}"
-        return f"{self.called.collective}{axis} ({self.called.payload_bytes:,} bytes)"
+        collective = "recv" if self.kind.way == "send" else self.called.collective
+        return f"{collective}{axis} ({self.called.payload_bytes:,} bytes)"
 
 
-def waits(ranks: dict[int, Standing]) -> Iterator[Wait]:
-    """Every pair of ranks of which one is ahead of the other."""
+def waits(ranks: dict[int, Standing], sends: bool = False) -> Iterator[Wait]:
+    """Every pair of ranks of which one is ahead of the other.
+
+    `sends`: those count that nobody has asked for. They may be handed over long before.
+    """
     for rank, standing in ranks.items():
         for kind, called in standing.called.items():
-            if kind.way == "send":  # may be handed over long before it is asked for
+            if kind.way == "send" and not sends:
                 continue
             others = [kind.peer] if kind.peer is not None else kind.ranks
             for other in others:
                 if other is None or other == rank or other not in ranks:
                     continue
-                theirs = kind if kind.peer is None else Kind(kind.axis, kind.ranks, "send", rank)
+                back = "recv" if kind.way == "send" else "send"
+                theirs = kind if kind.peer is None else Kind(kind.axis, kind.ranks, back, rank)
                 there = ranks[other].called.get(theirs)
                 if (there.calls if there else 0) < called.calls:
                     yield Wait(rank, other, kind, called)
@@ -143,7 +148,7 @@ def waits(ranks: dict[int, Standing]) -> Iterator[Wait]:
 def culprits(ranks: dict[int, Standing]) -> list[Wait]:
     """The ranks that others wait for and that wait for nobody; else, of those that wait for each
     other, the one that was silent first. One wait for each of them."""
-    found = list(waits(ranks))
+    found = list(waits(ranks)) or list(waits(ranks, sends=True))
     waiting = {wait.waiting for wait in found}
     missing = {wait.missing for wait in found}
     roots = missing - waiting

@@ -103,6 +103,25 @@ def test_of_ranks_that_wait_for_each_other_the_first_that_fell_silent_is_named()
     assert (wait.missing, wait.waiting) == (1, 0)
 
 
+def test_a_rank_that_does_not_take_what_it_is_sent_is_named_where_nobody_waits_for_more() -> None:
+    """A pipeline's first stage sends its activations, and may time out in that."""
+    to, taken = Kind("pp", (0, 1), "send", 1), Kind("pp", (0, 1), "recv", 0)
+    ranks = {
+        0: Standing(0, 2, {to: Called(4, 20.0, 64, "send")}),
+        1: Standing(0, 2, {taken: Called(3, 10.0, 64, "recv")}),
+    }
+    said = waited_for(ranks, 0)
+    assert said == (
+        "rank 1 stands still in step 2: it never came to recv along pp (64 bytes), "
+        "where rank 0 waited"
+    )
+    asked, answered = Kind("pp", (0, 1), "recv", 1), Kind("pp", (0, 1), "send", 0)
+    ranks[0].called[asked] = Called(2, 21.0, 64, "recv")
+    ranks[1].called[answered] = Called(1, 9.0, 64, "send")
+    (wait,) = culprits(ranks)
+    assert (wait.missing, wait.kind) == (1, asked), "what nobody has asked for yet may lie there"
+
+
 def test_calls_that_meet_and_are_not_alike_are_told() -> None:
     ranks = {i: standing(all=called(5, 1)) for i in range(4)}
     assert list(mismatches(ranks)) == []
