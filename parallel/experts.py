@@ -29,6 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from minigpt.experts import Experts, MoE, on_host, place
+from parallel.fsdp import cut
 from parallel.gradients import local
 from parallel.layout import Options
 from parallel.mesh import Mesh
@@ -85,7 +86,13 @@ def apply_data_axes_to_experts(
     for module in experts:
         if mesh.layout.dp_shard > mesh.layout.ep:
             keep = options.zero_stage == 2
-            fully_shard(module, mesh=rest, mp_policy=policy, reshard_after_forward=not keep)
+            fully_shard(
+                module,
+                mesh=rest,
+                shard_placement_fn=cut(rest.size(-1)),
+                mp_policy=policy,
+                reshard_after_forward=not keep,
+            )
         else:
             replicate(module, mesh=rest, mp_policy=policy)
     return frozenset()

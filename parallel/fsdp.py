@@ -13,7 +13,9 @@ from collections.abc import Callable
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
+from parallel.gradients import local
 from parallel.layout import Precision
 from parallel.precision import sharding_policy
 
@@ -37,9 +39,25 @@ def apply_fsdp(
         fully_shard(
             block,
             mesh=mesh,
+            shard_placement_fn=cut(mesh.size(-1)),
             mp_policy=policy,
             reshard_after_forward=reshard_after_forward,
             ignored_params=set(leave),
         )
     root = fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(leave))
     return root.set_requires_gradient_sync
+
+
+def cut(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    """How `ranks` share a weight: by its first dimension, as fully_shard does by itself.
+
+    It fills that up to a multiple of `ranks`, and gathers what fills: of 8 experts among 64 ranks
+    seven eighths. Where experts are fewer than ranks, each is cut across.
+    """
+
+    def placement(weight: nn.Parameter) -> Shard | None:
+        shape = local(weight).shape
+        across = len(shape) == 3 and shape[0] < ranks and shape[1] % ranks == 0
+        return Shard(1) if across else None
+
+    return placement

@@ -59,11 +59,14 @@ def weights_of(shapes: dict[str, tuple[int, ...]]) -> list[Weight]:
 
 def padded(weights: Iterable[Weight], plans: Plans, n: Array) -> Array:
     """Numbers in weights once fully_shard has cut them n ways: it cuts the first dimension, and
-    pads it to a multiple of n."""
+    pads it to a multiple of n. Experts that are fewer than n are cut across (parallel/fsdp.py)."""
     total = np.zeros_like(plans.tp)
     for weight in weights:
         rows, width = weight.local(plans)
-        total = total + -(-rows // n) * n * width
+        kept = -(-rows // n) * n
+        if weight.is_expert:
+            kept = np.where((rows < n) & (weight.shape[1] % n == 0), rows, kept)
+        total = total + kept * width
     return total
 
 

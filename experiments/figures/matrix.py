@@ -110,6 +110,8 @@ PLANS = [
     plan("cp2 x tp2 sequence", SEQUENCE, cp=2, tp=2),
     plan("pp2 x cp2", FILLED, pp=2, cp=2),
     plan("fsdp4, ep2", EXPERTS, dp_shard=4, ep=2),
+    plan("fsdp4, two experts", {**EXPERTS, "model.n_expert": 2}, dp_shard=4),
+    plan("fsdp4, ep2, two experts", {**EXPERTS, "model.n_expert": 2}, dp_shard=4, ep=2),
     plan("ddp4, ep2, capacity", CAPPED, dp_replicate=4, ep=2),
     plan("hsdp 2 x 2, ep2", EXPERTS, dp_replicate=2, dp_shard=2, ep=2),
     plan("pp2 x fsdp2, ep2", {**FILLED, **EXPERTS}, pp=2, dp_shard=2, ep=2),
