@@ -56,7 +56,7 @@ REFUSED = [
     (["nodes=2", "rate=-1gbit"], "rate=-1gbit: must be a number"),
     (["nodes=2", "delay=3"], "delay=3: must be a number with us, ms or s"),
     (["nodes=2", "machine=moon"], "machine=moon: no such option; allowed: a100_40g,"),
-    (["nodes=2", "machine=moon.yaml"], "moon.yaml: no such file"),
+    (["nodes=2", "machine=moon.yaml"], "machine=moon.yaml: no such option; allowed: a100_40g,"),
     (["nodes=2", "recorded=nowhere"], "nowhere: no trace.json.gz there"),
 ]
 
@@ -225,7 +225,7 @@ def test_a_node_that_fails_ends_the_others(namespaces: None, tmp_path: Path) -> 
     spec = tmp_path / "spec.json"
     lines: list[Any] = [["sleep", "3600"], [sys.executable, "-c", "raise SystemExit(7)"]]
     shaped_links.write(spec, Links(2, None), lines)
-    program = "import sys; from experiments import shaped_links as s; s.NOTICE_S = 0.5; "
+    program = "import sys; from experiments.lab import shaped_links as s; s.NOTICE_S = 0.5; "
     program += "sys.exit(s.main(sys.argv[1:]))"
     prefix = shaped_links.command()[: -len([sys.executable, "-m", "module"])]
     done = subprocess.run([*prefix, sys.executable, "-c", program, str(spec)], timeout=PATIENCE_S)
