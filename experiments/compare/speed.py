@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from costs import ledger as ledgers
-from experiments import environment
-from experiments.document import rule, table
+from experiments.document import heading, rule, table
 from parallel.layout import Layout
 
+COMMAND = "./launch.sh python -m experiments.compare.speed RUN > docs/compare.md"
 BAR_S = 5.0
 ROUNDS = 3
 LAYOUTS = ({"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"cp": 2})
@@ -43,13 +43,12 @@ def main(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     with tempfile.TemporaryDirectory() as folder:
         runs = make(Path(folder), ledger, lines)
-        facts = environment.facts()
-        print("# Comparing many runs\n")
+        print(heading("Comparing many runs", COMMAND))
         print(
-            f"Made by `./launch.sh python -m experiments.compare.speed RUN` on {facts['processor']}"
+            f"{runs:,} ledgers of {ledger['layout']['world_size']} ranks, each with a log of ",
+            end="",
         )
-        print(f"({facts['cores']} cores, Python {facts['python']}): {runs:,} ledgers of ", end="")
-        print(f"{ledger['layout']['world_size']} ranks, each with a log of {len(lines)} steps.")
+        print(f"{len(lines)} steps.")
         print(
             f"Seconds of the whole command, the median of {ROUNDS}; the aim is at most {BAR_S:g}."
         )
