@@ -21,6 +21,8 @@ from simulator.memory import memory
 from simulator.plans import Plans
 from simulator.trace import Traced
 
+pytestmark = pytest.mark.slow
+
 FULL: dict[str, Any] = {"activation_checkpointing": ActivationCheckpointing.full}
 EIGHT: dict[str, Any] = {"gradient_accumulation_steps": 8}
 GPIPE: dict[str, Any] = {"pipeline": PipelineConfig(PipelineSchedule.gpipe)}

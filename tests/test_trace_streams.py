@@ -11,6 +11,8 @@ from parallel.layout import Layout
 from simulator.replay import replay
 from simulator.trace import Traced
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = {"model.n_layer": 4}
 LAYOUTS = {
     "fsdp": Layout(dp_shard=2),
