@@ -190,12 +190,14 @@ def draw(found: dict[str, Found]) -> None:
             half = crossover(its)
             axes.axvline(half, color=colour, linewidth=0.8, linestyle=":")
             place: dict[str, Any] = {
+                "xycoords": axes.get_xaxis_transform(),  # from the bottom up
                 "xytext": (3, 4),
                 "textcoords": "offset points",
                 "color": colour,
             }
-            bottom = (half, axes.get_ylim()[0])
-            axes.annotate(f"half of it is network: {said_rate(half)}", bottom, rotation=90, **place)
+            text = f"half of it is network: {said_rate(half)}"
+            axes.annotate(text, (half, 0), rotation=90, **place)
+        axes.set_xlim(CURVE[0], CURVE[-1])
         axes.set(xlabel="rate of each link, bits/s", ylabel="milliseconds of a step")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
