@@ -16,6 +16,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from costs.moments import wait_for
+
 aten = torch.ops.aten
 
 
@@ -107,10 +109,8 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
 
 
 def _product_s(a: torch.Tensor) -> float:
-    if a.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(a.device)
     start = time.perf_counter()
     torch.mm(a, a)
-    if a.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(a.device)
     return time.perf_counter() - start

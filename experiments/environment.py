@@ -99,6 +99,11 @@ def of_a_rank(nodes: int = 1, environ: Mapping[str, str] = os.environ) -> dict[s
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
+def physical_cores() -> int:
+    """Of this machine: two threads of one core share its units."""
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+
+
 def gpu_count() -> int:
     """CUDA devices that torch can use. Asks torch only where a driver is loaded: it is slow."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":  # accelerate launch --cpu

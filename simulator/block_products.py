@@ -59,6 +59,11 @@ class Block:
     def share(self) -> float:
         return self.more.expert_layers / self.model.n_layer if self.more else float(self.moe)
 
+    @cached_property
+    def heads(self) -> int:
+        """Predictions of a token: of the next, and of those after it."""
+        return 1 + (self.more.predicted_further if self.more else 0)
+
     # attention
 
     @cached_property

@@ -217,11 +217,7 @@ def _local_stages(cells: Cells, model: ModelConfig, pp: int) -> list[int]:
     """What the row says; interleaved without a number, or neither: what divides the layers."""
     program, text = program_of(cells), cells.get("pp_schedule", "")
     how = PipelineConfig(schedule_of(cells, 1))
-    one = (
-        pp == 1
-        or (text and how.one_stage_a_rank)
-        or program in ("megatron-deepspeed", "megatron-bridge")
-    )
+    one = pp == 1 or (text and how.one_stage_a_rank) or program in ONE_STAGE
     if cells.get("vpp") or one:
         return [whole(cells, "vpp", 1)]
     if program == "torchtitan" or how.is_v_shaped:

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from minigpt.config import ModelConfig
 from parallel.layout import PipelineConfig
 from simulator.block_products import ROUTED_PASSES, ROUTED_PASSES_ONCE, Block
-from simulator.described import Described
 from simulator.habits import KERNELS, Habits
 from simulator.hardware import DTYPES
 from simulator.plans import NONE, PRECISIONS, SCHEDULES, SELECTIVE, Array, Plans
@@ -165,7 +163,7 @@ class Work:
             "item": item,
             "tokens": _tokens(plans),
             "width": plans.model.d_model,
-            "vocabulary": plans.model.vocab_size * _heads(plans.model) / plans.tp,
+            "vocabulary": plans.model.vocab_size * block.heads / plans.tp,
             "recomputed": (plans.checkpointing != NONE) & (plans.checkpointing != SELECTIVE),
             "selective": plans.checkpointing == SELECTIVE,
         }
@@ -255,7 +253,7 @@ def _stages(block: Block) -> Values:
     whole = np.ones_like(plans.pp)
     more, kept = block.more, plans.numerics
     dense = np.where(plans.pp > 1, 0, more.dense_layers) if more else 0 * whole
-    further = more.predicted_further if more else 0
+    further = block.heads - 1
     layers, ended = layers + further / plans.pp, last.layers + further / plans.pp
     mlp = 3 * plans.model.d_model * (more.dense_ff - more.shared_ff) / plans.tp if more else 0
     tokens_of = plans.data_parallel * plans.cp * plans.tp
@@ -272,11 +270,6 @@ def _stages(block: Block) -> Values:
         "weight_bytes": LOW_BYTES[plans.precision],
         "state_bytes": 2 * kept.optimizer + 2 * kept.weights + kept.gradients,
     }
-
-
-def _heads(model: ModelConfig) -> int:
-    """Predictions of a token: of the next, and of those after it."""
-    return 1 + (model.predicted_further if isinstance(model, Described) else 0)
 
 
 def _widened(name: str, values: Array, most: int) -> Array:

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from costs.program import Message, Program, Wait, Work
 from experiments.__main__ import main
-from experiments.calibrate import command as calibrate
-from experiments.calibrate import device_times, message_times
+from experiments.calibrate import device_times, message_times, profile
 from experiments.calibrate.gpu import calibration_of_gpus
 from experiments.calibrate.operator_times import Sample, fit, rates_of
 from experiments.calibrate.picture import draw, write
@@ -47,16 +46,20 @@ GELU = OperatorSpeed(latency=2e-6, bandwidth=4e9)
 ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
 
 
+def taking(seconds: float) -> Spread:
+    return spread_of([seconds])
+
+
 def product(rows: int, inner: int, columns: int, name: str = "aten.mm") -> Sample:
     flops, sides = 2 * rows * inner * columns, (rows, inner, columns)
-    return Sample(name, flops, 4 * rows * columns, sides, PRODUCT.seconds(flops, 0, sides))
+    return Sample(name, flops, 4 * rows * columns, sides, taking(PRODUCT.seconds(flops, 0, sides)))
 
 
 SAMPLES = [
     *(product(rows, inner, 64) for rows in (16, 256, 4096) for inner in (32, 512)),
-    *(Sample("aten.gelu", 0, 2**n, (), GELU.seconds(0, 2**n)) for n in (10, 18, 24)),
-    Sample(ATTENTION, 4 * 10**9, 0, (512, 64, 512), 0.1),
-    Sample("aten.odd", 0, 8, (), 1e-5),  # one call: no line, but a time
+    *(Sample("aten.gelu", 0, 2**n, (), taking(GELU.seconds(0, 2**n))) for n in (10, 18, 24)),
+    Sample(ATTENTION, 4 * 10**9, 0, (512, 64, 512), taking(0.1)),
+    Sample("aten.odd", 0, 8, (), taking(1e-5)),  # one call: no line, but a time
 ]
 
 
@@ -110,9 +113,9 @@ def test_lines_of_messages_are_found_again() -> None:
             assert found[level][name].latency == pytest.approx(link.latency, rel=1e-3)
     for point in message_times.points(messages(), found):
         assert point.error == pytest.approx(0, abs=1e-3)
-    inside, between = calibrate.levels(found)
+    inside, between = profile.levels(found)
     assert between.of("send").bandwidth == pytest.approx(3e7, rel=1e-3)
-    assert calibrate.levels({"in_node": found["in_node"]}) == (inside, inside)
+    assert profile.levels({"in_node": found["in_node"]}) == (inside, inside)
 
 
 def test_groups_of_two_and_up_in_a_node_and_between_nodes() -> None:
@@ -147,10 +150,10 @@ def test_a_device_is_measured_in_every_dtype_that_it_has() -> None:
     found = device_times.measure(CPU, FEW)
     assert set(found.products) == set(device_times.DTYPES)
     for calls in (*found.products.values(), found.copies, found.attention):
-        assert all(0 < s.low <= s.middle <= s.high and s.middle == c.seconds for c, s in calls)
-    assert [c.flops for c, _ in found.products["bf16"]] == [2 * 16**3, 2 * 64 * 32 * 64]
-    assert [c.bytes for c, _ in found.copies] == [2**11, 2**13, 2**17, 2**19]
-    assert [c.flops for c, _ in found.attention] == [14 * 2 * 16 * 16 * 8]
+        assert all(0 < c.taken.low <= c.seconds <= c.taken.high for c in calls)
+    assert [c.flops for c in found.products["bf16"]] == [2 * 16**3, 2 * 64 * 32 * 64]
+    assert [c.bytes for c in found.copies] == [2**11, 2**13, 2**17, 2**19]
+    assert [c.flops for c in found.attention] == [14 * 2 * 16 * 16 * 8]
     points = device_times.points(found)
     assert {p.name for p in points} == {"fp32", "bf16", "fp16", "copy"}
     assert points[1].size == pytest.approx(3 / (1 / 64 + 1 / 32 + 1 / 64))
@@ -165,7 +168,7 @@ def test_no_time_is_lost_on_a_dtype_without_kernels(monkeypatch: pytest.MonkeyPa
     assert device_times.products_in(torch.float32, shapes, CPU) == []
     monkeypatch.setattr(device_times, "TOO_LONG_S", 1e-12)
     found = device_times.products_in(torch.float32, shapes, CPU)
-    assert [one.sides for one, _ in found] == [(8, 8, 8)], "the next would take longer"
+    assert [one.sides for one in found] == [(8, 8, 8)], "the next would take longer"
 
 
 def test_a_gpus_profile_has_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
@@ -185,7 +188,7 @@ def test_a_gpus_profile_has_what_was_measured_and_says_what_was_not(tmp_path: Pa
     for one in (none, found):
         keys = {*dict(numbers(one.cluster)), *tables(one.cluster)}
         assert set(one.cluster.sources) == keys
-        file.write_text(calibrate.yaml_of(one.cluster))
+        file.write_text(profile.yaml_of(one.cluster))
         assert clusters.read(file) == one.cluster
         draw(one, tmp_path / "gpus.png")
         write(one.points, tmp_path / "gpus.csv")
@@ -215,7 +218,7 @@ def test_bad_input_is_one_line(
     assert captured.err.startswith(f"launch.sh: {line}") and captured.err.count("\n") == 1
 
 
-@pytest.mark.skipif(gpu_count() > 0, reason="there is one")
+@pytest.mark.skipif(gpu_count() > 0, reason="there is a GPU, which is not refused")
 def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate", "device=cuda"]) == 2
     assert capsys.readouterr().err.startswith("launch.sh: device=cuda: torch sees no CUDA device")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.calibrate.command import yaml_of
+from experiments.calibrate.profile import yaml_of
 from experiments.predict import clusters
 from experiments.predict.fit import replaced
 from experiments.refused import Refused

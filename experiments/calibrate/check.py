@@ -96,7 +96,7 @@ def configurations() -> dict[str, TrainConfig]:
 
 def measure(configs: dict[str, TrainConfig]) -> dict[str, list[list[dict[str, Any]]]]:
     """`step` of each rank of each round, by name; the layouts take turns."""
-    from experiments.calibrate.command import PATIENCE_S
+    from experiments.calibrate.models import PATIENCE_S
     from experiments.figures.short_runs import step_costs
     from experiments.ranks import run_ranks
 

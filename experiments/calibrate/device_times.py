@@ -77,15 +77,15 @@ def timed(call: Callable[[], Any], device: torch.device) -> Spread:
     return spread_of(found)
 
 
-class Timed(NamedTuple):
-    """What one device was found to take: samples for the lines, spreads in the same order."""
+class Times(NamedTuple):
+    """What one device was found to take."""
 
-    products: dict[str, list[tuple[Sample, Spread]]]  # by dtype
-    copies: list[tuple[Sample, Spread]]
-    attention: list[tuple[Sample, Spread]]  # forward and backward, in bf16 or fp16
+    products: dict[str, list[Sample]]  # by dtype
+    copies: list[Sample]
+    attention: list[Sample]  # forward and backward, in bf16 or fp16
 
 
-def measure(device: torch.device, sizes: Sizes | None = None) -> Timed:
+def measure(device: torch.device, sizes: Sizes | None = None) -> Times:
     """All of it: some seconds. A dtype in which this torch has no products there is left out."""
     sizes = sizes or SIZES[device.type]
     products = {}
@@ -95,7 +95,7 @@ def measure(device: torch.device, sizes: Sizes | None = None) -> Timed:
         except RuntimeError as error:
             if not any(said in str(error).lower() for said in LACKS):
                 raise
-    return Timed(
+    return Times(
         products,
         [copy(size, device) for size in sizes.copies],
         [attention(shape, device) for shape in sizes.attention],
@@ -104,38 +104,35 @@ def measure(device: torch.device, sizes: Sizes | None = None) -> Timed:
 
 def products_in(
     dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...], device: torch.device
-) -> list[tuple[Sample, Spread]]:
+) -> list[Sample]:
     """Those that take no longer than TOO_LONG_S, by the slowest so far."""
-    found: list[tuple[Sample, Spread]] = []
+    found: list[Sample] = []
     for shape in shapes:
-        slowest = max((one.seconds / one.flops for one, _ in found), default=0.0)
+        slowest = max((one.seconds / one.flops for one in found), default=0.0)
         if 2 * math.prod(shape) * slowest < TOO_LONG_S:
             found.append(product(shape, dtype, device))
     return found
 
 
-def product(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[Sample, Spread]:
+def product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Sample:
     rows, inner, columns = shape
     # random numbers: equal ones toggle fewer bits, and a GPU at its power limit would run faster
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(inner, columns, device=device).to(dtype)
     out = a @ b
-    spread = timed(lambda: torch.mm(a, b, out=out), device)
+    taken = timed(lambda: torch.mm(a, b, out=out), device)
     moved = a.element_size() * (rows * inner + inner * columns + rows * columns)
-    return Sample("product", 2 * rows * inner * columns, moved, shape, spread.middle), spread
+    return Sample("product", 2 * rows * inner * columns, moved, shape, taken)
 
 
-def copy(size: int, device: torch.device) -> tuple[Sample, Spread]:
+def copy(size: int, device: torch.device) -> Sample:
     """`size` bytes from one place to another: as many are read and as many written."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    spread = timed(lambda: target.copy_(source), device)
-    return Sample("copy", 0, 2 * size, (), spread.middle), spread
+    return Sample("copy", 0, 2 * size, (), timed(lambda: target.copy_(source), device))
 
 
-def attention(shape: tuple[int, int, int, int], device: torch.device) -> tuple[Sample, Spread]:
+def attention(shape: tuple[int, int, int, int], device: torch.device) -> Sample:
     """torch's fused causal kernel, forward and backward, which is two and a half times as much.
     FLOPs are counted in full, as torch counts them (costs/flops.py)."""
     batch, heads, sequence, width = shape
@@ -148,39 +145,38 @@ def attention(shape: tuple[int, int, int, int], device: torch.device) -> tuple[S
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(out, (q, k, v), gradient)
 
-    spread = timed(call, device)
     flops = 14 * batch * heads * sequence * sequence * width
     sides = (sequence, width, sequence)
-    return Sample("scaled_dot_product", flops, 0, sides, spread.middle), spread
+    return Sample("scaled_dot_product", flops, 0, sides, timed(call, device))
 
 
-def bandwidth(timed_: Timed) -> Spread:
+def bandwidth(times: Times) -> Spread:
     """Bytes/s, read and written, of the largest copy, which no cache holds."""
-    one, spread = max(timed_.copies, key=lambda pair: pair[0].bytes)
-    return spread.rate(one.bytes)
+    largest = max(times.copies, key=lambda one: one.bytes)
+    return largest.taken.rate(largest.bytes)
 
 
-def peak(products: list[tuple[Sample, Spread]]) -> Spread:
+def peak(products: list[Sample]) -> Spread:
     """FLOP/s of the fastest shape."""
-    one, spread = max(products, key=lambda pair: pair[0].flops / pair[1].middle)
-    return spread.rate(one.flops)
+    fastest = max(products, key=lambda one: one.flops / one.seconds)
+    return fastest.taken.rate(fastest.flops)
 
 
-def lines(timed_: Timed) -> dict[str, OperatorSpeed]:
+def lines(times: Times) -> dict[str, OperatorSpeed]:
     """The curve of each dtype's products."""
-    return {n: line_of([one for one, _ in found]) for n, found in timed_.products.items()}
+    return {name: line_of(found) for name, found in times.products.items()}
 
 
-def points(timed_: Timed) -> list[Point]:
+def points(times: Times) -> list[Point]:
     """Everything measured beside its curve."""
     found = []
-    for name, line in lines(timed_).items():
-        for one, spread in timed_.products[name]:
+    for name, line in lines(times).items():
+        for one in times.products[name]:
             size = len(one.sides) / sum(1 / side for side in one.sides)
             fitted = line.seconds(one.flops, one.bytes, one.sides)
-            found.append(Point("product", name, 1, size, one.flops, spread, fitted))
-    rate = bandwidth(timed_).middle
-    for one, spread in timed_.copies:
+            found.append(Point("product", name, 1, size, one.flops, one.taken, fitted))
+    rate = bandwidth(times).middle
+    for one in times.copies:
         fitted = one.bytes / rate
-        found.append(Point("memory", "copy", 1, one.bytes, one.bytes, spread, fitted))
+        found.append(Point("memory", "copy", 1, one.bytes, one.bytes, one.taken, fitted))
     return found

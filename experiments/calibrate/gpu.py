@@ -7,8 +7,8 @@ its products is not measured here, and taken from the fit of published runs on H
 from __future__ import annotations
 
 from experiments.calibrate import device_times, message_times
-from experiments.calibrate.command import Calibration, levels, short, with_sources
 from experiments.calibrate.operator_times import flash_rate
+from experiments.calibrate.profile import Calibration, levels, short, with_sources
 from experiments.calibrate.ranks import Found
 from experiments.predict import clusters
 from simulator.hardware import Cluster, Device, Efficiency, Peak
@@ -30,7 +30,7 @@ def calibration_of_gpus(found: list[Found], node_size: int) -> Calibration:
     half_size = line.flops / line.fill if line.fill else 0.0
     links = message_times.fit(found[0].messages)
     fitted = clusters.load(LIKE)
-    attention = flash_rate([one for one, _ in alone.times.attention], half_size)
+    attention = flash_rate(alone.times.attention, half_size)
     in_node, between = levels(links)
     cluster = Cluster(
         name="gpus",

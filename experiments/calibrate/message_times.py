@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from costs.moments import wait_for
 from experiments.calibrate.spread import Point, Spread, spread_of
 from parallel.by_hand.primitives import all_gather, reduce_scatter
 from simulator.collectives import ring
@@ -116,17 +117,12 @@ def timed(call: Callable[[], Any], group: Any, device: torch.device) -> Spread:
     taken = []
     for _ in range(TIMES):
         dist.barrier(group)
-        _finish(device)
+        wait_for(device)
         start = time.perf_counter()
         call()
-        _finish(device)
+        wait_for(device)
         taken.append(time.perf_counter() - start)
     return spread_of(taken[1:])
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def fit(found: list[Timed]) -> dict[str, dict[str, Link]]:

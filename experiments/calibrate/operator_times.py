@@ -36,14 +36,17 @@ LARGE = 2**18  # bytes: what is smaller says nothing of a bandwidth
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an operator in a step, the same in every step."""
+    """One call of an operator, and how long it took each time: in steps it is the same in each."""
 
     name: str
     flops: int
     bytes: int
     sides: tuple[int, ...]  # of its product
-    seconds: float
-    spread: Spread | None = None  # of the same call in several steps
+    taken: Spread  # seconds
+
+    @property
+    def seconds(self) -> float:
+        return self.taken.middle
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,7 @@ class Steps:
 
     def faster(self, times: float) -> Steps:
         """The same, so many times faster."""
-        samples = [
-            replace(
-                sample,
-                seconds=sample.seconds / times,
-                spread=sample.spread and sample.spread.over(times),
-            )
-            for sample in self.samples
-        ]
+        samples = [replace(sample, taken=sample.taken.over(times)) for sample in self.samples]
         return Steps(samples, self.step.over(times))
 
     @property
@@ -99,7 +95,8 @@ class Stopwatch(TorchDispatchMode):
         cost = cost_of(func, args, kwargs, out)
         if cost is not None:
             name = str(func._overloadpacket)
-            self.calls.append(Sample(name, cost.flops, cost.bytes, cost.shape[1:], taken))
+            spread = spread_of([taken])
+            self.calls.append(Sample(name, cost.flops, cost.bytes, cost.shape[1:], spread))
         return out
 
 
@@ -113,10 +110,8 @@ def watch(config: TrainConfig) -> Steps:
             step()
         watches.append(one)
     times = [spread_of(each) for each in zip(*(w.seconds() for w in watches), strict=True)]
-    samples = [
-        replace(call, seconds=taken.middle, spread=taken)
-        for call, taken in zip(watches[0].calls, times, strict=True)
-    ]
+    calls = zip(watches[0].calls, times, strict=True)
+    samples = [replace(call, taken=taken) for call, taken in calls]
     return Steps(samples, timed(step, dist.barrier))
 
 
@@ -212,7 +207,7 @@ def points(samples: list[Sample], ranks: int, operators: dict[str, OperatorSpeed
             ranks,
             one.bytes,
             one.flops or one.bytes,
-            one.spread or spread_of([one.seconds]),
+            one.taken,
             operators[one.name].seconds(one.flops, one.bytes, one.sides),
         )
         for one in samples

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.ask.charts import DPI, PALETTE
-from experiments.calibrate.command import Calibration
+from experiments.calibrate.profile import Calibration
 from experiments.calibrate.spread import Point
 
 COLUMNS = ("kind", "name", "ranks", "size", "work", "seconds", "low", "high", "fitted")
@@ -119,7 +119,7 @@ def _draw_operators(axes: Any, points: list[Point]) -> None:
             0.5, 0.5, "a GPU's are not timed one by one", ha="center", transform=axes.transAxes
         )
         return
-    products = [point for point in points if point.name in ("aten.mm", "aten.addmm", "aten.bmm")]
+    products = [point for point in points if point.name in PRODUCTS]
     attention = [point for point in points if "scaled_dot_product" in point.name]
     rest = [point for point in points if point not in products and point not in attention]
     for same, name, colour in zip(

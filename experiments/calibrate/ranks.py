@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from costs import communication
 from experiments.calibrate import device_times, message_times, operator_times
-from experiments.calibrate.command import PATIENCE_S, SHAPES, SMALLEST, WHOLE, config_of, cores
 from experiments.calibrate.message_times import Timed as Message
+from experiments.calibrate.models import PATIENCE_S, SHAPES, SMALLEST, WHOLE, config_of
 from experiments.calibrate.operator_times import Steps
 from experiments.calibrate.spread import Spread
 from experiments.config import Device
-from experiments.environment import Rank, rendezvous
+from experiments.environment import Rank, physical_cores, rendezvous
 from experiments.ranks import run_ranks
 from parallel.mesh import join, leave
 
@@ -26,7 +26,7 @@ from parallel.mesh import join, leave
 class Alone:
     """What a rank found while the others did nothing."""
 
-    times: device_times.Timed
+    times: device_times.Times
     # of a core a step of WHOLE, of a GPU's host an operator of SMALLEST; seconds
     step: Spread
     about: tuple[str, float]  # the device's name, and its bytes of memory
@@ -84,7 +84,10 @@ def measure_alone(device: torch.device) -> Alone:
     """While the others wait for this rank, which they do asleep."""
     times = device_times.measure(device)
     if device.type == "cpu":
-        about = f"one core of {platform.machine()}", psutil.virtual_memory().total // cores()
+        about = (
+            f"one core of {platform.machine()}",
+            psutil.virtual_memory().total // physical_cores(),
+        )
         return Alone(times, operator_times.step_alone(config_of(WHOLE)), about)
     about = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
     return Alone(times, operator_times.launches(config_of(SMALLEST), device), about)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from costs.trace import Trace
-from experiments.calibrate.command import PATIENCE_S
+from experiments.calibrate.models import PATIENCE_S
 from experiments.figures.parity import make_config
 from experiments.figures.short_runs import recorded
 from experiments.predict.replay import with_delays

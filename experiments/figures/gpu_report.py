@@ -19,19 +19,19 @@ from typing import Any
 import torch
 
 from costs.flops import measure_peak_flops
+from costs.moments import wait_for
 from experiments.assemble import make_batches, make_trainer
 from experiments.calibrate.gpu import calibration_of_gpus
 from experiments.calibrate.ranks import Found, measure_alone
-from experiments.config import Device, TrainConfig
+from experiments.config import TrainConfig
 from experiments.console import progress
 from experiments.document import heading, rule, table
 from experiments.environment import gpu_count
 from experiments.figures.yardstick import Shape, plain_gpu_loop
 from experiments.metering import Meters, flops_per_token, utilisation
+from experiments.overrides import composed
 from experiments.train import train_step
-from minigpt.config import FFN, DataConfig, ModelConfig, Norm, OptimizerConfig, Positions, Source
 from minigpt.corpus import prepare
-from parallel.layout import Layout, Precision
 from parallel.mesh import build_mesh
 from simulator.estimate import step_seconds
 from simulator.formula_ledger import formula_steps
@@ -70,29 +70,10 @@ class Figures:
 
 
 def gpt2(sequences: int = 16) -> TrainConfig:
-    """GPT-2 124M without biases, as nanoGPT has it; half precision, compiled block by block."""
-    model = ModelConfig(
-        n_layer=12,
-        n_head=12,
-        d_model=768,
-        vocab_size=50257,
-        context=1024,
-        norm=Norm.layernorm,
-        positions=Positions.learned,
-        ffn=FFN.gelu,
-        tied=True,
-    )
-    return TrainConfig(
-        model=model,
-        data=DataConfig(source=Source.random, vocab_size=50257),
-        optimizer=OptimizerConfig(lr=6e-4),
-        layout=Layout(),
-        precision=Precision.bf16,
-        micro_batch_size=sequences,
-        seq_len=1024,
-        compile=True,
-        device=Device.cuda,
-    )
+    """configs/model/gpt2.yaml without biases, as nanoGPT has it; compiled block by block."""
+    keys = "model=gpt2 model.bias=false data=random data.vocab_size=50257 optimizer.lr=6e-4 "
+    keys += f"precision=bf16 micro_batch_size={sequences} seq_len=1024 compile=true device=cuda"
+    return composed("train", (*keys.split(), "strategy=single"))
 
 
 def measure(config: TrainConfig, device: torch.device) -> Figures:
@@ -154,17 +135,12 @@ def shape_of(config: TrainConfig) -> Shape:
 
 def turn(step: Step, device: torch.device) -> float:
     """Seconds of a step, of TURN in a row: the host may run ahead in between."""
-    finish(device)
+    wait_for(device)
     start = time.perf_counter()
     for _ in range(TURN):
         step()
-    finish(device)
+    wait_for(device)
     return (time.perf_counter() - start) / TURN
-
-
-def finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def compiled_seconds(config: TrainConfig, cluster: Cluster) -> float:

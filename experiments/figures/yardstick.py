@@ -100,13 +100,17 @@ def plain_loop(shape: Shape, text: Path, wrapper: str | None = None) -> Callable
         windows = [data[i : i + shape.seq_len + 1].astype(np.int64) for i in places]
         batch = torch.stack([torch.from_numpy(window) for window in windows])
         loss = model(batch[:, :-1], batch[:, 1:].contiguous())
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        learn(loss, model, optimizer)
         return loss.item()
 
     return step
+
+
+def learn(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def plain_gpu_loop(shape: Shape, device: torch.device, compiled: bool) -> Callable[[], Tensor]:
@@ -132,10 +136,7 @@ def plain_gpu_loop(shape: Shape, device: torch.device, compiled: bool) -> Callab
             batch = batch.pin_memory().to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = model(batch[:, :-1], batch[:, 1:].contiguous())
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        learn(loss, model, optimizer)
         return loss.detach()
 
     return step

@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.table import Table
 
 from costs.program import Message
 from experiments import commands, launch
-from experiments.calibrate.command import yaml_of
+from experiments.calibrate.profile import yaml_of
 from experiments.commands import Command, Row
 from experiments.compose import jobs_of, run_hydra
 from experiments.config import Device, TrainConfig
 from experiments.console import DASH, human_seconds, make_console
+from experiments.environment import physical_cores
 from experiments.lab import shaped_links
 from experiments.lab.profile import profile_of
 from experiments.lab.shaped_links import DEVICE, Links, Missing
@@ -99,8 +99,7 @@ def local_ranks(folder: Path, links: Links) -> int:
 def profile_of_run(links: Links, folder: Path, machine: Cluster) -> Cluster:
     """A run's nodes and network, as the simulator takes them."""
     ranks = read_config(folder).layout.world_size
-    cores = psutil.cpu_count(logical=False) or 1
-    return profile_of(links, ranks, cores, machine)
+    return profile_of(links, ranks, physical_cores(), machine)
 
 
 def command(argv: list[str]) -> int:

@@ -1,9 +1,10 @@
-"""How long the playground takes to answer: ./launch.sh python -m experiments.playground.speed
+"""How long the playground takes to answer. Prints docs/playground.md:
+
+./launch.sh python -m experiments.playground.speed > docs/playground.md
 
 Moves each control of the page and puts it back, in a headless Chromium. Server: from the message
 of the browser to the last part of the answer. Page: from the moment a control moves to the frame in
-which the new numbers stand. Prints docs/playground.md; --pictures=DIR keeps how the page looks at
-400 and 1400 pixels.
+which the new numbers stand. --pictures=DIR keeps how the page looks at 400 and 1400 pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from experiments.playground.command import HOST, LISTS, SLIDERS, moved_to, power
 from experiments.playground.plan import Controls, choices, read_all, view
 from experiments.playground.results import results_of
 
-COMMAND = "./launch.sh python -m experiments.playground.speed"
+COMMAND = "./launch.sh python -m experiments.playground.speed > docs/playground.md"
 BAR_S = 0.2
 ROUNDS = 3
 WIDTHS = (400, 1400)

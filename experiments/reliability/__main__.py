@@ -18,10 +18,7 @@ from pathlib import Path
 import psutil
 
 from experiments.document import heading
-from experiments.reliability import kills as reliability_kills
-from experiments.reliability import runs as reliability_runs
-from experiments.reliability import state as reliability_state
-from experiments.reliability import steps as reliability_steps
+from experiments.reliability import kills, runs, state, steps
 
 COMMAND = "./launch.sh python -m experiments.reliability --into docs/reliability.md"
 NOTE = """
@@ -31,19 +28,19 @@ programs had when it began; `PART...` behind the command makes only those parts 
 # name -> title, and what yields the part's lines, given a folder to work in and a share of the
 # trials that the document has
 PARTS: dict[str, tuple[str, Callable[[Path, float], Iterator[str]]]] = {
-    "kills": ("Killed at any moment", reliability_kills.kills),
-    "saves": ("Killed while it saves", reliability_kills.saves),
-    "damage": ("Damaged checkpoints", reliability_state.damage),
-    "disk": ("A full disk, and one that is read-only", reliability_steps.disk),
-    "same": ("The same configuration again", reliability_state.same),
-    "reshard": ("Written by one layout, read by another", reliability_state.reshard),
-    "hangs": ("A rank that hangs, stops, errs or calls something else", reliability_runs.hangs),
-    "restarts": ("Started again by itself", reliability_runs.restarts),
-    "preemption": ("Stopped by a scheduler", reliability_runs.preemption),
-    "doubles": ("Two launches at once", reliability_runs.doubles),
-    "nonfinite": ("NaN and infinity", reliability_steps.nonfinite),
-    "soak": ("A long run", reliability_runs.soak),
-    "beside": ("Written beside the steps", reliability_steps.beside),
+    "kills": ("Killed at any moment", kills.kills),
+    "saves": ("Killed while it saves", kills.saves),
+    "damage": ("Damaged checkpoints", state.damage),
+    "disk": ("A full disk, and one that is read-only", steps.disk),
+    "same": ("The same configuration again", state.same),
+    "reshard": ("Written by one layout, read by another", state.reshard),
+    "hangs": ("A rank that hangs, stops, errs or calls something else", runs.hangs),
+    "restarts": ("Started again by itself", runs.restarts),
+    "preemption": ("Stopped by a scheduler", runs.preemption),
+    "doubles": ("Two launches at once", runs.doubles),
+    "nonfinite": ("NaN and infinity", steps.nonfinite),
+    "soak": ("A long run", runs.soak),
+    "beside": ("Written beside the steps", steps.beside),
 }
 LOOK_S = 2.0  # how long to look at what else the machine does
 
