@@ -24,26 +24,24 @@ from parallel.attention_kernels import Kernels
 aten = torch.ops.aten
 
 
-@torch.library.custom_op("worldsize::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(..., D): what it gives, and one number for each of the rows, in fp32."""
-    raise NotImplementedError  # of tensors without numbers only the shapes are asked for
+# (..., D): what it gives, and one number for each of the rows, in fp32; and gradients of x and of
+# the weight. No kernels: of tensors without numbers only the shapes are asked for
+torch.library.define(
+    "worldsize::rms_norm", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "worldsize::rms_norm_backward",
+    "(Tensor gradient, Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)",
+)
+rms_norm, rms_norm_backward = torch.ops.worldsize.rms_norm, torch.ops.worldsize.rms_norm_backward
 
 
-@torch.library.custom_op("worldsize::rms_norm_backward", mutates_args=())
-def rms_norm_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight."""
-    raise NotImplementedError
-
-
-@rms_norm.register_fake
+@torch.library.register_fake("worldsize::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@rms_norm_backward.register_fake
+@torch.library.register_fake("worldsize::rms_norm_backward")
 def _(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
@@ -57,18 +55,18 @@ def _back(ctx: Any, gradient: Tensor, _scale: Tensor) -> tuple:
     return *rms_norm_backward(gradient, *ctx.saved_tensors), None
 
 
-rms_norm.register_autograd(_back, setup_context=_keep)
+torch.library.register_autograd("worldsize::rms_norm", _back, setup_context=_keep)
 
 
 # rows may be cut, and the weight's gradient is then a sum over those who have them
-@register_sharding(torch.ops.worldsize.rms_norm.default)
+@register_sharding(rms_norm.default)
 def _forward_shardings(x: Any, _weight: Any, _eps: float) -> list:
     whole = ([Replicate()] * 2, [Replicate(), Replicate(), None])
     cut = [([Shard(d)] * 2, [Shard(d), Replicate(), None]) for d in range(x.ndim - 1)]
     return [whole, *cut]
 
 
-@register_sharding(torch.ops.worldsize.rms_norm_backward.default)
+@register_sharding(rms_norm_backward.default)
 def _backward_shardings(_gradient: Any, x: Any, _weight: Any, _scale: Any) -> list:
     whole = ([Replicate()] * 2, [Replicate()] * 4)
     cut = [
