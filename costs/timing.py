@@ -19,7 +19,7 @@ such callbacks run in order, so it runs before the one that DDP queues later.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,26 +153,40 @@ class StepTimer:
         self.record = StepRecord(0.0)
         self.phases: list[tuple[str, Any, Any]] = []  # and the moments of its start and end
         self.actions: list[tuple[Action, Any, Any]] = []
+        self.unread: Callable[[], None] | None = None  # puts the moments of a step into its record
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step; afterwards `record` holds what it did."""
+        """Around one step; `record` holds what it did, after `settle` at the latest."""
         record = self.record = StepRecord(0.0)
         self.phases, self.actions = [], []
+        phases, actions = self.phases, self.actions
         self.moments.begin()
         start = self.moments.now()
         yield
         end = self.moments.now()
-        self.moments.end()
-        seconds = self.moments.seconds
-        record.start, record.end = seconds(start), seconds(end)
-        for name, first, last in self.phases:
-            record.phases[name].append((seconds(first), seconds(last)))
-        for action, first, last in self.actions:
-            action.start, action.end = seconds(first), seconds(last)
-            record.actions.append(action)
+        self.settle()  # the step before, which is over by now
+        seconds = self.moments.reader()
+
+        def read() -> None:
+            record.start, record.end = seconds(start), seconds(end)
+            for name, first, last in phases:
+                record.phases[name].append((seconds(first), seconds(last)))
+            for action, first, last in actions:
+                action.start, action.end = seconds(first), seconds(last)
+                record.actions.append(action)
+
+        self.unread = read
+        if not self.moments.lags:
+            self.settle()
         if self.communication:
             record.calls, record.waits = self.communication.calls, self.communication.waits
+
+    def settle(self) -> None:
+        """Until the last step is over and its record complete."""
+        if self.unread:
+            self.unread()
+            self.unread = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

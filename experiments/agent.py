@@ -4,12 +4,14 @@ python -m experiments.agent --rdzv-backend=loopback --nproc-per-node=2 -m experi
 
 torch's own rendezvous binds the store at which ranks meet to every interface (2.13), whatever
 address it is told: who can reach the port could read it and write to it. A store takes a socket
-that listens already, and that is bound to 127.0.0.1 here. All else is torchrun's.
+that listens already, and that is bound to 127.0.0.1 here. And ranks that were asked to end have
+GRACE_S for it, not half a minute. All else is torchrun's.
 """
 
 from __future__ import annotations
 
 import socket
+import sys
 
 from torch.distributed import TCPStore, run
 from torch.distributed.elastic.rendezvous import (
@@ -19,7 +21,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from experiments.process import ON_LOOPBACK
+from experiments.process import GRACE_S, ON_LOOPBACK
 
 ADDRESS = "127.0.0.1"
 TIMEOUT_S = 600  # torchrun's own for a rendezvous, and for the store's answers
@@ -44,6 +46,14 @@ def meet(parameters: RendezvousParameters) -> RendezvousHandler:
     return Loopback(parameters.run_id)
 
 
+def with_grace(options: list[str]) -> list[str]:
+    """Torchrun's options with its --shutdown-timeout, where this torch has it (2.11 has not)."""
+    names = ("--shutdown-timeout", "--shutdown_timeout")
+    given = any(option.startswith(names) for option in options)
+    has = names[0] in run.get_args_parser().format_usage()
+    return options if given or not has else [f"{names[0]}={GRACE_S}", *options]
+
+
 if __name__ == "__main__":
     rendezvous_handler_registry.register(ON_LOOPBACK, meet)
-    run.main()
+    run.main(with_grace(sys.argv[1:]))

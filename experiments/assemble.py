@@ -39,8 +39,10 @@ def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
     """Pick this rank's device and enter the process group. A single rank needs no group."""
     device = torch.device("cpu")
     if config.device == Device.cuda:
-        device = torch.device("cuda", rank.local_rank)
+        # over gloo ranks may share one; init: else DeviceMesh picks the device by LOCAL_RANK
+        device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        torch.cuda.init()
     if rank.world_size > 1:
         os.environ.update(rendezvous(rank.nodes))
         backend = config.backend.value
@@ -149,19 +151,36 @@ def share_of_batch(
     Rows go to micro-batches first, then to ranks, so that every layout of the same global batch
     size trains on the same rows.
     """
+    for place in places(step, config, mesh):
+        yield sent_to(mesh.device, batches.rows(*place))
+
+
+def prepare_share(batches: Batches, step: int, config: TrainConfig, mesh: Mesh) -> None:
+    """Read what `share_of_batch` will be asked for."""
+    for place in places(step, config, mesh):
+        batches.prepare(*place)
+
+
+def places(step: int, config: TrainConfig, mesh: Mesh) -> Iterator[tuple[int, int, int]]:
+    """Of this rank's micro-batches: step, first row and number of rows."""
     size, ranks = config.micro_batch_size, config.layout.data_parallel
     for i in range(config.gradient_accumulation_steps):
-        first_row = (i * ranks + mesh.data_rank) * size
-        inputs, targets = batches.rows(step, first_row, size)
-        yield inputs.to(mesh.device), targets.to(mesh.device)
+        yield step, (i * ranks + mesh.data_rank) * size, size
 
 
 def validation_share(batches: Batches, config: TrainConfig, mesh: Mesh) -> Iterator[MicroBatch]:
     """This rank's part of the held-out windows, which are the same for every layout."""
     size = config.micro_batch_size
     for i in range(config.validation.batches):
-        inputs, targets = batches.validation_rows(i, mesh.data_rank * size, size)
-        yield inputs.to(mesh.device), targets.to(mesh.device)
+        yield sent_to(mesh.device, batches.validation_rows(i, mesh.data_rank * size, size))
+
+
+def sent_to(device: torch.device, batch: MicroBatch) -> MicroBatch:
+    """On its way: from pinned memory a GPU copies while the host goes on."""
+    if device.type != "cuda":
+        return batch
+    inputs, targets = (x.pin_memory().to(device, non_blocking=True) for x in batch)
+    return inputs, targets
 
 
 def is_validation_step(config: TrainConfig, step: int) -> bool:

@@ -152,9 +152,9 @@ def settle(
     layout = config.layout.resolve(world_size)
     if device == Device.cuda:
         require(
-            world_size <= gpus * nodes,
+            world_size <= gpus * nodes or backend == Backend.gloo,
             f"layout needs {world_size} ranks, but there are {gpus} CUDA devices on each of "
-            f"{nodes} node(s)",
+            f"{nodes} node(s); with backend=gloo ranks share a device, which NCCL refuses",
         )
     _check_device(config, device)
     if config.impl == Impl.accelerate:

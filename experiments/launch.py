@@ -13,7 +13,7 @@ import psutil
 
 from experiments import environment
 from experiments.config import TrainConfig
-from experiments.process import GRACE_S, ON_LOOPBACK, RANK, TORCHRUN, Forwarding, die_with_parent
+from experiments.process import ON_LOOPBACK, RANK, TORCHRUN, Forwarding, die_with_parent
 from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
 from experiments.run_weights import check_base, is_base
@@ -129,8 +129,6 @@ def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list
     options = [*torchrun.options]
     if torchrun.stands_alone:
         options += [f"--rdzv-backend={ON_LOOPBACK}"]
-    if not any(o.replace("_", "-").startswith("--shutdown-timeout") for o in options):
-        options += [f"--shutdown-timeout={GRACE_S}"]
     options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}"]
     quiet = torchrun.on_one_machine and not torchrun.is_first_node
     to_files = range(0 if quiet else 1, local_ranks)

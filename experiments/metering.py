@@ -154,6 +154,7 @@ class Meters:
 
     def costs(self) -> dict[str, Any]:
         """This rank's `step` of the ledger. Call it after the last step, on all ranks."""
+        self.timer.settle()
         shown = self._show()
         times = dict.fromkeys(("total", *TIME_PARTS))
         if self.steps:

@@ -6,6 +6,7 @@ Every rank takes every branch that runs the model: a forward on rank 0 alone wou
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 
 from experiments.assemble import (
@@ -15,6 +16,7 @@ from experiments.assemble import (
     join_ranks,
     make_batches,
     make_trainer,
+    prepare_share,
     set_step,
     share_of_batch,
     validation_share,
@@ -115,6 +117,8 @@ def train_step(
     """One optimiser step, metered, and the learning rate that it had."""
     with meters.step(step):
         lr = set_step(trainer, config, step)
+        share = config, trainer.replica.mesh
         with meters.phase("data"):
-            micro_batches = list(share_of_batch(batches, step, config, trainer.replica.mesh))
+            micro_batches = list(share_of_batch(batches, step, *share))
+        trainer.meanwhile = partial(prepare_share, batches, step + 1, *share)
         return trainer.step(micro_batches), lr

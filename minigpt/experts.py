@@ -11,7 +11,7 @@ Shape letters: B batch, T sequence, D width, F width of an expert, E experts, k 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -197,11 +197,15 @@ class AttachLoss(torch.autograd.Function):
         return gradient, ctx.gradient, None
 
 
-def set_loss_factor(model: nn.Module, factor: float) -> None:
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """All of a model: none, if it has no experts."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def set_loss_factor(layers: Iterable[MoE], factor: float) -> None:
     """Weigh the balance losses as the training step weighs the summed cross entropies.
 
-    Call it before the forward; a model without experts is left alone.
+    Call it before the forward.
     """
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.loss_factor = factor
+    for layer in layers:
+        layer.loss_factor = factor

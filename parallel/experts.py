@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from minigpt.experts import Experts, MoE, on_host, place
+from minigpt.experts import Experts, moe_layers, on_host, place
 from parallel.fsdp import cut
 from parallel.gradients import local
 from parallel.layout import Options
@@ -51,7 +51,7 @@ def apply_expert_parallel(
     capacity.
     """
     exchange = Exchange(mesh.get_group(), mesh.size())
-    for moe in [module for module in model.modules() if isinstance(module, MoE)]:
+    for moe in moe_layers(model):
         experts, ranks = moe.config.n_expert, mesh.size()
         if experts % ranks:
             raise ValueError(

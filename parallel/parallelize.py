@@ -86,8 +86,10 @@ def apply_inside(stage: GPT, mesh: Mesh, options: Options) -> None:
     mode, dropout = options.activation_checkpointing, stage.config.dropout > 0
     apply_activation_checkpointing(stage.blocks, mode, dropout)
     if options.compile:
-        for block in stage.blocks.values():
-            block.compile()
+        # as one graph where nothing happens between blocks: a kernel of a graph costs the host a
+        # tenth of a graph. Static: dynamic shapes, which a second one brings, break a block in five
+        for part in [stage] if layout.world_size == 1 else stage.blocks.values():
+            part.compile(dynamic=False)
 
 
 def make_passes(
@@ -108,6 +110,8 @@ def make_passes(
         loss = token_loss_by_hand
     if layout.pp == 1:
         call, sync_gradients, _ = outside[0]
+        if options.compile:  # one kernel, which keeps no logits in fp32
+            loss = torch.compile(loss, dynamic=False)
         return OneByOne(call, mesh.device, sync_gradients, cast, spread, loss)
     dtype = DTYPES[options.precision] if has_policy else torch.float32
     sequence = options.seq_len // layout.cp // (layout.tp if options.sequence_parallel else 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from minigpt.experts import set_loss_factor
+from minigpt.experts import moe_layers, set_loss_factor
 from parallel.gradients import align_gradients, gradient_norm, local_norms, scale_gradients
 from parallel.passes import Marks, MicroBatch, NoMarks
 from parallel.precision import LossScaler
@@ -30,6 +31,24 @@ class Result:
 STOP = 2.0**40  # what a rank that is to stop adds to its count of tokens, which is far smaller
 
 
+class OnItsWay:
+    """Numbers that the device is to send: the host launches on until it reads them."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        on_gpu = numbers.is_cuda
+        self.event = torch.cuda.Event() if on_gpu else None
+        self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)
+        self.numbers.copy_(numbers, non_blocking=True)
+        if self.event:
+            self.event.record()
+
+    def read(self) -> list[float]:
+        """They are here once this returns."""
+        if self.event:
+            self.event.synchronize()
+        return self.numbers.tolist()
+
+
 class NonFinite(RuntimeError):
     """The loss or the gradient is NaN or infinite; the parameters are those of the step before."""
 
@@ -46,13 +65,18 @@ class Trainer:
     scaler: LossScaler | None = None  # fp16 only
     marks: Marks = field(default_factory=NoMarks)
     may_skip: int = 0  # steps in a row that a number which is not finite may cost; 0: it stops
+    meanwhile: Callable[[], object] = lambda: None  # for the host, while a GPU goes on by itself
 
     def __post_init__(self) -> None:
-        # once: walking the modules takes a tenth of a millisecond
+        # once: walking the modules takes tenths of a millisecond
+        self.experts = [layer for stage in self.replica.stages for layer in moe_layers(stage)]
         self.parameters = list(self.replica.parameters())
         self.counted = self.replica.counted_parameters()
         self.asked_to_stop = False  # of this rank, which takes it to the others with its loss
         self.skipped_in_a_row = 0
+        plain = not any(isinstance(p, DTensor) for p in self.parameters)  # the kernel takes no mix
+        fused = type(self.optimizer) is torch.optim.AdamW and self.scaler is None
+        self.unread = self.replica.mesh.device.type == "cuda" and plain and fused
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> Result:
         """Train on this rank's share of one global batch."""
@@ -70,9 +94,8 @@ class Trainer:
                 totals[0] += 0.0 * torch.stack(norms).sum()
             # a signal reaches ranks at different times: the sum makes all stop after the same step
             totals[1] += STOP * self.asked_to_stop
-            loss_sum, count = self._read(self.replica.mesh.sum(totals))
-            result = self._update(loss_sum, count % STOP, norms, own)
-            return replace(result, stop=count >= STOP)
+            update = self._update_unread if self.unread else self._update
+            return update(self.replica.mesh.sum(totals), norms, own)
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Accumulate gradients. Returns (sum of losses, count of valid tokens) of this rank.
@@ -84,33 +107,26 @@ class Trainer:
         """
         replica, layout = self.replica, self.replica.mesh.layout
         factor = self._scale * layout.cp / (self.micro_batch_tokens * self.accumulation)
-        for stage in replica.stages:
-            set_loss_factor(stage, factor)
+        set_loss_factor(self.experts, factor)
         mine = [replica.take(micro_batch) for micro_batch in micro_batches]
         totals = replica.passes.train(mine, factor, self.marks)
         if layout.tp > 1:
             align_gradients(self.parameters)
         return totals if replica.mesh.counts else torch.zeros_like(totals)
 
-    def _update(self, loss_sum: float, count: float, norms: list[Tensor], own: Tensor) -> Result:
+    def _update(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> Result:
         """Correct, clip and apply the gradients, given the totals over all ranks.
 
         `norms` are of this rank's gradients, `own` its part of the totals.
         """
-        if count == 0:
-            raise ValueError("the global batch has no valid target: every token is ignored")
-        loss = loss_sum / count
-        if not math.isfinite(loss):
-            return self._overflow(self._reason(own, norms), Result(loss, int(count), None, True))
-        ranks = self.replica.mesh.layout.data_parallel
-        nominal = self.micro_batch_tokens * self.accumulation * ranks
-        correction = nominal / count / self._scale
+        loss_sum, count = self._read(totals)
+        correction = self._nominal / max(1.0, count % STOP) / self._scale
         norm = None
-        if self.clip is not None or self.scaler is not None:
+        if math.isfinite(loss_sum) and (self.clip is not None or self.scaler is not None):
             norm = correction * float(gradient_norm(self.counted, self.replica.mesh, norms))
-            if not math.isfinite(norm):
-                result = Result(loss, int(count), norm, True)
-                return self._overflow(f"the gradient norm is {norm}", result)
+        result = self._result(loss_sum, count, norm, norms, own)
+        if result.skipped:
+            return result
         if norm is not None and self.clip is not None and norm > self.clip:
             correction *= self.clip / (norm + 1e-6)
         if correction != 1.0:
@@ -118,8 +134,56 @@ class Trainer:
         self.optimizer.step()
         if self.scaler:
             self.scaler.update(finite=True)
-        self.skipped_in_a_row = 0
-        return Result(loss, int(count), norm, skipped=False)
+        return result
+
+    def _update_unread(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> Result:
+        """The same, where the update rule takes factor and verdict from the device, as it does for
+        torch's GradScaler: the host reads the totals while the device updates, and never has it
+        wait."""
+        loss_sum, count = totals[0], totals[1] % STOP
+        correction = self._nominal / count
+        finite, factor, read = loss_sum.isfinite() & (count > 0), correction, [totals]
+        if self.clip is not None:
+            norm = correction * gradient_norm(self.counted, self.replica.mesh, norms)
+            finite &= norm.isfinite()
+            factor = torch.where(norm > self.clip, factor * self.clip / (norm + 1e-6), factor)
+            read.append(norm[None])
+        said = OnItsWay(torch.cat(read))
+        self.optimizer.grad_scale = factor.reciprocal().float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.meanwhile()
+        loss, tokens, *clipped = said.read()
+        return self._result(loss, tokens, clipped[0] if clipped else None, norms, own)
+
+    def _result(
+        self,
+        loss_sum: float,
+        count: float,
+        norm: float | None,
+        norms: list[Tensor],
+        own: Tensor,
+    ) -> Result:
+        """What the totals say: `skipped` where there was nothing that an update could have used."""
+        stop, count = count >= STOP, count % STOP
+        if count == 0:
+            raise ValueError("the global batch has no valid target: every token is ignored")
+        result = Result(loss_sum / count, int(count), norm, skipped=False, stop=stop)
+        wrong = None
+        if not math.isfinite(loss_sum):
+            wrong = self._reason(own, norms)
+        elif norm is not None and not math.isfinite(norm):
+            wrong = f"the gradient norm is {norm}"
+        if wrong is None:
+            self.skipped_in_a_row = 0
+            return result
+        return self._overflow(wrong, replace(result, skipped=True))
+
+    @property
+    def _nominal(self) -> float:
+        """Tokens by which backward has divided, of all ranks."""
+        ranks = self.replica.mesh.layout.data_parallel
+        return self.micro_batch_tokens * self.accumulation * ranks
 
     def _read(self, totals: Tensor) -> tuple[float, float]:
         """The totals as numbers: the host waits for the device. A trace overrides it."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from simulator import collectives
 from simulator.collectives import group
-from simulator.hardware import DTYPES, Cluster
+from simulator.hardware import DTYPES, NARROW, WIDE, Cluster, Efficiency
 from simulator.plans import Array
 from simulator.work import Work
 
@@ -107,6 +107,15 @@ def launch_seconds(work: Work, cluster: Cluster) -> Array:
     return work.operators * (3 + work.recomputed) * cluster.operator_overhead
 
 
+def narrower(share: Efficiency, width: Any) -> Array:
+    """Attention's share for heads of `width`, over that for heads of WIDE. What a score takes grows
+    by a line: its products with the width, and its exponential not at all."""
+    given = np.nan if share.attention_narrow is None else share.attention_narrow
+    narrow, wide = NARROW / given, WIDE / share.attention
+    score = narrow + (wide - narrow) * (width - NARROW) / (WIDE - NARROW)
+    return np.where(np.isnan(given), 1.0, width / score / share.attention)
+
+
 def flash_seconds(work: Work, cluster: Cluster) -> Array:
     """Attention of one block's forward in a flash kernel, whose share is of the whole peak. Rows
     and columns of scores fill tiles as those of a product do."""
@@ -118,6 +127,7 @@ def flash_seconds(work: Work, cluster: Cluster) -> Array:
     reached = np.choose(
         work.kernel.astype(int), [np.broadcast_to(one, work.kernel.shape) for one in shares]
     )
+    reached = reached * narrower(share, work.head_dim)
     fill = 1 + share.half_size * (1 / work.queries + 1 / work.keys)
     return work.flash_flops / (peak * reached) * fill
 

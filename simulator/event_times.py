@@ -6,6 +6,7 @@ from collections import Counter
 
 from costs.program import Message, Work
 from simulator import collectives
+from simulator.estimate import narrower
 from simulator.hardware import Cluster
 
 # Names of costs/program.py -> of a device's peaks; fp16 is as fast as bf16
@@ -52,9 +53,9 @@ class EventTimes:
         if work.name == "attention" or "scaled_dot_product" in work.name:
             # counted in full, and a causal kernel leaves half out; rows and columns of scores fill
             # tiles (simulator/estimate.py)
-            rows, _, columns = work.shape[1:]
+            rows, width, columns = work.shape[1:]
             slow = 1 + share.half_size * (1 / rows + 1 / columns)
-            return work.flops / 2 / (peak * share.attention) * slow
+            return work.flops / 2 / (peak * share.attention * float(narrower(share, width))) * slow
         # the time that a kernel needs to fill, for each dimension (simulator/estimate.py)
         slow = 1 + share.half_size * sum(1 / size for size in work.shape[1:] if size)
         return work.flops / (peak * share.matmul) * slow

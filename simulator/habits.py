@@ -20,6 +20,8 @@ KERNELS = ("triton", "flash2", "fused")
 # (4), divided (8), the gradient scaled (8), cast back. In one kernel: written, read and written
 # back in fp32 at the most
 TORCH_LOGIT, MEGATRON_LOGIT, FUSED_LOGIT = 38.0, 54.0, 16.0
+# this program's loss, compiled: written in 2 bytes, read, read again for its gradient, that written
+COMPILED_LOGIT = 8.0
 # Megatron-LM of 2022 sends the gradient of a layer's input while it computes that of its weight:
 # two of the six all_reduces of a block whose forward runs again
 BACKWARD_ONLY = 1 / 3
@@ -48,6 +50,12 @@ class Habits:
     copied_tensors: int = 0
     graphs: bool = False  # a block with experts is launched as CUDA graphs, but for the experts
     copies_shards: bool = True  # messages of sharded weights have buffers of their own
+    # launched for one operator: a compiled model's kernels need neither dispatcher nor autograd
+    launches: float = 1.0
+
+
+# one device's compile=true: the model is one graph (parallel/parallelize.py)
+COMPILED = Habits(logit_bytes=COMPILED_LOGIT, launches=0.25)
 
 
 def program_of(cells: Cells) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+NARROW, WIDE = 64, 128  # widths of heads in which attention is measured
 DTYPES = ("fp32", "bf16", "fp8", "fp4")  # fp16 is as fast as bf16 on all of them
 
 
@@ -38,6 +39,7 @@ class Efficiency:
     half_size: float = 0.0  # numbers
     attention: float = 1.0  # share of the bf16 peak that FlashAttention-2 reaches
     attention_fused: float | None = None  # that a kernel made for the device does; null: as above
+    attention_narrow: float | None = None  # as `attention`, of heads of NARROW; null: all are alike
     memory: float = 1.0  # share of the memory bandwidth that element-wise operators reach
     unaligned: float = 1.0  # share of the matmul rate where a head's width is no multiple of 8
 

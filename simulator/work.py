@@ -30,6 +30,9 @@ SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedul
 # Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
 # rotations in one kernel read and write
 RESIDUAL_PASSES = 2 * 3
+# the same under autocast, which keeps them and what norms give in fp32: low and wide read, wide
+# written; and a norm's number read and written wide, then cast
+WIDE_RESIDUAL_BYTES, WIDE_NORM_BYTES = 2 * 10, 14
 # Bytes of a number that a norm moves in fp32, operator by operator: cast (6), squared (8), mean
 # (4), scaled (8), cast (6), multiplied by its weight (4); of one that is rotated: cast (6), turned
 # (8), cast (6)
@@ -214,6 +217,9 @@ def _block(block: Block, habits: Habits, narrow: Array) -> Values:
     # q, k, v rotated: read and write; the activation function reads what up (and gate) wrote
     mlp = (block.matrices + 1) * block.wide
     norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
+    autocast = (item == 2) & ~Rank(plans).has_policy
+    norm = np.where(autocast & (not habits.separate), WIDE_NORM_BYTES, norm)
+    residuals = np.where(autocast, WIDE_RESIDUAL_BYTES, RESIDUAL_PASSES * item)
     numbers = d + block.latent / 2
     routed = block.routed_rows * d * item
     many = OPERATORS + 2 * block.matrices + block.operators
@@ -221,10 +227,11 @@ def _block(block: Block, habits: Habits, narrow: Array) -> Values:
         many = 0
     return {
         **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
-        "whole_bytes": tokens * (2 * numbers * norm + RESIDUAL_PASSES * d * item),
+        "whole_bytes": tokens * (2 * numbers * norm + residuals * d),
         "cut_bytes": tokens / tp * (turn * (block.query + block.keys_and_values) + item * mlp)
         + (ROUTED_PASSES_ONCE if habits.sends_once else ROUTED_PASSES) * routed,
-        "operators": many + block.launched_each(narrow) + (0 if plans.flash else SCORE_OPERATORS),
+        "operators": habits.launches
+        * (many + block.launched_each(narrow) + (0 if plans.flash else SCORE_OPERATORS)),
         "kv_bytes": tokens * block.keys_and_values / tp * item,
         "routed_bytes": (plans.ep > 1) * routed,
         "choices": block.chosen,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from costs.program import Message, Program, Wait, Work
 from experiments.__main__ import main
 from experiments.calibrate import device_times, message_times, profile
-from experiments.calibrate.gpu import calibration_of_gpus
+from experiments.calibrate.gpu import attention_shares, calibration_of_gpus
 from experiments.calibrate.operator_times import Sample, fit, rates_of
 from experiments.calibrate.picture import draw, write
 from experiments.calibrate.ranks import Alone, Found
@@ -25,6 +26,7 @@ from experiments.calibrate.spread import Spread, spread_of
 from experiments.environment import gpu_count
 from experiments.predict import clusters
 from simulator.collectives import Group, ring, seconds
+from simulator.estimate import narrower
 from simulator.event_times import EventTimes
 from simulator.hardware import (
     Cluster,
@@ -141,7 +143,10 @@ def test_quartiles_are_those_of_numpy() -> None:
 
 CPU = torch.device("cpu")
 FEW = device_times.Sizes(
-    ((16, 16, 16), (64, 32, 64)), (2**10, 2**12, 2**16, 2**18), ((1, 2, 16, 8),)
+    ((16, 16, 16), (64, 32, 64)),
+    (2**10, 2**12, 2**16, 2**18),
+    ((1, 2, 16, 64), (1, 2, 16, 128)),
+    ((64, 32),),
 )
 
 
@@ -149,11 +154,13 @@ def test_a_device_is_measured_in_every_dtype_that_it_has() -> None:
     """This checks what is recorded of each call, not how fast this machine is."""
     found = device_times.measure(CPU, FEW)
     assert set(found.products) == set(device_times.DTYPES)
-    for calls in (*found.products.values(), found.copies, found.attention):
+    for calls in (*found.products.values(), found.copies, found.attention, found.elementwise):
         assert all(0 < c.taken.low <= c.seconds <= c.taken.high for c in calls)
     assert [c.flops for c in found.products["bf16"]] == [2 * 16**3, 2 * 64 * 32 * 64]
     assert [c.bytes for c in found.copies] == [2**11, 2**13, 2**17, 2**19]
-    assert [c.flops for c in found.attention] == [14 * 2 * 16 * 16 * 8]
+    assert [c.flops for c in found.attention] == [14 * 2 * 16 * 16 * h for h in (64, 128)]
+    (one,) = found.elementwise  # a norm 14 bytes, a GELU 4, a residual 10; once more and a half
+    assert one.bytes == 64 * 32 * 28 * 2.5 and one.flops == 0
     points = device_times.points(found)
     assert {p.name for p in points} == {"fp32", "bf16", "fp16", "copy"}
     assert points[1].size == pytest.approx(3 / (1 / 64 + 1 / 32 + 1 / 64))
@@ -289,3 +296,19 @@ def test_what_a_core_sends_takes_its_time(message_s: float) -> None:
 
     assert total(ddp()) == pytest.approx(1 + max(1, message_s))
     assert total(sent_by_the_device(ddp())) == pytest.approx(2 + message_s)
+
+
+def test_narrow_heads_reach_less_and_a_score_is_at_most_as_dear() -> None:
+    share = Efficiency(attention=0.6, attention_narrow=0.4)
+    assert [narrower(share, w) * 0.6 for w in (64, 128)] == pytest.approx([0.4, 0.6])
+    widths = np.array([32.0, 64.0, 96.0, 128.0, 256.0])
+    reached = narrower(share, widths) * 0.6
+    assert (np.diff(reached) > 0).all() and (np.diff(widths / reached) > 0).all()
+    assert (narrower(Efficiency(attention=0.6), widths) == 1.0).all()
+    calls = [
+        Sample("scaled_dot_product", 10**9, 0, (1024, width, 1024), Spread(s, s, s))
+        for width, s in ((64, 2e-3), (128, 1e-3))
+    ]
+    assert attention_shares(calls, 0.0, 1e12) == {128: 0.5, 64: 0.25}
+    faster = [replace(call, taken=Spread(5e-4, 5e-4, 5e-4)) for call in calls]
+    assert attention_shares(faster, 0.0, 1e12) == {128: 1.0, 64: 1.0}

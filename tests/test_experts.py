@@ -64,7 +64,7 @@ def test_results_and_gradients_are_those_of_a_loop_over_tokens(
     y, wanted = moe(x), naive(moe, x, slots)
     close(y, wanted)
     objective = (wanted * target).sum() + 0.3 * moe.config.balance * naive_balance(moe, x)
-    set_loss_factor(moe, 0.3)
+    set_loss_factor([moe], 0.3)
     close(gradients(moe, (moe(x) * target).sum(), x), gradients(moe, objective, x), 1e-5)
 
 

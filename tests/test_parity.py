@@ -29,6 +29,45 @@ def test_accumulation_changes_nothing(name: str) -> None:
     assert on_one_process(name).holds
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers update without the host reading what decides it, as on a GPU."""
+
+    def make(self: step.Trainer) -> None:
+        made(self)
+        self.unread = True
+
+    made = step.Trainer.__post_init__
+    monkeypatch.setattr(step.Trainer, "__post_init__", make)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05, 1e3])
+@pytest.mark.parametrize("name", ["plain", "uneven"])
+def test_a_host_that_does_not_wait_changes_nothing(
+    name: str, clip: float | None, request: pytest.FixtureRequest
+) -> None:
+    config = make_config(Layout(), {**VARIANTS[name], "clip": clip})
+    reads = parity.trajectory(config)
+    request.getfixturevalue("unread")
+    assert compare(parity.trajectory(config), reads).holds
+
+
+def test_nor_does_it_update_by_a_bad_gradient(unread: None) -> None:
+    trainer, rows = make(make_config(Layout(), {"clip": 1.0}))
+    trainer.may_skip = 1
+    good = [p.detach().clone() for p in trainer.parameters]
+    trainer.step(rows)
+    with torch.no_grad():
+        trainer.parameters[0][0] = math.inf
+    before = [p.detach().clone() for p in trainer.parameters]
+    assert not torch.equal(good[1], before[1])
+    assert trainer.step(rows).skipped
+    with pytest.raises(step.NonFinite, match="2 steps in a row: no update was made"):
+        trainer.step(rows)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {1}
+
+
 def test_nan_is_never_near() -> None:
     good = parity.Trajectory([1.0], [1.0], {"w": torch.ones(2)})
     bad = parity.Trajectory([math.nan], [1.0], {"w": torch.ones(2)})

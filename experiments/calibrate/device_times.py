@@ -17,7 +17,9 @@ import torch.nn.functional as F
 
 from experiments.calibrate.operator_times import Sample, line_of
 from experiments.calibrate.spread import Point, Spread, spread_of
-from simulator.hardware import OperatorSpeed
+from simulator.estimate import BACKWARD_BYTES
+from simulator.hardware import NARROW, WIDE, OperatorSpeed
+from simulator.work import WIDE_NORM_BYTES, WIDE_RESIDUAL_BYTES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,6 +30,7 @@ class Sizes(NamedTuple):
     products: tuple[tuple[int, int, int], ...]  # rows, inner, columns
     copies: tuple[int, ...]  # bytes, up to far beyond the caches
     attention: tuple[tuple[int, int, int, int], ...]  # batch, heads, sequence, width of a head
+    elementwise: tuple[tuple[int, int], ...] = ()  # tokens, width
 
 
 CUBES = tuple((side, side, side) for side in (64, 128, 256, 512, 1024))
@@ -41,7 +44,8 @@ SIZES = {
     "cuda": Sizes(
         (*LARGE_CUBES, (16384, 768, 3072), (8192, 4096, 1024), (4096, 128, 4096)),
         tuple(2**n for n in range(20, 32, 2)),
-        ((16, 12, 1024, 64), (4, 32, 4096, 128)),
+        ((16, 12, 1024, NARROW), (4, 32, 4096, WIDE)),
+        ((16384, 1024),),
     ),
 }
 # "addmm_impl_cpu_" not implemented for 'Half'; CUBLAS_STATUS_NOT_SUPPORTED
@@ -83,6 +87,7 @@ class Times(NamedTuple):
     products: dict[str, list[Sample]]  # by dtype
     copies: list[Sample]
     attention: list[Sample]  # forward and backward, in bf16 or fp16
+    elementwise: list[Sample]  # the same
 
 
 def measure(device: torch.device, sizes: Sizes | None = None) -> Times:
@@ -99,6 +104,7 @@ def measure(device: torch.device, sizes: Sizes | None = None) -> Times:
         products,
         [copy(size, device) for size in sizes.copies],
         [attention(shape, device) for shape in sizes.attention],
+        [elementwise(shape, device) for shape in sizes.elementwise],
     )
 
 
@@ -134,12 +140,13 @@ def copy(size: int, device: torch.device) -> Sample:
 
 def attention(shape: tuple[int, int, int, int], device: torch.device) -> Sample:
     """torch's fused causal kernel, forward and backward, which is two and a half times as much.
-    FLOPs are counted in full, as torch counts them (costs/flops.py)."""
+    FLOPs are counted in full, as torch counts them (costs/flops.py). Heads lie side by side, as
+    projections leave them."""
     batch, heads, sequence, width = shape
-    old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.float16 if old else torch.bfloat16
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
-    gradient = torch.ones_like(q)
+    made: dict[str, Any] = {"device": device, "dtype": low_dtype(device)}
+    lying = batch, sequence, heads, width
+    q, k, v = (torch.randn(lying, **made).transpose(1, 2).requires_grad_() for _ in "qkv")
+    gradient = torch.ones(lying, **made).transpose(1, 2)
 
     def call() -> None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -148,6 +155,35 @@ def attention(shape: tuple[int, int, int, int], device: torch.device) -> Sample:
     flops = 14 * batch * heads * sequence * sequence * width
     sides = (sequence, width, sequence)
     return Sample("scaled_dot_product", flops, 0, sides, timed(call, device))
+
+
+def low_dtype(device: torch.device) -> torch.dtype:
+    old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if old else torch.bfloat16
+
+
+def elementwise(shape: tuple[int, int], device: torch.device) -> Sample:
+    """A norm, a GELU and a residual as under autocast, operator by operator, forward and backward:
+    bytes as the closed forms count them (simulator/work.py, simulator/estimate.py)."""
+    tokens, width = shape
+    dtype = low_dtype(device)
+    x = torch.randn(tokens, width, device=device, requires_grad=True)
+    weight = torch.ones(width, device=device, requires_grad=True)
+    gradient = torch.ones_like(x)
+
+    def call() -> None:
+        low = F.layer_norm(x, (width,), weight).to(dtype)
+        torch.autograd.grad(x + F.gelu(low), (x, weight), gradient)
+
+    forward = tokens * width * (WIDE_NORM_BYTES + 2 * dtype.itemsize + WIDE_RESIDUAL_BYTES // 2)
+    moved = int(forward * (1 + BACKWARD_BYTES))
+    return Sample("elementwise", 0, moved, (), timed(call, device))
+
+
+def elementwise_share(times: Times) -> Spread:
+    """Of the bandwidth of copies."""
+    (one,) = times.elementwise
+    return one.taken.rate(one.bytes).over(bandwidth(times).middle)
 
 
 def bandwidth(times: Times) -> Spread:

@@ -7,13 +7,21 @@ its products is not measured here, and taken from the fit of published runs on H
 from __future__ import annotations
 
 from experiments.calibrate import device_times, message_times
-from experiments.calibrate.operator_times import flash_rate
+from experiments.calibrate.operator_times import Sample, flash_rate
 from experiments.calibrate.profile import Calibration, levels, short, with_sources
 from experiments.calibrate.ranks import Found
 from experiments.predict import clusters
-from simulator.hardware import Cluster, Device, Efficiency, Peak
+from simulator.hardware import NARROW, WIDE, Cluster, Device, Efficiency, Peak
 
 LIKE = "h100"  # whose overlap is taken
+
+
+def attention_shares(calls: list[Sample], half_size: float, peak: float) -> dict[int, float]:
+    """Of the peak, by the width of heads. A score of narrow ones takes no longer than one of wide
+    ones, and no less than half."""
+    of = {call.sides[1]: flash_rate([call], half_size) / peak for call in calls}
+    wide = min(1.0, of[WIDE])
+    return {WIDE: short(wide), NARROW: short(min(wide, max(wide / 2, of[NARROW])))}
 
 
 def calibration_of_gpus(found: list[Found], node_size: int) -> Calibration:
@@ -30,7 +38,8 @@ def calibration_of_gpus(found: list[Found], node_size: int) -> Calibration:
     half_size = line.flops / line.fill if line.fill else 0.0
     links = message_times.fit(found[0].messages)
     fitted = clusters.load(LIKE)
-    attention = flash_rate(alone.times.attention, half_size)
+    shares = attention_shares(alone.times.attention, half_size, peak)
+    elementwise = device_times.elementwise_share(alone.times)
     in_node, between = levels(links)
     cluster = Cluster(
         name="gpus",
@@ -42,7 +51,9 @@ def calibration_of_gpus(found: list[Found], node_size: int) -> Calibration:
             efficiency=Efficiency(
                 matmul=short(rate / peak),
                 half_size=short(half_size),
-                attention=short(min(1.0, attention / peak)),
+                attention=shares[WIDE],
+                attention_narrow=shares[NARROW],
+                memory=short(min(1.0, elementwise.middle)),
             ),
         ),
         node_size=node_size,
@@ -56,6 +67,7 @@ def calibration_of_gpus(found: list[Found], node_size: int) -> Calibration:
         "device.peak_flops.fp32": products["fp32"],
         "device.peak_flops.bf16": products[low],
         "device.memory_bandwidth": copies,
+        "device.efficiency.memory": elementwise,
         "operator_overhead": alone.step,
     }
     points = device_times.points(alone.times)

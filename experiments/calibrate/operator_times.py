@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from costs.memory import WRAPPERS
+from costs.moments import wait_for
 from experiments.assemble import make_batches, make_trainer, share_of_batch
 from experiments.calibrate.spread import Point, Spread, spread_of
 from experiments.config import TrainConfig
@@ -30,6 +31,7 @@ from simulator.hardware import OperatorSpeed
 from simulator.trace_operators import cost_of
 
 WARMUP, WATCHED, TIMED = 3, 5, 9  # steps
+FEW_AND_MANY = 1, 4  # times as many blocks
 CPU = torch.device("cpu")
 LARGE = 2**18  # bytes: what is smaller says nothing of a bandwidth
 
@@ -121,17 +123,25 @@ def step_alone(config: TrainConfig) -> Spread:
 
 
 def launches(config: TrainConfig, device: torch.device) -> Spread:
-    """Seconds that the host takes for an operator: of a step of `config`, so small that a GPU has
-    always done one operator before the next is launched. One rank calls it."""
-    step = step_of(config, device)
-    with Stopwatch() as watch:
-        step()
-    taken = []
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        step()  # its end waits for the device: the host reads the loss
-        taken.append(time.perf_counter() - start)
-    return spread_of(taken).over(len(watch.calls))
+    """Seconds that the host takes for an operator of a block: between steps of `config` with few
+    and with many, so small that a GPU has always done one operator before the next is launched.
+    One rank calls it."""
+    found = []
+    for times in FEW_AND_MANY:
+        model = replace(config.model, n_layer=times * config.model.n_layer)
+        step = step_of(replace(config, model=model), device)
+        with Stopwatch() as watch:
+            step()
+        taken = []
+        for _ in range(TIMED):
+            start = time.perf_counter()
+            step()
+            wait_for(device)
+            taken.append(time.perf_counter() - start)
+        found.append((len(watch.calls), taken))
+    (few, fast), (many, slow) = found
+    rest = statistics.median(fast)
+    return spread_of([taken - rest for taken in slow]).over(many - few)
 
 
 def step_of(config: TrainConfig, device: torch.device = CPU) -> Callable[[], object]:
