@@ -43,6 +43,8 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     crowded = cluster.crowded(work.pp * work.tp * work.cp * work.dp)
     slow = straggling(work, cluster) * crowded
     block, head = slow * block_seconds(work, cluster), slow * head_seconds(work, cluster)
+    lead = np.minimum(head, slow * late_seconds(work, cluster))
+    head, hiding = head - lead, block - lead / np.maximum(1, work.last_layers)
     sent = block_messages(work, cluster)
     m, pp = work.micro_batches, work.pp
     last = work.last_layers * block + head
@@ -55,7 +57,7 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     idle = bubble_slots(work) * slot + m * (slowest - mean)
     parts = {
         "compute": m * mean + copy_seconds(work, cluster),
-        "exposed_communication": m * messages + exposed_data(work, cluster, block),
+        "exposed_communication": m * messages + exposed_data(work, cluster, hiding),
         "bubble": np.where(pp > 1, idle, 0.0),
         "optimizer": crowded * optimizer_seconds(work, cluster),
     }
@@ -114,6 +116,13 @@ def narrower(share: Efficiency, width: Any) -> Array:
     narrow, wide = NARROW / given, WIDE / share.attention
     score = narrow + (wide - narrow) * (width - NARROW) / (WIDE - NARROW)
     return np.where(np.isnan(given), 1.0, width / score / share.attention)
+
+
+def late_seconds(work: Work, cluster: Cluster) -> Array:
+    """By how much the host launches a backward of the last blocks too slowly. It can do so while
+    the device is at the head, which is few operators, and long ones."""
+    late = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
+    return np.where(cluster.device.asynchronous, work.last_layers * late * 2 / 3, 0.0)
 
 
 def flash_seconds(work: Work, cluster: Cluster) -> Array:
