@@ -86,9 +86,10 @@ def apply_inside(stage: GPT, mesh: Mesh, options: Options) -> None:
     mode, dropout = options.activation_checkpointing, stage.config.dropout > 0
     apply_activation_checkpointing(stage.blocks, mode, dropout)
     if options.compile:
-        # as one graph where nothing happens between blocks: a kernel of a graph costs the host a
-        # tenth of a graph. Static: dynamic shapes, which a second one brings, break a block in five
-        for part in [stage] if layout.world_size == 1 else stage.blocks.values():
+        # One graph where nothing happens between blocks: a GPU would wait for a host that starts
+        # graph after graph (docs/gpu.md). Static, for dynamic shapes break a block into five graphs
+        alone = layout.world_size == 1 and mesh.device.type == "cuda"
+        for part in [stage] if alone else stage.blocks.values():
             part.compile(dynamic=False)
 
 

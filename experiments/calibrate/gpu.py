@@ -40,7 +40,7 @@ def calibration_of_gpus(found: list[Found], node_size: int) -> Calibration:
     fitted = clusters.load(LIKE)
     shares = attention_shares(alone.times.attention, half_size, peak)
     elementwise = device_times.elementwise_share(alone.times)
-    in_node, between = levels(links)
+    in_node, between = levels(links) if links else (fitted.in_node, fitted.between_nodes)
     cluster = Cluster(
         name="gpus",
         device=Device(
@@ -74,5 +74,7 @@ def calibration_of_gpus(found: list[Found], node_size: int) -> Calibration:
     points += message_times.points(found[0].messages, links)
     made = with_sources(cluster, spreads, points, links)
     of_h100 = f"assumed: as cluster={LIKE} has it, where it is fitted"
-    made.sources.update(dict.fromkeys(("overlap", "tensor_overlap"), of_h100))
+    theirs = [key for key in made.sources if "node" in key and key != "node_size"]
+    assumed = ["overlap", "tensor_overlap", *(theirs if not links else ())]
+    made.sources.update(dict.fromkeys(assumed, of_h100))
     return Calibration(made, points)

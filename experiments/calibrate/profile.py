@@ -67,7 +67,8 @@ def with_sources(
         off = f"; its lines are off by {spread_of(mine)} (shares)" if mine else ""
         sources[key] = measured_here + off
     for level in {"in_node", "between_nodes"} - set(links):
-        why = "no message was measured there; it is as the other level" if links else "one device"
+        other = "it is as the other level" if links else "it is another cluster's"
+        why = f"no message was measured there; {other}"
         of_it = [key for key in sources if key.startswith(f"{level}.")]
         sources |= dict.fromkeys(of_it, f"assumed: {why}")
     return replace(cluster, sources=sources)
