@@ -50,12 +50,12 @@ class Habits:
     copied_tensors: int = 0
     graphs: bool = False  # a block with experts is launched as CUDA graphs, but for the experts
     copies_shards: bool = True  # messages of sharded weights have buffers of their own
-    # launched for one operator: a compiled model's kernels need neither dispatcher nor autograd
-    launches: float = 1.0
+    launches: float = 1.0  # what the host takes for a block, as a share of one operator by operator
 
 
-# one device's compile=true: the model is one graph (parallel/parallelize.py)
-COMPILED = Habits(logit_bytes=COMPILED_LOGIT, launches=0.25)
+# one device's compile=true: the model is one graph (parallel/parallelize.py; docs/gpu.md: 1.5 of
+# 3.2 ms a block)
+COMPILED = Habits(logit_bytes=COMPILED_LOGIT, launches=0.47)
 
 
 def program_of(cells: Cells) -> str:
