@@ -17,8 +17,7 @@ import numpy as np
 from minigpt.config import FFN, Positions
 from simulator.communication import expert_choices
 from simulator.data_messages import GPIPE
-from simulator.plans import NONE, SCHEDULES, SELECTIVE, Array
-from simulator.schedules import in_flight
+from simulator.plans import NONE, SELECTIVE, Array
 from simulator.sending import LOW_BYTES
 from simulator.shapes import Rank, padded, weights_of
 
@@ -178,17 +177,28 @@ class Activations:
         return self.width + self.wide + products * self.input_of_products - self.mlp
 
     @cached_property
-    def flights(self) -> list[Array]:
-        """Of each stage here, micro-batches that wait for their backward when most do."""
-        plans, rank = self.plans, self.rank
-        m = plans.micro_batches
-        warm = np.where(plans.schedule == GPIPE, m, np.minimum(m, plans.pp - rank.place))
-        first = np.where(plans.pp > 1, warm, 1)
-        found = [first, *(np.zeros_like(first) for _ in rank.blocks[1:])]
-        several = np.flatnonzero(rank.local_stages > 1)
-        if len(several):
-            _in_flight(rank, several, found)
-        return found
+    def gradients_of_products(self) -> Array:
+        """Bytes that a backward of inputs leaves for that of weights: gradients of what norms and
+        products of a block gave (torch/distributed/pipelining/_backward.py)."""
+        q, kv = self.heads
+        halves = 1 if self.model.ffn == FFN.gelu else 2
+        reduced = (self.plans.tp > 1) & ~self.plans.sequence_parallel
+        narrow = 2 * self.width * ~reduced + 2 * self.input_of_products // self.cut
+        rows = 2 * self.rows if self.model.ffn == FFN.moe else 0
+        return narrow + q + 2 * kv + halves * self.wide + rows
+
+    @cached_property
+    def gradients_sent(self) -> Array:
+        """The same that tp has sent: of `out` and `down`, which all its ranks need whole."""
+        return (self.plans.tp > 1) * 2 * self.input_of_products
+
+    @cached_property
+    def in_flight(self) -> Array:
+        """With one stage a rank, micro-batches that wait for their backward when most do: all in
+        GPipe, min(m, ranks - rank) in 1F1B (Narayanan et al. 2021, section 2.2.1)."""
+        plans, m = self.plans, self.plans.micro_batches
+        warm = np.where(plans.schedule == GPIPE, m, np.minimum(m, plans.pp - self.rank.place))
+        return np.where(plans.pp > 1, warm, 1)
 
     def entering(self, lap: int) -> Array:
         """Whether what enters a stage is a message's: what came from the stage before, or from the
@@ -200,24 +210,17 @@ class Activations:
 
     @cached_property
     def entered(self) -> Array:
-        """Bytes of what entered stages by a message, which are no activations."""
-        laps = enumerate(self.flights)
-        return self.width * sum(n * self.entering(lap) for lap, n in laps)
-
-    @cached_property
-    def blocks_in_flight(self) -> Array:
-        """Blocks times micro-batches that wait for their backward."""
-        laps = zip(self.flights, self.rank.blocks, strict=True)
-        return sum((n * blocks for n, blocks in laps), np.zeros_like(self.plans.pp))
+        """Bytes of what entered the stage by a message, which are no activations."""
+        return self.width * self.in_flight * self.entering(0)
 
     @cached_property
     def waiting(self) -> Array:
         """Bytes of all blocks of all micro-batches in flight, at their most."""
-        return self.blocks_in_flight * self.kept - self.entered + sum(self.flights) * self.angles
+        return self.in_flight * self.of_one
 
     @cached_property
     def of_one(self) -> Array:
-        """Bytes of one micro-batch of those, in a rank's first stage."""
+        """Bytes of one micro-batch of those."""
         entered = self.entering(0) * self.width
         return self.rank.blocks[0] * self.kept - entered + self.angles
 
@@ -237,7 +240,7 @@ class Activations:
     @cached_property
     def head_waits(self) -> Array:
         """Micro-batches that wait for their backward on the last stage."""
-        return self.rank.last * sum(self.flights[-1:], np.zeros_like(self.plans.pp))
+        return self.rank.last * self.in_flight
 
     @cached_property
     def head(self) -> Array:
@@ -287,12 +290,3 @@ class Activations:
         unseen = np.where(plans.cp > 1, 0, unseen)
         copies = (plans.cp > 1) * 1 + (plans.pp > 1)
         return 2 * each - unseen + copies * 2 * each // plans.cp, unseen
-
-
-def _in_flight(rank: Rank, plans: Array, found: list[Array]) -> None:
-    """Fill in the micro-batches in flight of plans in which a rank has several stages."""
-    kinds, inverse = np.unique(rank.pipelines[plans], axis=0, return_inverse=True)
-    for number, kind in enumerate(kinds.tolist()):
-        here = plans[inverse == number]
-        for lap, waiting in enumerate(in_flight(SCHEDULES[kind[0]], *kind[1:])):
-            found[lap][here] = waiting

@@ -9,15 +9,12 @@ from functools import cached_property
 
 import numpy as np
 
-from parallel.layout import PipelineSchedule
 from simulator.activations import Activations
 from simulator.data_messages import GPIPE
-from simulator.plans import NONE, SCHEDULES, Array
+from simulator.plans import NONE, Array
 from simulator.sending import LOW_BYTES
 from simulator.shapes import Rank, padded, weights_of
 from simulator.stage_ends import stage_ends
-
-LOOPED_BFS = SCHEDULES.index(PipelineSchedule.looped_bfs)
 
 
 class Held:
@@ -100,23 +97,30 @@ class Held:
     @cached_property
     def embedding(self) -> Array:
         """Weights of the embedding, where it is here."""
-        return self.rank.first * self._whole(["embedding.weight"])
+        return self.rank.first * self.of_embedding
+
+    @cached_property
+    def of_embedding(self) -> Array:
+        return self._whole(["embedding.weight"])
 
     @cached_property
     def norms(self) -> Array:
         """Norms' weights under sequence parallelism: their gradients are sums over a part of the
         sequence, which an all_reduce will replace."""
+        return self.norms_of(self.rank.layers, self.rank.last)
+
+    def norms_of(self, blocks: Array, last: Array) -> Array:
+        """The same of so many blocks, and of the last stage's end."""
         cut = self.plans.sequence_parallel & (self.plans.tp > 1)
         block = self._whole([name for name in self.model.block_shapes if "norm" in name])
         outer = self._whole([name for name in self.model.outer_shapes if "norm" in name])
-        return cut * (self.rank.layers * block + self.rank.last * outer)
+        return cut * (blocks * block + last * outer)
 
     def landed(self, later: Array | bool) -> Array:
         """Micro-batches fewer in flight than at most: none but where the first backward begins
         when all have gone forward."""
-        all_first = (self.rank.local_stages == 1) | (self.plans.schedule == LOOPED_BFS)
-        gone = self.of.flights[0] == self.plans.micro_batches
-        return later * (all_first & gone & (self.plans.pp > 1))
+        gone = self.of.in_flight == self.plans.micro_batches
+        return later * (gone & (self.plans.pp > 1))
 
     def untidy(self, later: Array | bool) -> Array:
         """Gradients that are none of the step's in the end: the whole one of an embedding that tp
@@ -141,12 +145,12 @@ class Held:
         """What messages of activations keep: of blocks that wait, or of so many that a checkpoint
         has run `again`; of the stages' ends; of norms."""
         of, plans = self.of, self.plans
-        blocks = of.blocks_in_flight - after - self.landed(later) * self.rank.blocks[0]
+        blocks = (of.in_flight - self.landed(later)) * self.rank.blocks[0] - after
         blocks = np.where(plans.checkpointing == NONE, blocks, again)
         entered = (plans.pp == 1) * of.entered  # a pipeline's are among its buffers
         looked_up = (plans.pp > 1) * (self.rank.first > 0) * of.entered
         norms = (later & ~self.modular) * plans.numerics.gradients * self.norms
-        ends = stage_ends(of, later, of.flights[0] - self.landed(later))
+        ends = stage_ends(of, later, of.in_flight - self.landed(later))
         return blocks * of.message_of_block + entered + looked_up + ends + norms
 
     @cached_property
@@ -162,12 +166,29 @@ class Held:
 
     @cached_property
     def _back(self) -> Array:
+        return self.back_of(self.rank.last)
+
+    def back_of(self, last: Array) -> Array:
         """Weights of norm and head, whose gradients come first, before they are cut."""
         shapes = self.model.outer_shapes
         numbers = self._whole([name for name in shapes if name.startswith(("norm", "head"))])
         if self.model.tied:
-            numbers = numbers + (1 - self.rank.alone) * self._whole(["embedding.weight"])
-        return self.rank.last * numbers
+            numbers = numbers + (1 - self.rank.alone) * self.of_embedding
+        return last * numbers
+
+    @cached_property
+    def ring_blocks(self) -> Array:
+        """Messages of the ring's backward in its last round but one: K and V here and those that
+        arrive, their gradients here, sent before, and arriving."""
+        return np.where(self.plans.cp > 3, 5, 4) * 2 * self.of.heads[1]
+
+    @property
+    def made_for_weights(self) -> Array:
+        """Bytes of a checkpointed block in a W: the gradient of each of its weights runs it again,
+        and of each run stays what later ones have to run over, half of it on average (near: up to
+        15 % of the peak in traces)."""
+        each = sum(name.endswith("weight") for name in self.model.block_shapes) / 2
+        return each * self.of.made_again
 
     @cached_property
     def _down(self) -> Array:

@@ -13,6 +13,7 @@ from costs.ledger import MEMORY_PARTS
 from minigpt.config import FFN
 from simulator.held import Held
 from simulator.plans import Array, Plans
+from simulator.several_stages import fullest
 from simulator.shapes import Rank
 
 
@@ -40,9 +41,10 @@ def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Me
     many in flight, when its product's gradients come and when its input's do; the backward of an
     embedding that tp has cut; and the ring's. The optimizer adds nothing: its kernel is fused.
 
+    With several stages a rank all moments of the schedule are (simulator/several_stages.py).
+
     Not closed: whole tensors that zero_stage=1 hands out (the optimizer's part is an even share);
-    rows of experts without a capacity (even shares); what several stages a rank hold of messages,
-    and what backwards that are split keep, which depend on the order of torch's schedules. With
+    rows of experts without a capacity (even shares). With
     selective checkpointing over tp, what `out` and `down` gave counts as activations here and as
     communication where it is measured. An RMSNorm is taken for a GPU's kernel: in bf16
     on a CPU it keeps three times as much.
@@ -60,10 +62,17 @@ def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Me
     if np.any(plans.cp > 2):
         moments += [on.in_ring(*place) for place in places]
     parts = [np.stack([moment[i] for moment in moments]) for i in range(3)]
-    fullest = np.argmax(sum(parts), axis=0)[None]
+    place_of_most = np.argmax(sum(parts), axis=0)[None]
     gradients, activations, communication = (
-        np.take_along_axis(part, fullest, axis=0)[0] for part in parts
+        np.take_along_axis(part, place_of_most, axis=0)[0] for part in parts
     )
+    several = np.flatnonzero(on.rank.local_stages > 1)
+    if len(several):
+        walked = Held(Rank(plans[several], on.rank.place[several]))
+        for part, found in zip(
+            (gradients, activations, communication), fullest(walked), strict=True
+        ):
+            part[several] = found
     seen, unseen = on.of.batch
     states = on.parameters, gradients, on.optimizer
     return Memory(*states, activations + seen, communication, unseen)
@@ -117,14 +126,12 @@ class Moments(Held):
         return (after == 0) * (self.plans.pp > 1) * (self.rank.last == 0) * self.of.width
 
     def in_ring(self, after: Array, later: Array | bool) -> tuple[Array, Array, Array]:
-        """In the ring's backward of that block, when its last round but one has been computed:
-        K and V here and those that arrive, their gradients here, sent before, and arriving."""
+        """In the ring's backward of that block, when its last round but one has been computed."""
         later = self.may_be(later)
         gradients, activations, messages = self.behind(after, later, self._down)
         ring = self.plans.cp > 2
-        blocks = np.where(self.plans.cp > 3, 5, 4) * 2 * self.of.heads[1]
         activations = activations + self.of.in_ring - self.of.after_attention
-        return gradients, ring * activations, ring * (messages + blocks)
+        return gradients, ring * activations, ring * (messages + self.ring_blocks)
 
     def may_be(self, later: Array | bool) -> Array:
         return later & (self.plans.micro_batches > 1)

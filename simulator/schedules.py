@@ -218,21 +218,3 @@ def _next_stages(order: Order, start: int) -> set[int]:
         if len(coming) == PREFETCHED:
             break
     return coming
-
-
-@lru_cache(maxsize=100_000)
-def in_flight(
-    schedule: PipelineSchedule, ranks: int, local: int, micro_batches: int, rank: int
-) -> tuple[int, ...]:
-    """Micro-batches of each stage of a rank that wait for their backward when most do.
-
-    A backward that is split keeps what it needs for the gradients of weights until W. GPipe: all;
-    1F1B: min(m, ranks - rank) (Narayanan et al. 2021, section 2.2.1).
-    """
-    held, most, at = [0] * local, 0, [0] * local
-    for kind, lap, _ in order_of(schedule, ranks, local, micro_batches, rank):
-        if kind != "I":
-            held[lap] += 1 if kind == "F" else -1
-        if sum(held) > most:
-            most, at = sum(held), list(held)
-    return tuple(at)

@@ -180,13 +180,17 @@ class Rank:
     def of_outer(self, n: Array) -> Array:
         """Numbers of what this rank has besides blocks. A tied head on another stage than its
         embedding is a weight of its own."""
+        return self.outer_of(self.first, self.last, n)
+
+    def outer_of(self, first: Array, last: Array, n: Array) -> Array:
+        """The same of a part of it, that has the model's beginning or its end."""
         outer = weights_of(self.plans.model.outer_shapes)
         front = padded([w for w in outer if w.name in FRONT], self.plans, n)
         back = padded([w for w in outer if w.name not in FRONT], self.plans, n)
-        size = self.first * front + self.last * back
+        size = first * front + last * back
         if self.plans.model.tied:
             copy = padded([w for w in outer if w.name == "embedding.weight"], self.plans, n)
-            size = size + self.last * (1 - self.alone) * copy
+            size = size + last * (1 - self.alone) * copy
         return size
 
     @cached_property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from simulator.activations import Activations
 from simulator.plans import Array
 
@@ -17,18 +15,4 @@ def stage_ends(of: Activations, later: Array | bool, flying: Array) -> Array:
     done = later * (plans.micro_batches - flying)
     comes, goes = rank.place > 0, rank.place < plans.pp - 1
     ends = comes * (plans.micro_batches + (done > 0)) + goes * (done + 1 + flying + (done > 1))
-    ends = np.where(rank.local_stages > 1, _of_several(of, later), ends)
     return (plans.pp > 1) * ends * of.width
-
-
-def _of_several(of: Activations, later: Array | bool) -> Array:
-    """The same where a rank has several stages: as if all gradients had come by then, and each
-    stage had sent one. Near for looped_bfs, whose fullest moment is before any has."""
-    rank, m = of.rank, of.plans.micro_batches
-    ends = np.zeros_like(m)
-    for lap, flights in enumerate(of.flights):
-        stage, here = rank.stage(lap), lap < rank.local_stages
-        came = np.where(later, m, lap == rank.local_stages - 1)
-        ends = ends + (here & (stage > 0)) * (m + later)
-        ends = ends + (here & (stage < rank.stage_count - 1)) * (flights + came)
-    return ends

@@ -11,11 +11,18 @@ from experiments.config import TrainConfig
 from experiments.figures.parity import make_config
 from experiments.figures.short_runs import step_costs
 from minigpt.config import FFN, ModelConfig, Norm, Positions
-from parallel.layout import ActivationCheckpointing, Layout, Options, PipelineSchedule, Precision
+from parallel.layout import (
+    ActivationCheckpointing,
+    Layout,
+    Options,
+    PipelineConfig,
+    PipelineSchedule,
+    Precision,
+)
 from simulator.activations import Activations
 from simulator.memory import Memory, memory
 from simulator.plans import Numerics, Plans
-from simulator.schedules import in_flight
+from simulator.schedule_moments import column, moments
 from simulator.shapes import Rank
 
 EVEN = {"clip": 1.0, "steps": 3}
@@ -99,9 +106,15 @@ def test_micro_batches_in_flight(micro_batches: int) -> None:
     many halves as 1F1B's first rank has, on every rank (Qi et al. 2024, table 1)."""
     m = micro_batches
     for rank in range(4):
-        assert in_flight(PipelineSchedule.gpipe, 4, 1, m, rank) == (m,)
-        assert in_flight(PipelineSchedule("1f1b"), 4, 1, m, rank) == (4 - rank,)
-        assert sum(in_flight(PipelineSchedule.zbv_zero_bubble, 4, 2, m, rank)) <= 2 * 4
+        for schedule, wanted in (("gpipe", m), ("1f1b", 4 - rank)):
+            pipeline = PipelineConfig(schedule=PipelineSchedule(schedule))
+            plans = Plans.of(
+                ModelConfig(), Layout(pp=4), Options(micro_batches=m, pipeline=pipeline)
+            )
+            assert Activations(Rank(plans, rank)).in_flight == wanted
+        rows = moments(PipelineSchedule.zbv_zero_bubble, 4, 2, m, rank, True)
+        halves = rows[:, [column("waiting", lap) for lap in (0, 1)]].sum(axis=1)
+        assert halves.max() <= 2 * 4
 
 
 def test_more_of_anything_needs_more_and_shards_need_less() -> None:

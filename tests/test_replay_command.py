@@ -149,7 +149,7 @@ def test_recorded_runs_are_given_back() -> None:
     ratios = given_back(3)
     assert len(ratios) == len(CASES)
     for label, of_runs in ratios.items():
-        assert 0.7 < statistics.median(of_runs) < 1.05, label
+        assert 0.7 < statistics.median(of_runs) < 1.3, label  # docs/simulator.md has the figure
 
 
 def test_every_cluster_prices_every_collective() -> None:

@@ -1,0 +1,183 @@
+"""What a pipeline rank with several stages holds at each moment of its order, as counts.
+
+A walk through simulator/schedules.py's order. What torch.distributed.pipelining (2.13) keeps was
+read off its stage.py and _backward.py, and is held against traces by the tests:
+
+- a buffer for each micro-batch that comes from another rank, all of them from the beginning;
+- what is sent, and gradients that came, until the end of the step (works are waited for then); at
+  the turn of a V, where two stages are neighbours on one rank, what one hands the other;
+- of a backward that is split (I, W) all that forward kept, and the gradients of what its products
+  gave, until W. The first stage has no input to find a gradient for: its I does nothing, and its W
+  is a whole backward;
+- of the last stage's newest I the loss's graph, until its next backward.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from parallel.layout import PipelineSchedule
+from simulator.plans import Array
+from simulator.schedules import order_of
+
+# Columns of a rank: messages of one activation's size; those that two neighbouring stages hand over
+# on it; whether the last stage's newest I holds the loss's graph
+SHARED = ("messages", "turned", "newest")
+ALIKE = 6
+# Columns of each lap, counts: micro-batches that wait; of these, those between I and W; whether its
+# weights have gradients. Then what is going on, 0 or 1: the loss's backward; a whole backward's in
+# the last block and in the first, and behind it; an I in the first block, and at its end; and
+# whether such a backward is the lap's first. A W, and whether it is not the lap's first
+OF_LAP = (
+    *("waiting", "split", "done", "loss", "last_block", "first_block", "behind", "half", "halved"),
+    *("new_last_block", "new_first_block", "new_behind", "weights", "again"),
+)
+
+
+def column(name: str, lap: int) -> int:
+    """The place of a lap's column."""
+    return len(SHARED) + lap * len(OF_LAP) + OF_LAP.index(name)
+
+
+class Walk:
+    """The state of one rank, and the moments that it has been through.
+
+    Messages only grow: of moments that are else alike the latest is the fullest, and is kept.
+    """
+
+    def __init__(self, stages: list[int], count: int, turns: set[int], micro_batches: int) -> None:
+        """`stages`: the rank's, of `count`. `turns`: those whose one before is on the same rank."""
+        self.last = [stage == count - 1 for stage in stages]
+        self.first = [stage == 0 for stage in stages]
+        self.turned = [stage in turns for stage in stages]
+        self.comes = [stage > 0 and stage not in turns for stage in stages]
+        self.goes = [stage < count - 1 and stage + 1 not in turns for stage in stages]
+        self.messages, self.handed, self.newest = micro_batches * sum(self.comes), 0, False
+        self.waiting, self.split, self.done = ([0] * len(stages) for _ in range(3))
+        self.begun = 0  # actions
+        self.seen: dict[tuple, tuple[int, int, int]] = {}
+
+    def look(self, lap: int, *names: str) -> None:
+        """Note this moment, with what is going on in it."""
+        state = (*self.waiting, *self.split, *self.done)
+        self.seen[names, lap, self.newest, state] = self.messages, self.handed, self.begun
+
+    def do(self, kind: str, lap: int) -> None:
+        """One action. A forward is not looked at: what begins after the last of several is."""
+        self.begun += 1
+        if kind == "F":
+            self.waiting[lap] += 1
+            self.messages += self.goes[lap]
+            self.handed += self.turned[lap]
+            return
+        if kind != "W":
+            self.messages += self.goes[lap]  # the gradient that came
+            self.newest &= not self.last[lap]
+        if self.first[lap] and kind == "I":
+            self.look(lap)
+        elif kind == "B" or self.first[lap]:
+            self.whole(lap)
+        elif kind == "I":
+            self.half(lap)
+        else:
+            self.look(lap, "weights", *(["again"] if self.done[lap] else []))
+            self.split[lap] -= 1
+            self.over(lap)
+
+    def whole(self, lap: int) -> None:
+        """A backward of inputs and weights at once. In its first block it is fuller than in its
+        last one only where the gradients are new."""
+        if self.last[lap]:
+            self.look(lap, "loss")
+        if self.done[lap]:
+            self.look(lap, "last_block")
+            if self.first[lap]:
+                self.look(lap, "behind")
+        else:
+            for name in ("last_block", "first_block", "behind"):
+                self.look(lap, name, f"new_{name}")
+        self.hand_down(lap)
+        self.over(lap)
+
+    def half(self, lap: int) -> None:
+        """A backward of inputs."""
+        if self.last[lap]:
+            self.look(lap, "loss")
+        self.look(lap, "half")
+        self.look(lap, "halved")
+        self.split[lap] += 1
+        self.hand_down(lap)
+        self.newest |= self.last[lap]
+
+    def hand_down(self, lap: int) -> None:
+        """The gradient of its input goes to the stage before."""
+        self.messages += self.comes[lap]
+        self.handed += self.turned[lap]
+
+    def over(self, lap: int) -> None:
+        """Nothing of a micro-batch waits any longer."""
+        self.waiting[lap] -= 1
+        self.done[lap] = 1
+
+    def rows(self) -> Array:
+        """(moments, columns)."""
+        laps = len(self.waiting)
+        states = np.array([state for *_, state in self.seen])
+        table = np.zeros((len(states), len(SHARED) + laps * len(OF_LAP)))
+        table[:, :2] = [grown[:2] for grown in self.seen.values()]
+        for i, name in enumerate(("waiting", "split", "done")):
+            for lap in range(laps):
+                table[:, column(name, lap)] = states[:, i * laps + lap]
+        for row, (names, lap, newest, _) in enumerate(self.seen):
+            table[row, SHARED.index("newest")] = newest
+            for name in names:
+                table[row, column(name, lap)] = 1
+        return table
+
+
+def moments(
+    schedule: PipelineSchedule,
+    ranks: int,
+    local: int,
+    micro_batches: int,
+    rank: int,
+    v_shaped: bool,
+) -> Array:
+    """(moments, columns): all that pp rank `rank` of `ranks` goes through, each once.
+
+    Many micro-batches come and go as ALIKE times as many as ranks do, and only add messages: what
+    was there in the first half of those then has to come from the beginning, the rest to the end.
+    """
+    few = ALIKE * ranks
+    if micro_batches <= few or micro_batches % ranks or schedule == PipelineSchedule.looped_bfs:
+        return _walked(schedule, ranks, local, micro_batches, rank, v_shaped)[0]
+    rows, late, comes, steady, turned = _walked(schedule, ranks, local, few, rank, v_shaped)
+    rows, more = rows.copy(), micro_batches - few
+    rows[:, 0] += more * np.where(late, steady, comes)
+    rows[:, 1] += more * late * turned
+    return rows
+
+
+@lru_cache(maxsize=100_000)
+def _walked(
+    schedule: PipelineSchedule,
+    ranks: int,
+    local: int,
+    micro_batches: int,
+    rank: int,
+    v_shaped: bool,
+) -> tuple[Array, Array, int, int, int]:
+    """All moments, and which are in the second half; a micro-batch's buffers for what comes, all of
+    its messages, and what neighbouring stages hand over of it."""
+    places = [ranks - 1 - rank if v_shaped and lap % 2 else rank for lap in range(local)]
+    stages = [lap * ranks + place for lap, place in enumerate(places)]
+    turns = set(range(ranks, local * ranks, ranks)) if v_shaped else set()
+    walk = Walk(stages, local * ranks, turns, micro_batches)
+    for kind, lap, _ in order_of(schedule, ranks, local, micro_batches, rank):
+        walk.do(kind, lap)
+    begun = np.array([number for *_, number in walk.seen.values()])
+    comes = sum(walk.comes)
+    both = 2 * (comes + sum(walk.goes))
+    return walk.rows(), 2 * begun > walk.begun, comes, both, 2 * sum(walk.turned)
