@@ -32,6 +32,7 @@ from experiments.run_folder import Launched
 from experiments.sweep_points import Points, folder_of
 from experiments.tracking import make_tracker
 from experiments.verdict import failure
+from experiments.warn import warn
 from experiments.worker import last_act
 from minigpt.corpus import check_vocabulary, prepare
 
@@ -221,8 +222,8 @@ def train_as_rank(argv: list[str]) -> int:
     # a scheduler that says RANK and WORLD_SIZE may not say how many nodes there are
     nodes = max(rank.nodes, -(-rank.world_size // gpus) if gpus else 1)
     config = environment.settle(wanted, rank.world_size, gpus, nodes)
-    if rank.rank == 0 and nodes > 1:
-        environment.warn_of_placement(config.layout, rank.world_size // nodes)
+    if rank.rank == 0:
+        warn(config, nodes)
     corpus = prepare(config.data)
     check_vocabulary(corpus, config.model.vocab_size)
     corpus.check_length(config.seq_len)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import platform
 import shutil
@@ -160,17 +159,6 @@ def settle(
     if config.impl == Impl.accelerate:
         _check_accelerate(layout, device)
     return replace(config, layout=layout, device=device, backend=backend)
-
-
-def warn_of_placement(layout: Layout, ranks_a_node: int) -> None:
-    """Say on standard error where tensor parallelism would wait for the network."""
-    if layout.leaves_node("tp", ranks_a_node):
-        inside = math.gcd(layout.tp, ranks_a_node)
-        print(
-            f"launch.sh: warning: layout.tp={layout.tp} crosses nodes of {ranks_a_node} ranks, so "
-            f"that every block waits for the network; layout.tp={inside} would stay inside",
-            file=sys.stderr,
-        )
 
 
 def _check_device(config: TrainConfig, device: Device) -> None:

@@ -18,6 +18,7 @@ from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
 from experiments.run_weights import check_base, is_base
 from experiments.verdict import was_stopped
+from experiments.warn import warn
 from experiments.weights_file import check_init
 from minigpt.corpus import check_vocabulary, prepare
 
@@ -89,8 +90,8 @@ def prepare_job(
     if world_size % nodes:
         key = "nodes" if here else "--nnodes"
         raise ValueError(f"{key}={nodes}: the layout's {world_size} ranks do not divide")
-    if nodes > 1 and torchrun.is_first_node:
-        environment.warn_of_placement(config.layout, world_size // nodes)
+    if torchrun.is_first_node:
+        warn(config, nodes)
     environment.check_memory(config, world_size if here else world_size // nodes)
     corpus = prepare(config.data)
     check_vocabulary(corpus, config.model.vocab_size)

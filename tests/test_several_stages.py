@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from experiments.config import TrainConfig
 from experiments.figures.agreement import traced
 from experiments.figures.parity import make_config
+from experiments.warn import warn
 from parallel.layout import ActivationCheckpointing, Layout, PipelineConfig, PipelineSchedule
 from simulator.memory import memory
 from simulator.plans import Plans
@@ -53,8 +54,14 @@ def test_the_peak_is_near_the_traced_one_on_first_and_last_rank() -> None:
         assert wanted == pytest.approx(found.memory_bytes["peak"], rel=near), where
 
 
-def test_checkpoints_under_a_split_backward_cost_memory() -> None:
+def test_checkpoints_under_a_split_backward_cost_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """torch runs a block again for each of its weights, and keeps what later ones need."""
+    warn(config("interleaved_1f1b", FULL, pp=2))
+    assert capsys.readouterr().err == ""
+    warn(config("dualpipev", FULL, pp=2))
+    assert "more memory than without; 1f1b" in capsys.readouterr().err
     for schedule in SPLIT:
         plain, full = (config(schedule, changes, pp=2) for changes in ({}, FULL))
         peaks = [memory(Plans.of(c.model, c.layout, c.options)).peak[0] for c in (plain, full)]

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from costs import ledger as ledgers
 from experiments import environment as machine
 from experiments.checkpoints import FOLDER
 from experiments.step_log import read_metrics
+from experiments.warn import warn
 from parallel.layout import Layout
+from tests.configs import compose
 from tests.launching import ROOT, SMALL, environment, free_ports, wait_until
 
 SCRIPT = ROOT / "experiments" / "cluster" / "train.sbatch"
@@ -74,15 +77,15 @@ def test_the_place_of_a_rank_comes_from_the_scheduler() -> None:
 def test_tensor_parallelism_that_leaves_a_node_is_warned_of(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def said(layout: Layout, ranks_a_node: int) -> str:
-        machine.warn_of_placement(layout, ranks_a_node)
+    def said(layout: Layout, nodes: int) -> str:
+        warn(replace(compose(), layout=layout), nodes)
         return capsys.readouterr().err
 
-    assert said(Layout(dp_shard=2, tp=8), 8) == ""
-    assert said(Layout(dp_shard=16), 8) == "", "data axes may leave it"
-    assert said(Layout(dp_shard=4, tp=2, pp=2), 8) == ""
+    assert said(Layout(dp_shard=2, tp=8), 2) == ""
+    assert said(Layout(dp_shard=16), 2) == "", "data axes may leave it"
+    assert said(Layout(dp_shard=4, tp=2, pp=2), 2) == ""
     assert "layout.tp=8 crosses nodes of 4 ranks" in said(Layout(dp_shard=2, tp=8), 4)
-    assert "layout.tp=2 would stay inside" in said(Layout(dp_shard=2, tp=4), 6)
+    assert "layout.tp=2 would stay inside" in said(Layout(dp_shard=3, tp=4), 2)
     assert Layout(dp_shard=4, tp=2).leaves_node("dp_shard", 4)
     assert not Layout(pp=2, dp_shard=2, tp=2).leaves_node("dp_shard", 4)
 

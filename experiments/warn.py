@@ -1,0 +1,31 @@
+"""What is said of a run that will train, and waste time or memory. No torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from experiments.config import TrainConfig
+from parallel.layout import ActivationCheckpointing
+
+
+def warn(config: TrainConfig, nodes: int = 1) -> None:
+    """Say on standard error what will train, and waste time or memory."""
+    layout, ranks = config.layout, config.layout.world_size // nodes
+    if nodes > 1 and layout.leaves_node("tp", ranks):
+        inside = math.gcd(layout.tp, ranks)
+        _warn(
+            f"layout.tp={layout.tp} crosses nodes of {ranks} ranks, so that every block waits for "
+            f"the network; layout.tp={inside} would stay inside"
+        )
+    again = config.activation_checkpointing == ActivationCheckpointing.full
+    if again and layout.pp > 1 and config.pipeline.splits_backward:
+        _warn(
+            f"activation_checkpointing=full: {config.pipeline.schedule.value} computes gradients "
+            "of weights apart, and for each weight torch runs its block again and keeps half of "
+            "it: more memory than without; 1f1b, or activation_checkpointing=none, needs less"
+        )
+
+
+def _warn(line: str) -> None:
+    print(f"launch.sh: warning: {line}", file=sys.stderr)
