@@ -27,7 +27,7 @@ class Work:
     bytes: int = 0
     dtype: str = "float32"
     shape: tuple[int, ...] = ()  # of a matrix product: (batch, rows, inner, columns)
-    operators: int = 1  # launched by the host
+    operators: float = 1  # launched by the host, in those of plain tensors
     stage: int | None = None
     micro_batch: int | None = None
 

@@ -189,12 +189,16 @@ def _packed(columns: list[Array]) -> Array:
 
 
 def fault(plans: Plans, i: int) -> str:
-    """The key that the rules refuse plan `i` for; nothing where they let it pass."""
+    """The key that the rules refuse plan `i` for; nothing where they let it pass. Besides: a split
+    backward runs checkpointed blocks once for each weight, which no closed form of time knows, and
+    nobody wants (experiments/warn.py)."""
+    options = options_at(plans, i)
     try:
-        check_plainly(plans.model, layout_at(plans, i), options_at(plans, i))
+        check_plainly(plans.model, layout_at(plans, i), options)
     except ValueError as error:
         return str(error).partition("=")[0]
-    return ""
+    again = options.activation_checkpointing != ActivationCheckpointing.none
+    return "activation_checkpointing" if again and options.pipeline.splits_backward else ""
 
 
 def _miscount(plans: Plans, i: int) -> str:

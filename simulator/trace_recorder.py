@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from costs.communication import describe
@@ -32,6 +33,10 @@ FUNCTIONAL = {
     functional.broadcast.default: ("broadcast", False),
 }
 Label = tuple[str, int | None, int | None]  # phase, stage, micro-batch
+# What an operator of DTensors takes the host besides its local one, in operators of plain tensors:
+# 48 ms of the 506 in a step of 6 tiny layers over tp=2, where an operator takes 40 us (docs/
+# simulator.md's machine, torch 2.13)
+DISPATCH = 2.4
 
 
 class Recorder(TorchDispatchMode):
@@ -57,6 +62,7 @@ class Recorder(TorchDispatchMode):
         self.labels: dict[int, Label] = {}  # of tensors that pipeline stages send or receive
         self.arriving: dict[int, int] = {}  # storage of a functional collective -> its message
         self.in_flight: list[int] = []  # messages for which C++ will wait
+        self.dispatched = 0  # operators of DTensors since the last local one
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -70,6 +76,7 @@ class Recorder(TorchDispatchMode):
         if func is DEVICE:
             return CPU
         if any(issubclass(kind, WRAPPERS) for kind in types):
+            self.dispatched += any(issubclass(kind, DTensor) for kind in types)
             return NotImplemented  # their local operators come here one by one
         kwargs = kwargs or {}
         if func is functional.wait_tensor.default:
@@ -94,6 +101,8 @@ class Recorder(TorchDispatchMode):
         name = str(func._overloadpacket)
         work = Work(phase, name, None, cost.flops, cost.bytes, cost.dtype, cost.shape)
         work.stage, work.micro_batch = stage, micro_batch
+        work.operators += DISPATCH * self.dispatched
+        self.dispatched = 0
         self._add(work)
 
     def _add(self, event: Work | Message | Wait) -> None:
