@@ -41,7 +41,8 @@ def by_rules(space: Space) -> set[tuple[str, str]]:
                 seq_len=space.seq_len,
                 micro_batches=count,
             )
-            if fits(space.model, layout, options):
+            again = checkpointing != ActivationCheckpointing.none
+            if fits(space.model, layout, options) and not (again and pipeline.splits_backward):
                 found.add((str(layout), str(options)))
     return found
 

@@ -141,9 +141,10 @@ def large() -> Iterator[str]:
         "resident memory of its fullest process; bars: 70B on 1,024 ranks in 30 s and 4 GiB, 405B "
         f"in 60 s. Memory of a rank: bar {FORMULA_BAR:.0%}. *step*: the traced programs replayed, "
         "with a GPU's kernels and streams, beside the closed form. The "
-        "trace prices each of torch's operators by its flops and bytes; the closed form counts a "
-        "block's products and element-wise passes, fused as in the programs whose published runs "
-        "it is fitted on. *exposed*: seconds in which a rank only waits for a message."
+        "trace prices each of torch's operators by its flops and bytes, and what the host takes "
+        "for it, of DTensors over tp more; the closed form counts a block's products and "
+        "element-wise passes, fused as in the programs whose published runs it is fitted on. "
+        "*exposed*: seconds in which a rank only waits for a message."
     )
     yield from head(
         *("model, layout", "answers in", "needs", "a rank holds", "formula off"),
