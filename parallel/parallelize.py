@@ -87,7 +87,7 @@ def apply_inside(stage: GPT, mesh: Mesh, options: Options) -> None:
     apply_activation_checkpointing(stage.blocks, mode, dropout)
     if options.compile:
         # One graph where nothing happens between blocks: a GPU would wait for a host that starts
-        # graph after graph (docs/gpu.md). Static, for dynamic shapes break a block into five graphs
+        # graph after graph. Static, for dynamic shapes break a block into five graphs
         alone = layout.world_size == 1 and mesh.device.type == "cuda"
         for part in [stage] if alone else stage.blocks.values():
             part.compile(dynamic=False)

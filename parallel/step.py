@@ -76,7 +76,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         plain = not any(isinstance(p, DTensor) for p in self.parameters)  # the kernel takes no mix
         fused = type(self.optimizer) is torch.optim.AdamW and self.scaler is None
-        self.unread = self.replica.mesh.device.type == "cuda" and plain and fused
+        self.decides_on_device = self.replica.mesh.device.type == "cuda" and plain and fused
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> Result:
         """Train on this rank's share of one global batch."""
@@ -94,7 +94,7 @@ class Trainer:
                 totals[0] += 0.0 * torch.stack(norms).sum()
             # a signal reaches ranks at different times: the sum makes all stop after the same step
             totals[1] += STOP * self.asked_to_stop
-            update = self._update_unread if self.unread else self._update
+            update = self._update_on_device if self.decides_on_device else self._update
             return update(self.replica.mesh.sum(totals), norms, own)
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -136,7 +136,7 @@ class Trainer:
             self.scaler.update(finite=True)
         return result
 
-    def _update_unread(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> Result:
+    def _update_on_device(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> Result:
         """The same, where the update rule takes factor and verdict from the device, as it does for
         torch's GradScaler: the host reads the totals while the device updates, and never has it
         wait."""

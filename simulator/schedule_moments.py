@@ -15,10 +15,11 @@ read off its stage.py and _backward.py, and is held against traces by the tests:
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from parallel.layout import PipelineSchedule
+from parallel.layout import PipelineConfig, PipelineSchedule
 from simulator.plans import Array
 from simulator.schedules import order_of
 
@@ -137,46 +138,44 @@ class Walk:
         return table
 
 
-def moments(
-    schedule: PipelineSchedule,
-    ranks: int,
-    local: int,
-    micro_batches: int,
-    rank: int,
-    v_shaped: bool,
-) -> Array:
-    """(moments, columns): all that pp rank `rank` of `ranks` goes through, each once.
+class Kind(NamedTuple):
+    """What decides the order of a rank's work (simulator.schedules.order_of)."""
+
+    schedule: PipelineSchedule
+    ranks: int
+    local: int  # stages of each
+    micro_batches: int
+    rank: int
+
+
+def moments(kind: Kind) -> Array:
+    """(moments, columns): all that the rank goes through, each once.
 
     Many micro-batches come and go as ALIKE times as many as ranks do, and only add messages: what
     was there in the first half of those then has to come from the beginning, the rest to the end.
     """
-    few = ALIKE * ranks
-    if micro_batches <= few or micro_batches % ranks or schedule == PipelineSchedule.looped_bfs:
-        return _walked(schedule, ranks, local, micro_batches, rank, v_shaped)[0]
-    rows, late, comes, steady, turned = _walked(schedule, ranks, local, few, rank, v_shaped)
-    rows, more = rows.copy(), micro_batches - few
-    rows[:, 0] += more * np.where(late, steady, comes)
-    rows[:, 1] += more * late * turned
+    more = kind.micro_batches - ALIKE * kind.ranks
+    uneven = kind.micro_batches % kind.ranks > 0
+    if more <= 0 or uneven or kind.schedule == PipelineSchedule.looped_bfs:
+        return walked(kind)[0]
+    fewer = kind._replace(micro_batches=ALIKE * kind.ranks)
+    rows, late, comes, steady, turned = walked(fewer)
+    rows = rows.copy()
+    rows[:, SHARED.index("messages")] += more * np.where(late, steady, comes)
+    rows[:, SHARED.index("turned")] += more * late * turned
     return rows
 
 
 @lru_cache(maxsize=100_000)
-def _walked(
-    schedule: PipelineSchedule,
-    ranks: int,
-    local: int,
-    micro_batches: int,
-    rank: int,
-    v_shaped: bool,
-) -> tuple[Array, Array, int, int, int]:
+def walked(kind: Kind) -> tuple[Array, Array, int, int, int]:
     """All moments, and which are in the second half; a micro-batch's buffers for what comes, all of
     its messages, and what neighbouring stages hand over of it."""
-    places = [ranks - 1 - rank if v_shaped and lap % 2 else rank for lap in range(local)]
-    stages = [lap * ranks + place for lap, place in enumerate(places)]
-    turns = set(range(ranks, local * ranks, ranks)) if v_shaped else set()
-    walk = Walk(stages, local * ranks, turns, micro_batches)
-    for kind, lap, _ in order_of(schedule, ranks, local, micro_batches, rank):
-        walk.do(kind, lap)
+    pipeline, ranks, local = PipelineConfig(kind.schedule, kind.local), kind.ranks, kind.local
+    stages = pipeline.stages_of(kind.rank, ranks)
+    turns = set(range(ranks, local * ranks, ranks)) if pipeline.is_v_shaped else set()
+    walk = Walk(stages, local * ranks, turns, kind.micro_batches)
+    for action, lap, _ in order_of(*kind):
+        walk.do(action, lap)
     begun = np.array([number for *_, number in walk.seen.values()])
     comes = sum(walk.comes)
     both = 2 * (comes + sum(walk.goes))

@@ -11,7 +11,7 @@ import numpy as np
 from minigpt.config import FFN
 from simulator.held import Held
 from simulator.plans import NONE, SCHEDULES, Array
-from simulator.schedule_moments import OF_LAP, SHARED, column, moments
+from simulator.schedule_moments import OF_LAP, SHARED, Kind, column, moments
 
 
 class Bytes(NamedTuple):
@@ -27,15 +27,13 @@ def fullest(on: Held) -> tuple[Array, Array, Array]:
     rank = on.rank
     table = sizes(on)  # (parts, plans, columns)
     of_all = table.sum(axis=0)
-    kinds, inverse = np.unique(
-        np.column_stack([rank.pipelines, rank.v_shaped]), axis=0, return_inverse=True
-    )
+    kinds, inverse = np.unique(rank.pipelines, axis=0, return_inverse=True)
     places = np.argsort(inverse.ravel(), kind="stable")
     ends = np.searchsorted(inverse.ravel()[places], np.arange(len(kinds) + 1))
     moment = np.zeros_like(of_all)  # of each plan the fullest
-    for number, (schedule, pp, local, m, place, v_shaped) in enumerate(kinds.tolist()):
+    for number, (schedule, *others) in enumerate(kinds.tolist()):
         here = places[ends[number] : ends[number + 1]]
-        rows = moments(SCHEDULES[schedule], pp, local, m, place, bool(v_shaped))
+        rows = moments(Kind(SCHEDULES[schedule], *others))
         width = rows.shape[1]
         moment[here, :width] = rows[(rows @ of_all[here, :width].T).argmax(axis=0)]
     gradients, activations, messages = np.einsum("nc,pnc->pn", moment, table)

@@ -33,9 +33,8 @@ FUNCTIONAL = {
     functional.broadcast.default: ("broadcast", False),
 }
 Label = tuple[str, int | None, int | None]  # phase, stage, micro-batch
-# What an operator of DTensors takes the host besides its local one, in operators of plain tensors:
-# 48 ms of the 506 in a step of 6 tiny layers over tp=2, where an operator takes 40 us (docs/
-# simulator.md's machine, torch 2.13)
+# What an operator of DTensors takes the host besides its local one, in operators of plain tensors,
+# as `./launch.sh python -m experiments.figures.dispatch` measures it (two cores, torch 2.13)
 DISPATCH = 2.4
 
 

@@ -147,6 +147,11 @@ def test_devices_and_left_over_ranks_are_settled() -> None:
     on_gpus = settle(compose(), None, gpus=8, nodes=2)
     assert (on_gpus.device.value, on_gpus.backend.value) == ("cuda", "nccl")
     assert on_gpus.layout.world_size == 16
+    four = ("device=cuda", "layout.dp_replicate=4")
+    shared = settle(compose(*four, "backend=gloo"), None, gpus=1)
+    assert (shared.device.value, shared.layout.world_size) == ("cuda", 4)
+    with pytest.raises(ValueError, match="with backend=gloo ranks share a device"):
+        settle(compose(*four), None, gpus=1)
     given_four = settle(compose("strategy=fsdp", "layout.dp_replicate=2"), 4, gpus=0)
     assert given_four.layout == Layout(dp_replicate=2, dp_shard=2)
 

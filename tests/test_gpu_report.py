@@ -12,8 +12,10 @@ from experiments.config import Device
 from experiments.environment import gpu_count
 from experiments.figures import gpu_report
 from experiments.figures.gpu_report import Figures, document, gpt2
+from experiments.predict import clusters
 from minigpt.config import DataConfig, ModelConfig, Source
 from parallel.layout import Precision
+from simulator.formula_ledger import formula_steps
 
 
 def figures() -> Figures:
@@ -48,6 +50,17 @@ def test_the_document_says_what_was_measured_and_predicted() -> None:
 
 def test_it_is_gpt2_of_124_million_parameters() -> None:
     assert gpt2().model.parameters == 124_373_760  # nanoGPT's, with its positions
+
+
+def test_the_closed_forms_are_near_what_that_machine_took() -> None:
+    """docs/gpu.md's steps and meters, by the profile that its machine had."""
+    config, cluster = gpt2(), clusters.load("h200_measured")
+    (step,) = formula_steps(config.model, config.layout, config.options, cluster)
+    assert step["time_s"]["total"] == pytest.approx(0.05068, rel=gpu_report.TIME_BAR)
+    compiled = gpu_report.compiled_seconds(config, cluster)
+    assert compiled == pytest.approx(0.03382, rel=gpu_report.TIME_BAR)
+    peak = step["memory_bytes"]["peak"]
+    assert peak == pytest.approx(17_154_090_608, rel=gpu_report.MEMORY_BAR)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from parallel.layout import (
 from simulator.activations import Activations
 from simulator.memory import Memory, memory
 from simulator.plans import Numerics, Plans
-from simulator.schedule_moments import column, moments
+from simulator.schedule_moments import Kind, column, moments
 from simulator.shapes import Rank
 
 EVEN = {"clip": 1.0, "steps": 3}
@@ -112,7 +112,7 @@ def test_micro_batches_in_flight(micro_batches: int) -> None:
                 ModelConfig(), Layout(pp=4), Options(micro_batches=m, pipeline=pipeline)
             )
             assert Activations(Rank(plans, rank)).in_flight == wanted
-        rows = moments(PipelineSchedule.zbv_zero_bubble, 4, 2, m, rank, True)
+        rows = moments(Kind(PipelineSchedule.zbv_zero_bubble, 4, 2, m, rank))
         halves = rows[:, [column("waiting", lap) for lap in (0, 1)]].sum(axis=1)
         assert halves.max() <= 2 * 4
 

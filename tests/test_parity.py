@@ -30,12 +30,12 @@ def test_accumulation_changes_nothing(name: str) -> None:
 
 
 @pytest.fixture
-def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainers update without the host reading what decides it, as on a GPU."""
 
     def make(self: step.Trainer) -> None:
         made(self)
-        self.unread = True
+        self.decides_on_device = True
 
     made = step.Trainer.__post_init__
     monkeypatch.setattr(step.Trainer, "__post_init__", make)
@@ -48,11 +48,11 @@ def test_a_host_that_does_not_wait_changes_nothing(
 ) -> None:
     config = make_config(Layout(), {**VARIANTS[name], "clip": clip})
     reads = parity.trajectory(config)
-    request.getfixturevalue("unread")
+    request.getfixturevalue("on_device")
     assert compare(parity.trajectory(config), reads).holds
 
 
-def test_nor_does_it_update_by_a_bad_gradient(unread: None) -> None:
+def test_nor_does_it_update_by_a_bad_gradient(on_device: None) -> None:
     trainer, rows = make(make_config(Layout(), {"clip": 1.0}))
     trainer.may_skip = 1
     good = [p.detach().clone() for p in trainer.parameters]

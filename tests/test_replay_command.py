@@ -146,10 +146,10 @@ def test_recorded_runs_are_given_back() -> None:
     A busy machine holds threads up where nothing records it, which only makes the replay shorter:
     so the lower bound is wide here; experiments/figures/simulator.py shows how near it comes.
     """
-    ratios = given_back(3)
+    ratios = given_back(5)
     assert len(ratios) == len(CASES)
     for label, of_runs in ratios.items():
-        assert 0.7 < statistics.median(of_runs) < 1.3, label  # docs/simulator.md has the figure
+        assert 0.7 < statistics.median(of_runs) < 1.05, label
 
 
 def test_every_cluster_prices_every_collective() -> None:

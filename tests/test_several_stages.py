@@ -16,7 +16,7 @@ from experiments.warn import warn
 from parallel.layout import ActivationCheckpointing, Layout, PipelineConfig, PipelineSchedule
 from simulator.memory import memory
 from simulator.plans import Plans
-from simulator.schedule_moments import ALIKE, SHARED, _walked, column, moments
+from simulator.schedule_moments import ALIKE, SHARED, Kind, column, moments, walked
 
 SCHEDULES = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
 V_SHAPED = ("zbv_zero_bubble", "dualpipev")
@@ -84,9 +84,9 @@ def test_many_micro_batches_are_as_many_fewer(
 ) -> None:
     """What is taken from fewer micro-batches is what a walk through all of them gives."""
     rank, v_shaped = data.draw(st.integers(0, ranks - 1)), name in V_SHAPED
-    kind = PipelineSchedule(name), ranks, 2 if v_shaped else local, times * ranks, rank, v_shaped
-    found, walked = moments(*kind), _walked(*kind)[0]
-    assert sorted(map(tuple, found)) == sorted(map(tuple, walked))
+    stages = 2 if v_shaped else local
+    kind = Kind(PipelineSchedule(name), ranks, stages, times * ranks, rank)
+    assert sorted(map(tuple, moments(kind))) == sorted(map(tuple, walked(kind)[0]))
 
 
 @given(st.sampled_from((*SCHEDULES, *V_SHAPED)), st.sampled_from((2, 4)), st.integers(0, 3))
@@ -94,7 +94,7 @@ def test_nothing_is_held_less_than_not_at_all(name: str, ranks: int, rank: int) 
     """Counts are never negative; the first stage never splits; all micro-batches' buffers for what
     comes are there from the beginning."""
     rank, v_shaped, m = rank % ranks, name in V_SHAPED, 4 * ranks
-    rows = moments(PipelineSchedule(name), ranks, 2, m, rank, v_shaped)
+    rows = moments(Kind(PipelineSchedule(name), ranks, 2, m, rank))
     assert (rows >= 0).all()
     split = rows[:, column("split", 0)].max()
     assert (split > 0) == (name in SPLIT and rank > 0)

@@ -72,7 +72,7 @@ class Figures:
 
 def gpt2(sequences: int = 16) -> TrainConfig:
     """configs/model/gpt2.yaml without biases and with the vocabulary in whole tiles of 64, as
-    nanoGPT has it; blocks and loss compiled."""
+    nanoGPT has it; the model compiled as one graph, and the loss."""
     keys = "model=gpt2 model.bias=false model.vocab_size=50304 data=random data.vocab_size=50257 "
     keys += f"optimizer.lr=6e-4 precision=bf16 micro_batch_size={sequences} seq_len=1024 "
     keys += "compile=true device=cuda strategy=single"
@@ -147,7 +147,7 @@ def turn(step: Step, device: torch.device) -> float:
 
 
 def compiled_seconds(config: TrainConfig, cluster: Cluster) -> float:
-    """The closed form's step with fused operators, as it has published compiled runs."""
+    """The closed form's step of a model that is one graph (simulator.habits.COMPILED)."""
     plans = Plans.of(config.model, config.layout, config.options)
     work = Work.of(plans, compiled=True, habits=COMPILED)
     return float(step_seconds(work, cluster)["total"][0])
