@@ -50,6 +50,10 @@ class Habits:
     copied_tensors: int = 0
     graphs: bool = False  # a block with experts is launched as CUDA graphs, but for the experts
     copies_shards: bool = True  # messages of sharded weights have buffers of their own
+    # q, k and v are copied into the layout that attention's kernel wants where nothing rotates them
+    # (Megatron-LM, core/transformer/attention.py: rearrange(...).contiguous()); torch's sdpa takes
+    # them as the projections leave them
+    lays_out_heads: bool = False
     launches: float = 1.0  # what the host takes for a block, as a share of one operator by operator
 
 
@@ -91,7 +95,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     program, source = program_of(cells), cells.get("source", "")
     note, gpu = cells.get("source_verbatim_note", ""), cells.get("gpu", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
-    own = Habits(hides_gradients=flash, copies_shards=program == "torchtitan")
+    own = Habits(hides_gradients=flash, copies_shards=program == "torchtitan", lays_out_heads=True)
     if program == "nanotron":  # of a block: qkv, out, gate and up, down, two norms
         own = replace(own, copied_tensors=6)
     if not flash or program == "nanotron":

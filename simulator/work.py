@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from minigpt.config import Positions
 from parallel.layout import PipelineConfig
 from simulator.block_products import ROUTED_PASSES, ROUTED_PASSES_ONCE, Block
 from simulator.habits import KERNELS, Habits
@@ -214,12 +215,15 @@ def _block(block: Block, habits: Habits, narrow: Array) -> Values:
         for side in zip(*block.products(), strict=True)
     ]
     item = LOW_BYTES[plans.precision]
-    # q, k, v rotated: read and write; the activation function reads what up (and gate) wrote
+    # q, k, v rotated or laid out anew: read and write; the activation function reads what up (and
+    # gate) wrote
     mlp = (block.matrices + 1) * block.wide
     norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
     autocast = (item == 2) & ~Rank(plans).has_policy
     norm = np.where(autocast & (not habits.separate), WIDE_NORM_BYTES, norm)
     residuals = np.where(autocast, WIDE_RESIDUAL_BYTES, RESIDUAL_PASSES * item)
+    rewritten = habits.lays_out_heads or block.model.positions == Positions.rotary
+    heads = rewritten * (block.query + block.keys_and_values)
     numbers = d + block.latent / 2
     routed = block.routed_rows * d * item
     many = OPERATORS + 2 * block.matrices + block.operators
@@ -228,7 +232,7 @@ def _block(block: Block, habits: Habits, narrow: Array) -> Values:
     return {
         **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
         "whole_bytes": tokens * (2 * numbers * norm + residuals * d),
-        "cut_bytes": tokens / tp * (turn * (block.query + block.keys_and_values) + item * mlp)
+        "cut_bytes": tokens / tp * (turn * heads + item * mlp)
         + (ROUTED_PASSES_ONCE if habits.sends_once else ROUTED_PASSES) * routed,
         "operators": habits.launches
         * (many + block.launched_each(narrow) + (0 if plans.flash else SCORE_OPERATORS)),
