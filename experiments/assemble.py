@@ -151,21 +151,10 @@ def share_of_batch(
     Rows go to micro-batches first, then to ranks, so that every layout of the same global batch
     size trains on the same rows.
     """
-    for place in places(step, config, mesh):
-        yield sent_to(mesh.device, batches.rows(*place))
-
-
-def prepare_share(batches: Batches, step: int, config: TrainConfig, mesh: Mesh) -> None:
-    """Read what `share_of_batch` will be asked for."""
-    for place in places(step, config, mesh):
-        batches.prepare(*place)
-
-
-def places(step: int, config: TrainConfig, mesh: Mesh) -> Iterator[tuple[int, int, int]]:
-    """Of this rank's micro-batches: step, first row and number of rows."""
     size, ranks = config.micro_batch_size, config.layout.data_parallel
     for i in range(config.gradient_accumulation_steps):
-        yield step, (i * ranks + mesh.data_rank) * size, size
+        rows = batches.rows(step, (i * ranks + mesh.data_rank) * size, size)
+        yield sent_to(mesh.device, rows)
 
 
 def validation_share(batches: Batches, config: TrainConfig, mesh: Mesh) -> Iterator[MicroBatch]:

@@ -22,7 +22,7 @@ from experiments.run_weights import is_base
 from experiments.verdict import failure
 from minigpt.corpus import Corpus
 from parallel.checkpoint import Writer, restore, state_of
-from parallel.step import Result, Trainer
+from parallel.step import Trainer
 
 Say = Callable[[str], None]
 
@@ -90,13 +90,11 @@ class Saver:
             checkpoints.set_aside(newer[: newer.index(found.folder)])
         return found, [*said, f"going on from {found.folder}, after {found.step} steps"]
 
-    def after(self, step: int, result: Result) -> bool:
-        """Save where it is time to; whether all ranks are to stop here."""
-        every, done = self.config.checkpoint.every, step + 1
-        due = every > 0 and (done % every == 0 or done == self.config.steps)
-        if due or (result.stop and done < self.config.steps):
-            self.save(done)
-        return result.stop
+    def after(self, step: int, stop: bool) -> bool:
+        """Save where it is time to, or where all ranks are to stop here; returns `stop`."""
+        if is_saved(self.config, step) or (stop and step + 1 < self.config.steps):
+            self.save(step + 1)
+        return stop
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps."""
@@ -126,6 +124,12 @@ class Saver:
     def finish(self) -> None:
         """Until what is written in the background is whole. Raises OSError where it is not."""
         self.writer.wait()
+
+
+def is_saved(config: TrainConfig, step: int) -> bool:
+    """After every `checkpoint.every` steps, and after the last."""
+    every, done = config.checkpoint.every, step + 1
+    return every > 0 and (done % every == 0 or done == config.steps)
 
 
 def listen(trainer: Trainer, *numbers: signal.Signals) -> list[int]:

@@ -6,7 +6,7 @@ Every rank takes every branch that runs the model: a forward on rank 0 alone wou
 from __future__ import annotations
 
 import signal
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.assemble import (
@@ -16,7 +16,6 @@ from experiments.assemble import (
     join_ranks,
     make_batches,
     make_trainer,
-    prepare_share,
     set_step,
     share_of_batch,
     validation_share,
@@ -29,9 +28,9 @@ from experiments.metering import Meters
 from experiments.record import Record, save_model
 from experiments.run_folder import Launched
 from experiments.sample import sample_text
-from experiments.saving import Saver, listen
+from experiments.saving import Saver, is_saved, listen
 from experiments.tracing import write_trace
-from experiments.tracking import make_tracker
+from experiments.tracking import Tracker, make_tracker
 from experiments.verdict import mark_stopped
 from minigpt.corpus import open_corpus
 from minigpt.data import Batches
@@ -39,7 +38,7 @@ from minigpt.lora import merged
 from minigpt.tokenizer import make_tokenizer
 from parallel.drift import check_copies
 from parallel.mesh import build_mesh, leave
-from parallel.step import Result, Trainer, evaluate
+from parallel.step import Trainer, UnderWay, evaluate
 from parallel.weights import full_weights
 
 
@@ -71,18 +70,19 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
         reporter.say(line)
     validation_loss = None
     with reporter, record:
+        late: Taken | None = None  # the step before, where a GPU was not waited for
         for step in range(first, config.steps):
-            result, lr = train_step(step, config, trainer, batches, meters)
+            taken = train_step(step, config, trainer, batches, meters)
+            stop = late is not None and report(late, record, reporter, tracker)
             if config.drift.every and (step + 1) % config.drift.every == 0:
                 check_copies(trainer.replica)
             if is_validation_step(config, step):
                 share = validation_share(batches, config, mesh)
                 validation_loss = evaluate(trainer.replica, share)
                 record.add_validation(validation_loss)
-            record.add_step(step, result, lr, meters.last_step_s)
-            reporter.step(step, result.loss, record.tokens_per_s)
-            tracker.log(step, record.last)
-            if saver.after(step, result):
+            waits = stop or is_due(config, step) or not trainer.decides_on_device
+            late = None if waits else taken
+            if waits and saver.after(step, report(taken, record, reporter, tracker)):
                 break
         saver.finish()
 
@@ -111,14 +111,37 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     return 0
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A step of the loop, with its learning rate and the host's seconds."""
+
+    step: int
+    under_way: UnderWay
+    lr: float
+    seconds: float
+
+
 def train_step(
     step: int, config: TrainConfig, trainer: Trainer, batches: Batches, meters: Meters
-) -> tuple[Result, float]:
-    """One optimiser step, metered, and the learning rate that it had."""
+) -> Taken:
+    """One optimiser step, metered; on a GPU it may be under way."""
     with meters.step(step):
         lr = set_step(trainer, config, step)
-        share = config, trainer.replica.mesh
         with meters.phase("data"):
-            micro_batches = list(share_of_batch(batches, step, *share))
-        trainer.meanwhile = partial(prepare_share, batches, step + 1, *share)
-        return trainer.step(micro_batches), lr
+            micro_batches = list(share_of_batch(batches, step, config, trainer.replica.mesh))
+        under_way = trainer.launch(micro_batches)
+    return Taken(step, under_way, lr, meters.last_step_s)
+
+
+def report(taken: Taken, record: Record, reporter: Reporter, tracker: Tracker) -> bool:
+    """Tell the user and the run's files what a step came to. Whether all ranks are to stop."""
+    result = taken.under_way.result()
+    record.add_step(taken.step, result, taken.lr, taken.seconds)
+    reporter.step(taken.step, result.loss, record.tokens_per_s)
+    tracker.log(taken.step, record.last)
+    return result.stop
+
+
+def is_due(config: TrainConfig, step: int) -> bool:
+    """Whether something follows this step that must know what it came to."""
+    return is_validation_step(config, step) or is_saved(config, step) or step + 1 == config.steps

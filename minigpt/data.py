@@ -5,7 +5,7 @@ Shapes: B sequences of this call, T tokens of a sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -17,8 +17,6 @@ from minigpt.model import IGNORE
 from minigpt.sources import splitmix64
 
 RAGGED_SALT = 2**62  # keeps the lengths of sequences apart from their places
-Rows = tuple[Tensor, Tensor]
-Place = tuple[int, ...]  # step, first row, how many
 EMPTY_SHARE = 4  # of the ragged sequences, every fourth has no valid target at all
 
 
@@ -35,18 +33,9 @@ class Batches:
     global_batch_size: int
     seed: int
     ragged: bool = False  # targets behind a hashed length are ignored
-    prepared: dict[Place, Rows] = field(default_factory=dict, compare=False, repr=False)
 
-    def prepare(self, *place: int) -> None:
-        """Rows that will be asked for, while there is time."""
-        self.prepared[place] = self._read(*place)
-
-    def rows(self, step: int, start: int, count: int) -> Rows:
+    def rows(self, step: int, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Rows start ... start + count of global batch `step`: inputs and targets, (B, T) int64."""
-        place = step, start, count
-        return self.prepared.pop(place, None) or self._read(*place)
-
-    def _read(self, step: int, start: int, count: int) -> Rows:
         assert start >= 0 and start + count <= self.global_batch_size
         numbers = np.arange(start, start + count) + step * self.global_batch_size
         hashes = splitmix64(splitmix64(np.array([self.seed])) ^ numbers.astype(np.uint64))
@@ -57,7 +46,7 @@ class Batches:
             targets[self._behind_end(hashes)] = IGNORE
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def validation_rows(self, index: int, start: int, count: int) -> Rows:
+    def validation_rows(self, index: int, start: int, count: int) -> tuple[Tensor, Tensor]:
         """The same for batch `index` of the held-out windows, which lie end to end (and wrap)."""
         tokens = self._validation
         windows = (len(tokens) - 1) // self.seq_len

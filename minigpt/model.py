@@ -73,14 +73,28 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: Cache | None = None
     ) -> Tensor:
         x = cast_once(x)
-        # (B, N or K, T, H)
-        q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q, self.k, self.v))
+        q, k, v = (split_heads(y, self.head_dim) for y in self.project(x))  # (B, N or K, T, H)
         if rotary:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache:
             k, v = cache.extend(self.layer, k, v)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0)
         return self.drop(self.out(merge_heads(y)), self.dropout, self.training)
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """What q, k and v make of x: three products. In a compiled graph they are one, over their
+        weights side by side, which costs nothing where autocast copies those anyway."""
+        three = (self.q, self.k, self.v)
+        if not (torch.compiler.is_compiling() and all(map(is_plain, three))):
+            return [linear(x) for linear in three]
+        weight = torch.cat([linear.weight for linear in three])
+        bias = None if self.q.bias is None else torch.cat([linear.bias for linear in three])
+        return F.linear(x, weight, bias).split([len(linear.weight) for linear in three], dim=-1)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether nothing has taken its place or cut it: an adapter, fp8, tensor parallelism."""
+    return type(linear) is nn.Linear and type(linear.weight) in (Tensor, nn.Parameter)
 
 
 class MLP(nn.Module):

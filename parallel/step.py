@@ -49,6 +49,23 @@ class OnItsWay:
         return self.numbers.tolist()
 
 
+class UnderWay:
+    """A step that the host has launched; a GPU may still be at it."""
+
+    def __init__(self, find: Callable[[], Result]) -> None:
+        self._find, self._found = find, None  # type: Callable[[], Result], Result | None
+
+    def result(self) -> Result:
+        """What it came to: waits for the device. All ranks call it, after the same step.
+
+        Raises NonFinite where a number was not finite and must not be skipped, ValueError where no
+        token counted.
+        """
+        if self._found is None:
+            self._found = self._find()
+        return self._found
+
+
 class NonFinite(RuntimeError):
     """The loss or the gradient is NaN or infinite; the parameters are those of the step before."""
 
@@ -65,7 +82,6 @@ class Trainer:
     scaler: LossScaler | None = None  # fp16 only
     marks: Marks = field(default_factory=NoMarks)
     may_skip: int = 0  # steps in a row that a number which is not finite may cost; 0: it stops
-    meanwhile: Callable[[], object] = lambda: None  # for the host, while a GPU goes on by itself
 
     def __post_init__(self) -> None:
         # once: walking the modules takes tenths of a millisecond
@@ -74,12 +90,21 @@ class Trainer:
         self.counted = self.replica.counted_parameters()
         self.asked_to_stop = False  # of this rank, which takes it to the others with its loss
         self.skipped_in_a_row = 0
+        self.last: UnderWay | None = None
         plain = not any(isinstance(p, DTensor) for p in self.parameters)  # the kernel takes no mix
         fused = type(self.optimizer) is torch.optim.AdamW and self.scaler is None
         self.decides_on_device = self.replica.mesh.device.type == "cuda" and plain and fused
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> Result:
         """Train on this rank's share of one global batch."""
+        return self.launch(micro_batches).result()
+
+    def launch(self, micro_batches: Sequence[MicroBatch]) -> UnderWay:
+        """The same, but a GPU is not waited for: it has its next work before it asks for it.
+
+        No update follows a bad number: the host reads what the step before came to once this one's
+        forward and backward are on their way, and launches its update after that.
+        """
         assert len(micro_batches) == self.accumulation
         with self.marks.phase("optimizer"):
             for parameter in self.parameters:  # a tenth of a millisecond less than zero_grad()
@@ -94,8 +119,11 @@ class Trainer:
                 totals[0] += 0.0 * torch.stack(norms).sum()
             # a signal reaches ranks at different times: the sum makes all stop after the same step
             totals[1] += STOP * self.asked_to_stop
+            if self.last:
+                self.last.result()
             update = self._update_on_device if self.decides_on_device else self._update
-            return update(self.replica.mesh.sum(totals), norms, own)
+            self.last = update(self.replica.mesh.sum(totals), norms, own)
+        return self.last
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Accumulate gradients. Returns (sum of losses, count of valid tokens) of this rank.
@@ -114,7 +142,7 @@ class Trainer:
             align_gradients(self.parameters)
         return totals if replica.mesh.counts else torch.zeros_like(totals)
 
-    def _update(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> Result:
+    def _update(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> UnderWay:
         """Correct, clip and apply the gradients, given the totals over all ranks.
 
         `norms` are of this rank's gradients, `own` its part of the totals.
@@ -126,7 +154,7 @@ class Trainer:
             norm = correction * float(gradient_norm(self.counted, self.replica.mesh, norms))
         result = self._result(loss_sum, count, norm, norms, own)
         if result.skipped:
-            return result
+            return UnderWay(lambda: result)
         if norm is not None and self.clip is not None and norm > self.clip:
             correction *= self.clip / (norm + 1e-6)
         if correction != 1.0:
@@ -134,12 +162,11 @@ class Trainer:
         self.optimizer.step()
         if self.scaler:
             self.scaler.update(finite=True)
-        return result
+        return UnderWay(lambda: result)
 
-    def _update_on_device(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> Result:
+    def _update_on_device(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> UnderWay:
         """The same, where the update rule takes factor and verdict from the device, as it does for
-        torch's GradScaler: the host reads the totals while the device updates, and never has it
-        wait."""
+        torch's GradScaler: the host need not know them yet."""
         loss_sum, count = totals[0], totals[1] % STOP
         correction = self._nominal / count
         finite, factor, read = loss_sum.isfinite() & (count > 0), correction, [totals]
@@ -152,9 +179,12 @@ class Trainer:
         self.optimizer.grad_scale = factor.reciprocal().float()  # type: ignore[attr-defined]
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.meanwhile()
-        loss, tokens, *clipped = said.read()
-        return self._result(loss, tokens, clipped[0] if clipped else None, norms, own)
+
+        def find() -> Result:
+            loss, tokens, *clipped = said.read()
+            return self._result(loss, tokens, clipped[0] if clipped else None, norms, own)
+
+        return UnderWay(find)
 
     def _result(
         self,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt.attention import plain, sdpa
 from minigpt.by_hand.positions import rotary_angles, rotate, sinusoids
 from minigpt.config import FFN, Attention, ModelConfig, Norm, Positions
+from minigpt.lora import LoRALinear
 from minigpt.model import GPT, IGNORE, initial_value, token_loss
 from tests.configs import model_of
 
@@ -213,6 +216,30 @@ def test_a_stage_passes_activations_on() -> None:
     assert set(first.state_dict()) | set(last.state_dict()) == set(whole.state_dict())
     tokens = torch.randint(50, (2, 16))
     assert torch.equal(last(first(tokens)), whole(tokens))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_compiled_attention_projects_once(bias: bool, adapted: bool) -> None:
+    """One product for q, k and v, of plain modules, with the same gradients; an adapter's stay."""
+    attention = small(bias=bias, n_kv_head=2).blocks["0"].attention
+    if adapted:
+        attention.v = LoRALinear(attention.v, 2, 1.0)
+        for parameter in attention.v.parameters():
+            torch.nn.init.normal_(parameter)
+    products: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        products.append(sum(node.target is F.linear for node in graph.graph.nodes))
+        return graph.forward
+
+    x = torch.randn(2, 16, 32)
+    parameters = list(attention.parameters())
+    wanted = torch.autograd.grad(attention(x).square().sum(), parameters)
+    compiled = torch.compile(attention, backend=count, fullgraph=True)
+    found = torch.autograd.grad(compiled(x).square().sum(), parameters)
+    torch.testing.assert_close(found, wanted)
+    assert products == [6 if adapted else 2]
 
 
 @pytest.mark.parametrize(

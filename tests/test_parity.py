@@ -68,6 +68,32 @@ def test_nor_does_it_update_by_a_bad_gradient(on_device: None) -> None:
     assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {1}
 
 
+def test_a_step_whose_outcome_is_read_late_is_not_followed_by_an_update(on_device: None) -> None:
+    trainer, rows = make(make_config(Layout(), {"clip": 1.0}))
+    first = trainer.launch(rows)
+    with torch.no_grad():
+        trainer.parameters[0][0] = math.inf
+    before = [p.detach().clone() for p in trainer.parameters]
+    trainer.launch(rows)  # nobody has asked yet what it came to
+    with torch.no_grad():
+        trainer.parameters[0][0] = 0.0
+        before[0][0] = 0.0
+    with pytest.raises(step.NonFinite, match="no update was made"):
+        trainer.launch(rows)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert first.result() is first.result() and math.isfinite(first.result().loss)
+
+
+def test_steps_under_way_come_to_the_same(on_device: None) -> None:
+    config = make_config(Layout(), {"clip": 0.05})
+    trainer, rows = make(config)
+    late = [trainer.launch(rows) for _ in range(5)]
+    other, _ = make(config)
+    assert [one.result() for one in late] == [other.step(rows) for _ in range(5)]
+    for a, b in zip(trainer.parameters, other.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_nan_is_never_near() -> None:
     good = parity.Trajectory([1.0], [1.0], {"w": torch.ones(2)})
     bad = parity.Trajectory([math.nan], [1.0], {"w": torch.ones(2)})
