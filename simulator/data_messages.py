@@ -10,7 +10,7 @@ import numpy as np
 
 from minigpt.config import FFN, ModelConfig
 from parallel.layout import PipelineConfig
-from simulator.plans import SCHEDULES, Array
+from simulator.plans import SCHEDULES, Array, distinct
 from simulator.schedules import gathers
 from simulator.sending import Sending
 from simulator.shapes import Rank
@@ -117,11 +117,10 @@ def block_gathers(rank: Rank) -> tuple[Array, Array]:
 def _gathers_by_order(rank: Rank, plans: Array) -> tuple[Array, Array]:
     """`block_gathers` where a rank has several stages: their schedule decides."""
     counts = np.zeros((2, len(plans)), dtype=np.int64)
-    kinds, inverse = np.unique(rank.pipelines[plans], axis=0, return_inverse=True)
-    for number, kind in enumerate(kinds.tolist()):
-        here = inverse == number
-        stages = gathers(SCHEDULES[kind[0]], *kind[1:])
-        for lap, of_stage in enumerate(stages):
+    kinds = rank.pipelines[plans]
+    for first, here in zip(*distinct(kinds.T), strict=True):
+        schedule, *others = kinds[first].tolist()
+        for lap, of_stage in enumerate(gathers(SCHEDULES[schedule], *others)):
             counts[:, here] += np.outer(of_stage, rank.blocks[lap][plans[here]])
     return counts[0], counts[1]
 

@@ -126,5 +126,21 @@ class Plans:
         return self.micro_batch_size * self.micro_batches * self.data_parallel * self.seq_len
 
 
+def distinct(columns: Iterable[Array]) -> tuple[Array, list[Array]]:
+    """Of the combinations that columns of whole numbers have: the place of the first of each, and
+    all places of each."""
+    first, *others = columns
+    key, combinations = first.astype(np.int64), int(first.max(initial=0)) + 1
+    for column in others:
+        size = int(column.max(initial=0)) + 1
+        if combinations * size >= 2**62:  # no two may have the same number: counted anew
+            key, column = (np.unique(x, return_inverse=True)[1] for x in (key, column))
+            combinations, size = (int(x.max()) + 1 for x in (key, column))
+        key, combinations = key * size + column, combinations * size
+    order = np.argsort(key, kind="stable")
+    starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+    return order[starts], np.split(order, starts[1:]) if len(key) else []
+
+
 def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray)

@@ -10,7 +10,7 @@ import numpy as np
 
 from minigpt.config import FFN
 from simulator.held import Held
-from simulator.plans import NONE, SCHEDULES, Array
+from simulator.plans import NONE, SCHEDULES, Array, distinct
 from simulator.schedule_moments import OF_LAP, SHARED, Kind, column, moments
 
 
@@ -27,12 +27,9 @@ def fullest(on: Held) -> tuple[Array, Array, Array]:
     rank = on.rank
     table = sizes(on)  # (parts, plans, columns)
     of_all = table.sum(axis=0)
-    kinds, inverse = np.unique(rank.pipelines, axis=0, return_inverse=True)
-    places = np.argsort(inverse.ravel(), kind="stable")
-    ends = np.searchsorted(inverse.ravel()[places], np.arange(len(kinds) + 1))
     moment = np.zeros_like(of_all)  # of each plan the fullest
-    for number, (schedule, *others) in enumerate(kinds.tolist()):
-        here = places[ends[number] : ends[number + 1]]
+    for first, here in zip(*distinct(rank.pipelines.T), strict=True):
+        schedule, *others = rank.pipelines[first].tolist()
         rows = moments(Kind(SCHEDULES[schedule], *others))
         width = rows.shape[1]
         moment[here, :width] = rows[(rows @ of_all[here, :width].T).argmax(axis=0)]

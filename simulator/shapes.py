@@ -15,7 +15,7 @@ import numpy as np
 from minigpt.config import ModelConfig
 from parallel.layout import PipelineConfig
 from parallel.stages import split_layers
-from simulator.plans import SCHEDULES, Array, Plans
+from simulator.plans import SCHEDULES, Array, Plans, distinct
 
 FRONT = ("embedding.weight", "positions.weight")  # of the first stage; all else outer is the last's
 WHOLE = ("norm", "positions", "router")
@@ -262,10 +262,9 @@ class Rank:
 
 def most_blocks(plans: Plans) -> Array:
     """Blocks of the pp rank that has most."""
-    shape = np.stack([plans.pp, plans.local_stages, V_SHAPED[plans.schedule]])
-    _, first, inverse = np.unique(shape, axis=1, return_index=True, return_inverse=True)
-    most = [
-        max(int(Rank(plans[[i]], place).layers[0]) for place in range(int(plans.pp[i])))
-        for i in first.tolist()
-    ]
-    return np.array(most, dtype=np.int64)[inverse.ravel()]
+    most = np.zeros_like(plans.pp)
+    columns = (plans.pp, plans.local_stages, V_SHAPED[plans.schedule])
+    for first, here in zip(*distinct(columns), strict=True):
+        one = plans[[first]]
+        most[here] = max(int(Rank(one, place).layers[0]) for place in range(int(one.pp[0])))
+    return most

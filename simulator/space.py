@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from minigpt.config import FFN, ModelConfig
+from minigpt.finetune import FinetuneConfig
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
@@ -24,11 +26,12 @@ from parallel.layout import (
     Precision,
 )
 from parallel.rules import check_plainly, takes
-from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Array, Plans
+from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Array, Plans, distinct
 
 # stages a rank that schedules with several are tried with: torch keeps three of them gathered
 LOOPED = (2, 3)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
+ALL_OF_IT = FinetuneConfig()  # nothing is frozen
 
 
 @dataclass(frozen=True)
@@ -171,21 +174,13 @@ def _allowed(plans: Plans) -> tuple[Plans, Counter[str]]:
     refused: Counter[str] = Counter()
     passed = np.ones(len(plans), dtype=bool)
     for asked, keys in ((filled, shape), (plans, counts)):
-        _, first, inverse = np.unique(_packed(keys), return_index=True, return_inverse=True)
         judge = fault if asked is filled else _miscount
-        faults = np.array([judge(asked, int(i)) for i in first])[inverse]
+        faults = np.full(len(plans), "", dtype=object)
+        for first, places in zip(*distinct(keys), strict=True):
+            faults[places] = judge(asked, int(first))
         refused.update(Counter(faults[passed & (faults != "")].tolist()))
         passed &= faults == ""
     return plans[passed], refused
-
-
-def _packed(columns: list[Array]) -> Array:
-    """One number for each combination of what the columns have."""
-    key = np.zeros(len(columns[0]), dtype=np.int64)
-    for column in columns:
-        values, places = np.unique(column, return_inverse=True)
-        key = key * len(values) + places
-    return key
 
 
 def fault(plans: Plans, i: int) -> str:
@@ -214,9 +209,8 @@ def layout_at(plans: Plans, i: int) -> Layout:
 
 def options_at(plans: Plans, i: int) -> Options:
     """The options of plan `i`, as a run would be given them."""
-    schedule = SCHEDULES[plans.schedule[i]]
     alone = int(plans.pp[i]) == 1
-    pipeline = PipelineConfig() if alone else PipelineConfig(schedule, int(plans.local_stages[i]))
+    pipeline = PipelineConfig() if alone else _pipeline(plans.schedule[i], plans.local_stages[i])
     return Options(
         precision=PRECISIONS[plans.precision[i]],
         activation_checkpointing=CHECKPOINTING[plans.checkpointing[i]],
@@ -226,4 +220,10 @@ def options_at(plans: Plans, i: int) -> Options:
         micro_batch_size=int(plans.micro_batch_size[i]),
         seq_len=plans.seq_len,
         micro_batches=int(plans.micro_batches[i]),
+        finetune=ALL_OF_IT,
     )
+
+
+@lru_cache(maxsize=256)
+def _pipeline(schedule: int, stages: int) -> PipelineConfig:
+    return PipelineConfig(SCHEDULES[schedule], int(stages))

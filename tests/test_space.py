@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options, PipelineConfig, Precision
 from parallel.rules import check, fits, of_size
-from simulator.plans import SCHEDULES
+from simulator.plans import SCHEDULES, distinct
 from simulator.space import Space, layout_at, options_at, plans_of, stages_a_rank
 
 DENSE = ModelConfig(n_layer=8, n_head=4, n_kv_head=2)
@@ -73,3 +76,15 @@ def test_an_axis_may_be_given() -> None:
         plans_of(Space(DENSE, 64, 8, 8, fixed={"tp": 3}))
     with pytest.raises(ValueError, match="no layout of 8 ranks divides it"):
         plans_of(Space(DENSE, 64, 8, 7, fixed={"dp_shard": 8}))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2**40), st.sampled_from([0, 2**61]))))
+def test_combinations_are_found_once_with_all_their_places(rows: list[tuple[int, ...]]) -> None:
+    """Of numbers so large, too, that no one number could hold a combination of them."""
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    first, places = distinct([*columns])
+    wanted: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        wanted.setdefault(row, []).append(place)
+    assert sorted(p.tolist() for p in places) == sorted(wanted.values())
+    assert [p[0] for p in places] == first.tolist()
