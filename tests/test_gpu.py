@@ -51,12 +51,15 @@ OF_FOUR: dict[str, tuple[int, tuple[str, ...]]] = {
         ("strategy=pp_fsdp", "layout.pp=2", "layout.dp_shard=2", "gradient_accumulation_steps=4"),
     ),
 }
-MODEL = ("model.n_layer=4", "model.d_model=128", "model.n_head=4", "steps=12", "device=cuda")
+MODEL = ("model.n_layer=4", "model.d_model=128", "model.n_head=4", "steps=12")
 
 
-def train(folder: Path, *overrides: str, sequences: int = BATCH) -> dict[str, Any]:
+def train(
+    folder: Path, *overrides: str, sequences: int = BATCH, device: str = "cuda"
+) -> dict[str, Any]:
     """A run's ledger."""
-    own = (*SMALL, *MODEL, f"micro_batch_size={sequences}", *overrides)
+    sizes = (f"micro_batch_size={sequences}", f"device={device}")
+    own = (*SMALL, *MODEL, *sizes, *overrides)
     done = launch(*own, "run.dir=run", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     return ledgers.read(folder / "run" / "ledger.json")
@@ -66,6 +69,13 @@ def train(folder: Path, *overrides: str, sequences: int = BATCH) -> dict[str, An
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """fp32 on one GPU."""
     return train(tmp_path_factory.mktemp("alone"), "strategy=single")
+
+
+def test_one_gpu_trains_as_a_core_does(alone: dict[str, Any], tmp_path: Path) -> None:
+    """The host of a GPU reads what a step came to when the next one is on its way."""
+    found = train(tmp_path, "strategy=single", device="cpu")["training"]
+    assert alone["training"]["losses"] == pytest.approx(found["losses"], abs=1e-3)
+    assert alone["training"]["validation_loss"] == pytest.approx(found["validation_loss"], abs=1e-3)
 
 
 OVER_GLOO = ("ddp", "zero1", "zero2")  # which sends no other kind of message from a GPU (2.11)
