@@ -28,6 +28,8 @@ BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gr
 FUSED = 0.6
 SCORE_PASSES = 5.0  # over the T x T matrix: write, softmax in and out, dropout in and out
 SCORE_PASSES_BACKWARD = 7.0  # the same with each operator's gradient
+BLOCKED = 2.0  # what an operator takes a host that waits for it: to launch it, and to be told that
+# it is over
 CAST_BYTES = 4.0  # of a number that a product in fp8 takes: read wide, written twice (transposed).
 # Forward its input, backward its output's gradient
 ALIGNED = 8  # numbers: tensor cores want multiples of 16 bytes (NVIDIA, Matrix Multiplication
@@ -99,9 +101,12 @@ def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array 
 def block_seconds(work: Work, cluster: Cluster) -> Array:
     """Compute of one block and micro-batch, forward and backward with what is recomputed: the
     device's, or the host's where it launches operators more slowly than they run; both where the
-    device is the host."""
+    device is the host, or the host waits for it."""
     busy, launches = busy_seconds(work, cluster), launch_seconds(work, cluster)
-    return np.where(cluster.device.asynchronous, np.maximum(busy, launches), busy + launches)
+    waits = work.blocking > 0
+    both = busy + np.where(waits, BLOCKED, 1.0) * launches
+    ahead = np.where(waits, both, np.maximum(busy, launches))
+    return np.where(cluster.device.asynchronous, ahead, both)
 
 
 def launch_seconds(work: Work, cluster: Cluster) -> Array:

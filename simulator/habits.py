@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from simulator.cells import Cells
+from simulator.cells import Cells, whole
 
 # Flash kernels by generation: in Triton (2022), FlashAttention-2, those made for the device (cuDNN)
 KERNELS = ("triton", "flash2", "fused")
@@ -25,6 +25,12 @@ COMPILED_LOGIT = 8.0
 # Megatron-LM of 2022 sends the gradient of a layer's input while it computes that of its weight:
 # two of the six all_reduces of a block whose forward runs again
 BACKWARD_ONLY = 1 / 3
+# torch's asynchronous tensor parallelism: a forward is up to 29 % faster, a step 8 %, so nothing of
+# a backward (PyTorch, "Introducing Async Tensor Parallelism in PyTorch", 2024)
+FORWARD_ONLY = 1 / 2
+# BigScience's runs on so many GPUs hung unless CUDA_LAUNCH_BLOCKING=1 was set: known of 48 nodes;
+# the hang was looked for on 40 (its train/tr11-176B-ml/hang-debug.md)
+BLOCKING_GPUS = 320
 # Releases of Megatron-Bridge that launch a block with experts as CUDA graphs on GB200 and GB300,
 # but for the experts (its scripts/performance/configs: cuda_graph_scope)
 GRAPHED = r"^2[6-9]\.\d\d"
@@ -54,6 +60,7 @@ class Habits:
     # (Megatron-LM, core/transformer/attention.py: rearrange(...).contiguous()); torch's sdpa takes
     # them as the projections leave them
     lays_out_heads: bool = False
+    blocking: bool = False  # the host waits for each kernel (CUDA_LAUNCH_BLOCKING=1)
     launches: float = 1.0  # what the host takes for a block, as a share of one operator by operator
 
 
@@ -96,6 +103,8 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     note, gpu = cells.get("source_verbatim_note", ""), cells.get("gpu", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
     own = Habits(hides_gradients=flash, copies_shards=program == "torchtitan", lays_out_heads=True)
+    if "bigscience" in source and whole(cells, "n_gpus", 1) >= BLOCKING_GPUS:
+        own = replace(own, blocking=True)
     if program == "nanotron":  # of a block: qkv, out, gate and up, down, two norms
         own = replace(own, copied_tensors=6)
     if not flash or program == "nanotron":
@@ -106,7 +115,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
         own = replace(own, hides_gathers=False)
     if program == "torchtitan":
         asynchronous = "async TP" in note or "AsyncTP" in note
-        own = replace(own, separate=not compiled, hides_tensor=float(asynchronous))
+        own = replace(own, separate=not compiled, hides_tensor=asynchronous * FORWARD_ONLY)
     if "llm-foundry" in source:
         own = replace(own, kernel="triton")
     if flash and (core or any(name in source for name in ("MegaScale", "Llama 3"))):

@@ -84,6 +84,7 @@ class Work:
     whole_bytes: Array  # read and written by element-wise operators on all of D
     cut_bytes: Array  # the same on what tp cuts
     operators: Array
+    blocking: Array  # 1: the host waits for each of them
     recomputed: Array  # share of the forward that runs again in the backward
     selective: Array  # 1: only element-wise operators and kept scores run again
     compiled: Array
@@ -162,6 +163,7 @@ class Work:
             "hides_updates": habits.hides_updates,
             "hides_gathers": habits.hides_gathers,
             "sends_once": habits.sends_once,
+            "blocking": habits.blocking,
             "copies_shards": habits.copies_shards & (plans.dp_shard > 1) & (plans.zero_stage > 1),
             "messages_a_block": messages_a_block,
             "item": item,
