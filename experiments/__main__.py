@@ -29,6 +29,8 @@ VERBS = {
     "export": ("experiments.export", "command"),
 }
 
+COMPOSED = ("train", "generate", "simulate", "search", "export")  # Hydra prints their help
+
 
 def main(argv: list[str]) -> int:
     """Run one verb; without one, train."""
@@ -38,8 +40,12 @@ def main(argv: list[str]) -> int:
         if verb is None and rest and rest[0].isidentifier():
             known = ", ".join((*VERBS, "test"))
             raise Refused(f"{rest[0]}: no such command; there are {known}, or KEY=VALUE to train")
-        module, function = VERBS[verb or "train"]
-        return getattr(importlib.import_module(module), function)(rest)
+        name, function = VERBS[verb or "train"]
+        module = importlib.import_module(name)
+        if verb and verb not in COMPOSED and {"--help", "-h"} & set(rest):
+            print((module.__doc__ or "").strip())
+            return 0
+        return getattr(module, function)(rest)
     except (Refused, ValueError) as error:
         print(f"launch.sh: {error}", file=sys.stderr)
         return 2

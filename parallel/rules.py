@@ -218,7 +218,7 @@ def _check_micro_batches(pipeline: PipelineConfig, pp: int, micro_batches: int) 
     near = sorted(sorted(can, key=lambda n: abs(n - micro_batches))[:4])
     raise ValueError(
         f"gradient_accumulation_steps={micro_batches}: {pipeline.schedule.value} with "
-        f"layout.pp={pp} cannot take that many micro-batches; the nearest that it takes: "
+        f"layout.pp={pp} takes other numbers of micro-batches; the nearest: "
         f"{', '.join(map(str, near))}"
     )
 

@@ -28,8 +28,8 @@ BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gr
 FUSED = 0.6
 SCORE_PASSES = 5.0  # over the T x T matrix: write, softmax in and out, dropout in and out
 SCORE_PASSES_BACKWARD = 7.0  # the same with each operator's gradient
-BLOCKED = 2.0  # what an operator takes a host that waits for it: to launch it, and to be told that
-# it is over
+BLOCKED = 2.0  # overheads of an operator that the host waits for: to launch it, and to be told that
+# it is over. Seen in BigScience's runs, where 3 would do as well
 CAST_BYTES = 4.0  # of a number that a product in fp8 takes: read wide, written twice (transposed).
 # Forward its input, backward its output's gradient
 ALIGNED = 8  # numbers: tensor cores want multiples of 16 bytes (NVIDIA, Matrix Multiplication

@@ -191,29 +191,29 @@ MISTAKES: list[tuple[ModelConfig, Layout, dict[str, Any], str]] = [
         MODEL,
         Layout(pp=4),
         {"micro_batches": 2},
-        "gradient_accumulation_steps=2: 1f1b with layout.pp=4 cannot take that many micro-batches; "
-        "the nearest that it takes: 4, 5, 6, 7",
+        "gradient_accumulation_steps=2: 1f1b with layout.pp=4 takes other numbers of micro-batches; "
+        "the nearest: 4, 5, 6, 7",
     ),
     (
         MODEL,
         Layout(pp=2),
         {**schedule("interleaved_1f1b"), "micro_batches": 7},
-        "gradient_accumulation_steps=7: interleaved_1f1b with layout.pp=2 cannot take that many "
-        "micro-batches; the nearest that it takes: 4, 6, 8, 10",
+        "gradient_accumulation_steps=7: interleaved_1f1b with layout.pp=2 takes other numbers of "
+        "micro-batches; the nearest: 4, 6, 8, 10",
     ),
     (
         MODEL,
         Layout(pp=2),
         {**schedule("interleaved_zero_bubble"), "micro_batches": 5},
-        "gradient_accumulation_steps=5: interleaved_zero_bubble with layout.pp=2 cannot take that "
-        "many micro-batches; the nearest that it takes: 2, 3, 4, 6",
+        "gradient_accumulation_steps=5: interleaved_zero_bubble with layout.pp=2 takes other "
+        "numbers of micro-batches; the nearest: 2, 3, 4, 6",
     ),
     (
         MODEL,
         Layout(pp=2),
         {**schedule("dualpipev"), "micro_batches": 3},
-        "gradient_accumulation_steps=3: dualpipev with layout.pp=2 cannot take that many "
-        "micro-batches; the nearest that it takes: 4, 5, 6, 7",
+        "gradient_accumulation_steps=3: dualpipev with layout.pp=2 takes other numbers of "
+        "micro-batches; the nearest: 4, 5, 6, 7",
     ),
     *[
         (

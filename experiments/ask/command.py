@@ -24,7 +24,7 @@ from experiments.refused import Refused
 
 FOLDER = Path(__file__).resolve().parents[1] / "questions"
 PICTURES = KEPT / "pictures"
-OPTIONS = ("--json", "--all", "--again", "--help")
+OPTIONS = ("--json", "--all", "--again")
 SHOWN = 3  # questions that free words are near to
 
 
@@ -34,9 +34,6 @@ def command(argv: list[str]) -> int:
     unknown = [o for o in options if o not in OPTIONS]
     if unknown:
         raise Refused(f"{unknown[0]}: ask takes {', '.join(OPTIONS)}, or a question")
-    if "--help" in options:
-        print((__doc__ or "").rstrip())
-        return 0
     as_json, words = "--json" in options, [a for a in argv if a not in options]
     known = names()
     chosen = list(known) if "--all" in options else words

@@ -40,9 +40,6 @@ class Asked:
 
 def command(argv: list[str]) -> int:
     """Compare, and print tables or what --format asks for."""
-    if {"--help", "-h"} & set(argv):
-        print((__doc__ or "").strip())
-        return 0
     asked = asked_for(argv)
     comparison = compared(asked.runs, asked.sort)
     for line in comparison.problems:

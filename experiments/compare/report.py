@@ -40,9 +40,6 @@ class Section:
 
 def command(argv: list[str]) -> int:
     """Write the page."""
-    if {"--help", "-h"} & set(argv):
-        print((__doc__ or "").strip())
-        return 0
     asked = asked_for(argv, "report")
     if asked.format:
         raise Refused(f"--format={asked.format}: report writes HTML; compare has other formats")

@@ -1,6 +1,7 @@
 """./launch.sh simulate [OVERRIDES]: what a step would cost on a cluster that you don't have.
 
-./launch.sh simulate model=llama3_70b cluster=h100 layout.tp=8 layout.pp=4 layout.dp_shard=16
+./launch.sh simulate model=llama3_70b cluster=h100 layout.tp=8 layout.pp=4 layout.dp_shard=16 \
+    micro_batch_size=1 gradient_accumulation_steps=16 activation_checkpointing=selective
 ./launch.sh simulate ... method=trace         the program itself on fake tensors, not closed forms
 ./launch.sh simulate ... trace=true           and its timeline, event by event
 ./launch.sh simulate ... scale.tokens=15T scale.price=2.5
