@@ -78,10 +78,10 @@ def publish(folder: Path, facts: dict[str, Any], keep: int) -> None:
     is no moment at which a crash leaves a name without its files.
     """
     part = part_of(folder)
-    files = {path.name: _facts(path) for path in sorted(part.iterdir())}
+    files = {path.name: facts_of(path) for path in sorted(part.iterdir())}
     manifest = json.dumps({"schema": SCHEMA, **facts, "files": files}, indent=1).encode()
     _write(part / MANIFEST, manifest)
-    _write(part / SEAL, _seal(manifest))
+    _write(part / SEAL, seal(manifest))
     _sync(part)
     part.rename(folder)
     _sync(folder.parent)
@@ -90,11 +90,11 @@ def publish(folder: Path, facts: dict[str, Any], keep: int) -> None:
         shutil.rmtree(old.rename(part_of(old)))
 
 
-def _seal(manifest: bytes) -> bytes:
+def seal(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def facts_of(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, which is on the disk afterwards."""
     with open(path, "rb") as file:
         digest = _digest(file)
@@ -178,7 +178,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise Damaged(f"{folder / name}: is missing") from None
         except OSError as error:
             raise Damaged(f"{folder / name}: {error.strerror}") from error
-    if content[SEAL] != _seal(content[MANIFEST]):
+    if content[SEAL] != seal(content[MANIFEST]):
         raise Damaged(f"{folder / MANIFEST}: is damaged, or {SEAL} beside it is")
     try:
         manifest = json.loads(content[MANIFEST])

@@ -175,7 +175,8 @@ def communication_table(rows: list[dict[str, Any]] | None) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left", collapse_padding=True)
     for name in ("collective", "axis", "ranks", "dtype", "phase", "calls", "payload", "wire"):
         words = name in ("collective", "axis", "dtype", "phase")
-        table.add_column(name, justify="left" if words else "right", overflow="fold")
+        side: Any = "left" if words else "right"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=words and name != "axis")
     table.add_column("time", justify="right")
     for row in rows or []:
         table.add_row(

@@ -21,5 +21,10 @@ def table(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def marked(figure: str, missed: bool) -> str:
+    """Bold where it is not within its bar."""
+    return f"**{figure}**" if missed else figure
+
+
 def rule(columns: int) -> str:
     return table(*["---"] * columns)

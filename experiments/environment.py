@@ -184,18 +184,18 @@ def _check_device(config: TrainConfig, device: Device) -> None:
 def _check_float8(on_gpu: bool) -> None:
     """What torchao's products in fp8 need; the rest is in parallel/rules.py."""
     require(
-        on_gpu and _gpu_has_fp8(),
+        on_gpu and gpu_has_fp8(),
         "precision=fp8: needs a GPU with units for it (compute capability 8.9 or newer has); "
         "bf16 works",
     )
     require(
-        _is_installed("torchao"),
+        is_installed("torchao"),
         "precision=fp8: the package is not installed; pip install torchao, into .venv where "
         "./launch.sh made one; bf16 works",
     )
 
 
-def _gpu_has_fp8() -> bool:
+def gpu_has_fp8() -> bool:
     import torch
 
     return torch.cuda.get_device_capability() >= (8, 9)
@@ -210,7 +210,7 @@ def _gpu_has_bf16() -> bool:
 def _check_accelerate(layout: Layout, device: Device) -> None:
     """What Accelerate cannot do on this machine; the rest is in parallel/rules.py."""
     require(
-        _is_installed("accelerate"),
+        is_installed("accelerate"),
         "impl=accelerate: the package is not installed; pip install 'accelerate>=1.15,<2', or let "
         "./launch.sh strategy=accelerate make its .venv",
     )
@@ -221,7 +221,7 @@ def _check_accelerate(layout: Layout, device: Device) -> None:
     )
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 

@@ -1,9 +1,9 @@
 """The meters of one run, put together: what the training loop and the ledger ask for.
 
 Every step is timed and its messages are recorded; the ledger shows one of them, the same of all
-ranks. Two steps are also looked at operator by
-operator, one for flops and one for memory: that slows them, so their times are left out. They are
-two because torch's flop counter keeps alive what activation checkpointing would have freed.
+ranks. Two steps are also looked at operator by operator, one for flops and one for memory: that
+slows them, so their times are left out. They are two because torch's flop counter keeps alive what
+activation checkpointing would have freed.
 """
 
 from __future__ import annotations

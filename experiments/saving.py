@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from experiments.verdict import failure
 from minigpt.corpus import Corpus
 from parallel.checkpoint import Writer, restore, state_of
 from parallel.step import Trainer
-
-Say = Callable[[str], None]
 
 
 class Saver:

@@ -23,7 +23,7 @@ from parallel.layout import (
 )
 from simulator.cells import MOST_LAYERS, Cells, Unknown, flag, number, whole
 from simulator.described import Described, described
-from simulator.footprint import Program, peak_bytes
+from simulator.footprint import MemoryHabits, peak_bytes
 from simulator.habits import habits_of, program_of
 from simulator.plans import Plans
 from simulator.row_memory import memory_of, numerics_of
@@ -41,7 +41,7 @@ class Candidate:
 
     plan: Plans
     others: dict[str, Any]
-    program: Program
+    program: MemoryHabits
 
     @cached_property
     def work(self) -> Work:

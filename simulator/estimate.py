@@ -15,8 +15,9 @@ import numpy as np
 
 from simulator import collectives
 from simulator.collectives import group
-from simulator.hardware import DTYPES, NARROW, WIDE, Cluster, Efficiency
+from simulator.hardware import DTYPES, Cluster
 from simulator.plans import Array
+from simulator.reached import narrower, product_seconds, reached_flops
 from simulator.work import Work
 
 BACKWARD_PRODUCTS = 2.0  # gradients of inputs and of weights, each as large as the forward product
@@ -83,21 +84,6 @@ def bubble_slots(work: Work) -> Array:
     return (work.pp - 1) / work.local_stages * np.where(work.splits_backward > 0, 1 / 3, 1.0)
 
 
-def reached_flops(dtype: Array, cluster: Cluster) -> Array:
-    """FLOP/s that large products reach, plan by plan, by the place of their dtype in DTYPES."""
-    device, share = cluster.device, cluster.device.efficiency
-    narrow = share.matmul if share.matmul_fp8 is None else share.matmul_fp8
-    shares = {"fp8": narrow, "fp4": narrow}
-    rates = [device.flops(name) * shares.get(name, share.matmul) for name in DTYPES]
-    return np.choose(dtype.astype(int), [np.broadcast_to(r, dtype.shape) for r in rates])
-
-
-def product_seconds(m: Array, k: Array, n: Array, peak: Array, half_size: Array | float) -> Array:
-    """2 m k n flops at a rate that falls where a dimension is small (hardware.Efficiency)."""
-    fill = 1 + half_size * (1 / m + 1 / k + 1 / n)
-    return 2 * m * k * n / peak * fill
-
-
 def block_seconds(work: Work, cluster: Cluster) -> Array:
     """Compute of one block and micro-batch, forward and backward with what is recomputed: the
     device's, or the host's where it launches operators more slowly than they run; both where the
@@ -112,15 +98,6 @@ def block_seconds(work: Work, cluster: Cluster) -> Array:
 def launch_seconds(work: Work, cluster: Cluster) -> Array:
     """The host's: a backward has twice the operators of a forward."""
     return work.operators * (3 + work.recomputed) * cluster.operator_overhead
-
-
-def narrower(share: Efficiency, width: Any) -> Array:
-    """Attention's share for heads of `width`, over that for heads of WIDE. What a score takes grows
-    by a line: its products with the width, and its exponential not at all."""
-    given = np.nan if share.attention_narrow is None else share.attention_narrow
-    narrow, wide = NARROW / given, WIDE / share.attention
-    score = narrow + (wide - narrow) * (width - NARROW) / (WIDE - NARROW)
-    return np.where(np.isnan(given), 1.0, width / score / share.attention)
 
 
 def late_seconds(work: Work, cluster: Cluster) -> Array:

@@ -6,8 +6,8 @@ from collections import Counter
 
 from costs.program import Message, Work
 from simulator import collectives
-from simulator.estimate import narrower
 from simulator.hardware import Cluster
+from simulator.reached import narrower
 
 # Names of costs/program.py -> of a device's peaks; fp16 is as fast as bf16
 PEAKS = {"float32": "fp32", "float64": "fp32", "bfloat16": "bf16", "float16": "bf16"}

@@ -22,7 +22,7 @@ GATHERED_BLOCKS = 2.0  # whole at a time: the one that computes and the one pref
 
 
 @dataclass(frozen=True)
-class Program:
+class MemoryHabits:
     """What a program keeps, and what its memory figure means."""
 
     fused: bool = True  # as Megatron-LM: sequence parallelism keeps its part only and gathers it
@@ -34,7 +34,7 @@ class Program:
     spare: float = 1.0  # reserved over allocated, where the figure is of reserved memory
 
 
-def peak_bytes(plans: Plans, work: Work, program: Program) -> Array:
+def peak_bytes(plans: Plans, work: Work, program: MemoryHabits) -> Array:
     """Peak of the first or the last pp rank, whichever is fuller."""
     block, kept = block_activations(plans, work, program)
     m, p, v = plans.micro_batches, plans.pp, work.local_stages
@@ -70,7 +70,7 @@ def state_bytes(plans: Plans, work: Work) -> Array:
     return held + np.where(cut_weights > 1, whole, 0.0)
 
 
-def block_activations(plans: Plans, work: Work, program: Program) -> tuple[Array, Array]:
+def block_activations(plans: Plans, work: Work, program: MemoryHabits) -> tuple[Array, Array]:
     """Bytes of one block and micro-batch: all of them, and those kept until the backward."""
     model, tp, item, tokens = plans.model, plans.tp, work.item, work.tokens
     block = Block(plans, tokens, work.expert_tp)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parallel.layout import Precision
 from simulator.cells import Cells
-from simulator.footprint import Program
+from simulator.footprint import MemoryHabits
 from simulator.habits import program_of
 from simulator.plans import Numerics
 
@@ -34,12 +34,12 @@ CONTEXT_BYTES = 3 * 2.0**30  # of a process: CUDA's context, NCCL's buffers, lib
 RESERVED = 1.05  # over allocated: what the caching allocator cannot use
 
 
-def memory_of(cells: Cells, flash: bool) -> Program:
+def memory_of(cells: Cells, flash: bool) -> MemoryHabits:
     """What the row's program keeps, and what its figure means: of the whole process
     (process-level), reserved by the allocator, or allocated."""
     note, program = cells.get("source_verbatim_note", ""), program_of(cells)
     process = program == "megatron-deepspeed"
-    return Program(
+    return MemoryHabits(
         fused=program not in ("torchtitan", "nanotron"),
         every_second_product=flash,
         logit_bytes=TORCH_LOGIT_KEPT if program == "torchtitan" else MEGATRON_LOGIT_KEPT,

@@ -191,8 +191,8 @@ MISTAKES: list[tuple[ModelConfig, Layout, dict[str, Any], str]] = [
         MODEL,
         Layout(pp=4),
         {"micro_batches": 2},
-        "gradient_accumulation_steps=2: 1f1b with layout.pp=4 takes other numbers of micro-batches; "
-        "the nearest: 4, 5, 6, 7",
+        "gradient_accumulation_steps=2: 1f1b with layout.pp=4 takes other numbers of "
+        "micro-batches; the nearest: 4, 5, 6, 7",
     ),
     (
         MODEL,

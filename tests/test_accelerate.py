@@ -55,14 +55,14 @@ LEFT_BEHIND = {
 def test_what_it_cannot_do_is_refused(
     monkeypatch: pytest.MonkeyPatch, overrides: list[str], gpus: int, said: str
 ) -> None:
-    monkeypatch.setattr(machine, "_is_installed", lambda _package: True)
+    monkeypatch.setattr(machine, "is_installed", lambda _package: True)
     with pytest.raises((Refused, ValueError)) as refused:
         machine.settle(compose("strategy=accelerate", *overrides), None, gpus=gpus)
     assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
 
 
 def test_the_layout_alone_says_whether_it_shards_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_is_installed", lambda _package: True)
+    monkeypatch.setattr(machine, "is_installed", lambda _package: True)
     sharded = compose("strategy=accelerate", "layout.dp_replicate=2", "layout.dp_shard=-1")
     assert machine.settle(sharded, None, gpus=8).layout == Layout(dp_replicate=2, dp_shard=4)
     replicated = machine.settle(compose("strategy=accelerate"), None, gpus=0)
@@ -70,7 +70,7 @@ def test_the_layout_alone_says_whether_it_shards_on_gpus(monkeypatch: pytest.Mon
 
 
 def test_where_it_is_not_installed_one_line_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_is_installed", lambda _package: False)
+    monkeypatch.setattr(machine, "is_installed", lambda _package: False)
     with pytest.raises(ValueError, match="impl=accelerate: the package is not installed; pip ins"):
         machine.settle(compose("strategy=accelerate"), None, gpus=0)
 

@@ -245,7 +245,7 @@ def test_a_manifest_of_another_program_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     content = json.dumps({"schema": "other/1", "files": {}}).encode()
     (folder / "manifest.json").write_bytes(content)
-    (folder / "manifest.sha256").write_bytes(checkpoints._seal(content))
+    (folder / "manifest.sha256").write_bytes(checkpoints.seal(content))
     with pytest.raises(Damaged, match="schema 'other/1' is not"):
         check(folder)
 

@@ -63,8 +63,8 @@ MISTAKES = [
     ),
     (
         ["strategy=pp", "gradient_accumulation_steps=1"],
-        "gradient_accumulation_steps=1: 1f1b with layout.pp=2 takes other numbers of micro-batches; "
-        "the nearest: 2, 3, 4, 5",
+        "gradient_accumulation_steps=1: 1f1b with layout.pp=2 takes other numbers of "
+        "micro-batches; the nearest: 2, 3, 4, 5",
     ),
     (
         ["pipeline.schedule=2f2b"],

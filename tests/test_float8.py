@@ -63,13 +63,13 @@ def test_it_rounds_and_learns() -> None:
 
 
 def test_without_the_package_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_gpu_has_fp8", lambda: True)
-    monkeypatch.setattr(machine, "_is_installed", lambda package: package != "torchao")
+    monkeypatch.setattr(machine, "gpu_has_fp8", lambda: True)
+    monkeypatch.setattr(machine, "is_installed", lambda package: package != "torchao")
     config = compose("precision=fp8", "strategy=single")
     with pytest.raises(ValueError, match="precision=fp8: the package is not installed; pip inst"):
         machine.settle(config, None, gpus=1)
-    monkeypatch.setattr(machine, "_is_installed", lambda _package: True)
+    monkeypatch.setattr(machine, "is_installed", lambda _package: True)
     assert machine.settle(config, None, gpus=1).device == Device.cuda
-    monkeypatch.setattr(machine, "_gpu_has_fp8", lambda: False)
+    monkeypatch.setattr(machine, "gpu_has_fp8", lambda: False)
     with pytest.raises(ValueError, match="precision=fp8: needs a GPU with units for it"):
         machine.settle(config, None, gpus=1)

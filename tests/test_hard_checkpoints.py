@@ -49,7 +49,7 @@ def saved(run: Path) -> Path:
 def seal(folder: Path, content: bytes) -> None:
     """As somebody would who knows how."""
     (folder / checkpoints.MANIFEST).write_bytes(content)
-    (folder / checkpoints.SEAL).write_bytes(checkpoints._seal(content))
+    (folder / checkpoints.SEAL).write_bytes(checkpoints.seal(content))
 
 
 @given(st.data())
@@ -103,7 +103,7 @@ def test_sealed_by_somebody_who_means_harm_it_still_runs_nothing(tmp_path: Path)
     for path in (folder / ".metadata", shard):
         before = path.read_bytes()
         path.write_bytes(pickle.dumps(Crafted(tmp_path / "ran")).ljust(len(before), b"."))
-        manifest = {**whole, "files": {**whole["files"], path.name: checkpoints._facts(path)}}
+        manifest = {**whole, "files": {**whole["files"], path.name: checkpoints.facts_of(path)}}
         seal(folder, json.dumps(manifest).encode())
         check(folder)
         with pytest.raises(Damaged) as said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,8 +63,9 @@ TORCH_FREE = (
 )
 
 
-def imports_of(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, at any depth of nesting."""
+def imports_of(path: Path, parts: bool = False) -> set[str]:
+    """Dotted names of all modules that a file imports, at any depth of nesting; with `parts` those
+    too of what it takes out of them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -71,6 +73,8 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module or "")
+            if parts:
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -110,9 +114,21 @@ def test_what_the_launcher_runs_is_free_of_torch(file: str) -> None:
     assert not {n for n in imports_of(ROOT / file) if n.split(".")[0] == "torch"}
 
 
+def test_the_simulator_and_the_launcher_start_without_torch() -> None:
+    """Nor do they import what imports it."""
+    fast = [str(path.relative_to(ROOT)) for path in files("simulator")]
+    fast = [name for name in (*fast, *PURE, *TORCH_FREE) if name not in FILES_THAT_MAY_MORE]
+    modules = [name.removesuffix(".py").replace("/", ".") for name in fast]
+    asked = f"import importlib, sys; [*map(importlib.import_module, {modules})]; "
+    asked += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT).returncode == 0
+
+
 def test_minigpt_knows_no_rank() -> None:
     for path in files("minigpt"):
-        assert not {n for n in imports_of(path) if n.startswith("torch.distributed")}, path
+        taken = imports_of(path, parts=True)
+        assert not {n for n in taken if n.startswith("torch.distributed")}, path
+        assert "torch.distributed" not in path.read_text(), path
         if path.name in ("finetune.py", "lora.py"):  # the rank that they know is a matrix's
             continue
         names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}

@@ -16,7 +16,7 @@ from parallel.layout import ActivationCheckpointing
 from simulator.candidates import schedule_of
 from simulator.cells import Unknown
 from simulator.fit import Problem, fit
-from simulator.habits import FUSED_LOGIT, MEGATRON_LOGIT
+from simulator.habits import FORWARD_ONLY, FUSED_LOGIT, MEGATRON_LOGIT
 from simulator.plans import CHECKPOINTING
 from simulator.published import network_rate, read
 from simulator.score import feasibility, summary
@@ -116,7 +116,9 @@ def test_stages_are_cut_as_their_programs_cut_them(
         ("tt-001", {"separate": True, "kernel": "flash2"}),
         ("tt-002", {"separate": False, "logit_bytes": FUSED_LOGIT}),
         ("tt-025", {"hides_tensor": 0.0}),  # "vanilla TP"
-        ("tt-026", {"hides_tensor": 1.0}),  # "async TP"
+        ("tt-026", {"hides_tensor": FORWARD_ONLY}),  # "async TP"
+        ("bs-131", {"blocking": True}),  # 384 GPUs
+        ("bs-003", {"blocking": False}),  # 160
     ],
 )
 def test_habits_are_those_of_the_program(

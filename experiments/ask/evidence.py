@@ -12,7 +12,6 @@ import importlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from costs import ledger as ledgers
 from experiments import environment, launch
 from experiments.ask.kept import KEPT, alone, computed, digest
 from experiments.ask.quantity import FORMULA, MEASURED, SHARE, Quantity
+from experiments.console import progress
 from experiments.overrides import composed
 from experiments.predict.plan_config import plain
 from experiments.verdict import failure
@@ -151,7 +151,7 @@ class Evidence:
         def measure() -> None:
             from experiments.ranks import run_ranks
 
-            _say(f"measuring {name}")
+            progress(f"measuring {name}")
             folder.mkdir(parents=True, exist_ok=True)
             found = run_ranks(ranks, getattr(importlib.import_module(module), function))
             path.write_text(json.dumps({"ranks": found, "environment": facts}, indent=1))
@@ -219,7 +219,7 @@ def different(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
 
 def _start(config: Any, overrides: tuple[str, ...], folder: Path) -> None:
     """Train, as ./launch.sh does. What failed leaves failed.txt, with the reason."""
-    _say(f"measuring ./launch.sh {' '.join(overrides)}")
+    progress(f"measuring ./launch.sh {' '.join(overrides)}")
     if folder.exists():  # of a run that was cut off, or is wanted again
         shutil.rmtree(folder)
     job = launch.prepare_job(config, list(overrides), launch.Torchrun(), folder)
@@ -228,8 +228,3 @@ def _start(config: Any, overrides: tuple[str, ...], folder: Path) -> None:
         raise KeyboardInterrupt
     if status:
         (folder / "failed.txt").write_text(failure(folder) + "\n")
-
-
-def _say(text: str) -> None:
-    """To the person who waits; the answer goes to standard output."""
-    print(text, file=sys.stderr, flush=True)

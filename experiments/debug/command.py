@@ -59,17 +59,17 @@ def command(argv: list[str]) -> int:
 def explain(name: str, config: TrainConfig, options: list[str]) -> int:
     """Diagnose, and say what was found."""
     from experiments.debug.diagnose import diagnose
-    from experiments.debug.faults import Program
+    from experiments.debug.faults import FaultyProgram
     from experiments.debug.picture import draw
 
     if config.device == Device.cuda:
         raise Refused("device=cuda: a diagnosis runs on device=cpu")
     if config.resume or config.init or config.finetune.on:
         raise Refused("resume, init, finetune: a diagnosis is of a run from its first weights on")
-    diagnosis = diagnose(Program(name, config))
+    diagnosis = diagnose(FaultyProgram(name, config))
     sound = folder = None
     if "--explain" in options:
-        sound = diagnose(Program("none", config))
+        sound = diagnose(FaultyProgram("none", config))
         folder = make_folder(Path(config.run.dir) if config.run.dir else None, config.layout)
         draw(diagnosis, sound, folder / "evidence.png", f"debug {name}: found {diagnosis.found}")
     if "--json" in options:

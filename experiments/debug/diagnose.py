@@ -26,8 +26,8 @@ START = 1e-6  # of a weight, against 0.02 of their spread
 SAME = 1e-9  # relative
 
 
-class Program(Protocol):
-    """A program that may be broken: what a diagnosis gets."""
+class Patient(Protocol):
+    """A program that may be broken: all that a diagnosis gets."""
 
     config: TrainConfig
 
@@ -65,12 +65,12 @@ class Diagnosis:
         return {"fault": fault, "found": self.found, "evidence": evidence}
 
 
-def diagnose(program: Program) -> Diagnosis:
+def diagnose(program: Patient) -> Diagnosis:
     """Run it, ask it, and name what is wrong; None where all that has a name holds."""
     return conclude(program, program.on_ranks(watch, program.config))
 
 
-def conclude(program: Program, seen: Seen) -> Diagnosis:
+def conclude(program: Patient, seen: Seen) -> Diagnosis:
     """The same of a run that was watched already."""
     probes = program.alone(ask, program.config, seen)
     evidence = list(findings(seen, probes))

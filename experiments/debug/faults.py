@@ -1,6 +1,6 @@
 """The broken runs of the lab: each fault is put into the program from outside (patches.py).
 
-A diagnosis never sees this file: it gets a Program, and asks that.
+A diagnosis never sees this file: it gets a FaultyProgram as a Patient (diagnose.py), and asks that.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def planted(name: str, function: Callable, *args: Any) -> Any:
         return function(*args)
 
 
-class Program:
-    """A program that may be broken: all that a diagnosis gets of it."""
+class FaultyProgram:
+    """A program with a fault in it, or none, as a diagnosis gets it."""
 
     def __init__(self, fault: str, config: TrainConfig) -> None:
         self.config, self.__fault = config, fault

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from experiments.compose import configs_of
 from experiments.config import TrainConfig
 from experiments.debug.diagnose import Diagnosis, conclude
-from experiments.debug.faults import FAULTS, NONE, Fault, Program, fault_of, planted
+from experiments.debug.faults import FAULTS, NONE, Fault, FaultyProgram, fault_of, planted
 from experiments.debug.observe import Seen, watch
 from experiments.document import rule, table
 from experiments.environment import settle
@@ -103,11 +103,11 @@ def run_all(planned: Sequence[Planned]) -> list[Case]:
     return cases
 
 
-def program_of(fault: Fault, given: str, seed: int) -> Program:
+def program_of(fault: Fault, given: str, seed: int) -> FaultyProgram:
     overrides = fault.overrides([*given.split(), f"seed={seed}"])
     config = settle(configs_of("train", overrides)[0], None, 0)
     fault.check(config)
-    return Program(fault.name, config)
+    return FaultyProgram(fault.name, config)
 
 
 def watch_all(runs: list[tuple[str, TrainConfig]]) -> list[Seen]:

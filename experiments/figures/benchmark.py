@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 from costs import ledger as ledgers
 from costs.messages import payloads
 from experiments import environment
-from experiments.document import rule, table
+from experiments.console import progress
+from experiments.document import marked, rule, table
 from experiments.figures import contest, parity
 from experiments.figures.yardstick import Shape
 from experiments.metering import flops_per_token
@@ -42,11 +42,6 @@ LAUNCHES = 3
 COMMAND = "./launch.sh python -m experiments.figures.benchmark > docs/benchmarks.md"
 
 
-def say(text: str) -> None:
-    """To the person who waits; the document goes to standard output."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def launch(*arguments: str, root: Path = ROOT) -> tuple[float, str]:
     """Run launch.sh as a user does: seconds and what it printed."""
     start = time.perf_counter()
@@ -62,7 +57,7 @@ def main_job() -> list[str]:
 
 def first_launch() -> list[str]:
     """From a bare clone: set-up, then training. pip's cache is warm, PYTHON is not the .venv's."""
-    say("a bare clone")
+    progress("a bare clone")
     with tempfile.TemporaryDirectory() as name:
         clone = Path(name) / "worldsize"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
@@ -77,11 +72,11 @@ def later_launches() -> list[str]:
     walls, ledgers_seen, said = [], [], ""
     with tempfile.TemporaryDirectory() as name:
         for number in range(LAUNCHES):
-            say(f"./launch.sh, {number + 1} of {LAUNCHES}")
+            progress(f"./launch.sh, {number + 1} of {LAUNCHES}")
             seconds, said = launch(f"run.dir={name}/{number}")
             walls.append(seconds)
             ledgers_seen.append(ledgers.read(Path(name) / str(number) / "ledger.json"))
-        say("./launch.sh precision=bf16")
+        progress("./launch.sh precision=bf16")
         launch("precision=bf16", f"run.dir={name}/bf16")
         low = ledgers.read(Path(name) / "bf16" / "ledger.json")
     last = ledgers_seen[-1]
@@ -127,14 +122,14 @@ def speed() -> list[str]:
     ]
     shares = []
     for size, shape in SHAPES.items():
-        say(f"one process, {size}")
+        progress(f"one process, {size}")
         kinds = ["plain", contest.TUNED, "fp32", "bf16", "gemm"]
         times = contest.hold(kinds, 1, shape, ROUNDS[size])
         for name in (contest.TUNED, "fp32", "bf16"):
             lines.append(ratio_row(size, name, times, "plain", BARS.get(f"{size} {name}")))
         shares.append(gemm_share(size, shape, times))
     for size, shape in SHAPES.items():
-        say(f"two ranks, {size}")
+        progress(f"two ranks, {size}")
         times = contest.hold(["plain ddp", "ddp", "plain fsdp", "fsdp"], 2, shape, ROUNDS[size])
         for name in ("ddp", "fsdp"):
             lines.append(ratio_row(size, name, times, f"plain {name}", WRAPPER_BAR))
@@ -151,7 +146,13 @@ def ratio_row(
     spread = f"{low:.3f} - {high:.3f}"
     ms = (f"{mine * 1e3:.1f}", f"{theirs * 1e3:.1f}")
     return table(
-        size, name, *ms, f"{middle:.3f}", spread, f"<= {bar:.2f}" if bar else "", str(len(ratios))
+        size,
+        name,
+        *ms,
+        marked(f"{middle:.3f}", bar is not None and middle > bar),
+        spread,
+        f"<= {bar:.2f}" if bar else "",
+        str(len(ratios)),
     )
 
 
@@ -169,7 +170,7 @@ def agreement() -> list[str]:
     """The worst of each layout over all variants of experiments/figures/parity.py."""
     lines = [table("layout", "loss, nats", "gradient, relative", "norm, relative"), rule(4)]
     for layout in DATA_LAYOUTS:
-        say(f"parity of {layout.label}")
+        progress(f"parity of {layout.label}")
         plan = parity.Plan(layout.label, layout, {})
         far = [
             cell
@@ -187,7 +188,7 @@ def bytes_sent() -> list[str]:
     head = ("layout", "collective", "axis", "dtype", "measured", "closed form", "difference")
     lines = [table(*head), rule(len(head))]
     for layout in DATA_LAYOUTS:
-        say(f"bytes of {layout.label}")
+        progress(f"bytes of {layout.label}")
         axes = [f"layout.{a}={getattr(layout, a)}" for a in ("dp_replicate", "dp_shard")]
         with tempfile.TemporaryDirectory() as name:
             quick = ("steps=7", "sample.tokens=0", "validation.batches=0", "run.save=false")

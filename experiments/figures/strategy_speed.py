@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from costs.timing import intersection, length
 from experiments.console import progress
-from experiments.document import heading, rule, table
+from experiments.document import heading, marked, rule, table
 from experiments.figures import contest
 from experiments.figures.benchmark import SHAPES
 from experiments.figures.contest import ALONE
@@ -78,12 +78,15 @@ def rows(times: Times) -> str:
 
 
 def row(times: Times, name: str) -> str:
-    speedup = f"{1 / ratio(times, name, ALONE):.2f}"
+    faster = 1 / ratio(times, name, ALONE)
+    speedup = f"{faster:.2f}"
     if name in SPEEDUPS:
-        speedup += f" (>= {SPEEDUPS[name]:.2f})"
+        bar = SPEEDUPS[name]
+        speedup = marked(f"{faster:.2f} (>= {bar:.2f})", faster < bar)
     plain = library = "-"
     if name in PLAINEST:
-        plain = f"{ratio(times, name, PLAINEST[name]):.3f} (<= {PLAINEST_BAR:.2f})"
+        of_plain = ratio(times, name, PLAINEST[name])
+        plain = marked(f"{of_plain:.3f} (<= {PLAINEST_BAR:.2f})", of_plain > PLAINEST_BAR)
     if name.endswith(" by hand"):
         library = f"{ratio(times, name, name.removesuffix(' by hand')):.3f}"
     ms = (
@@ -138,7 +141,8 @@ def main() -> None:
         f"{contest.MICRO_BATCHES} micro-batches. Each contestant has processes of its own and they "
         "take turns with one process that trains alone; ms are medians, the strategy's of that "
         "one's, and ratios are medians over neighbouring steps. The plainest torch code is in "
-        "yardstick.py and plain_parallel.py in experiments/figures/. In brackets: the bar.\n"
+        "yardstick.py and plain_parallel.py in experiments/figures/. In brackets: the bar; bold is "
+        "not within.\n"
     )
     print("\n".join((table(*HEAD), rule(len(HEAD)))))
     for names in CONTESTS:
