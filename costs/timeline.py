@@ -127,7 +127,8 @@ class Labels:
         return self.messages.get(id(call)) or self.at(call.start)[1]
 
     def of_wait(self, start: float, call: Call) -> str:
-        """Phase of a wait: its own, but a pipeline waits in the phase of what it waits for."""
+        """Phase of a wait: that of the message, for one between stages; else that in which the rank
+        was when it waited."""
         return call.phase if id(call) in self.messages else self.at(start)[0]
 
 

@@ -34,7 +34,7 @@ from experiments.tracking import make_tracker
 from experiments.verdict import failure
 from experiments.warn import warn
 from experiments.worker import last_act
-from minigpt.corpus import check_vocabulary, prepare
+from minigpt.corpus import prepare_for
 
 TORCHRUN_OPTIONS = (
     "--nnodes",
@@ -224,9 +224,8 @@ def train_as_rank(argv: list[str]) -> int:
     config = environment.settle(wanted, rank.world_size, gpus, nodes)
     if rank.rank == 0:
         warn(config, nodes)
-    corpus = prepare(config.data)
-    check_vocabulary(corpus, config.model.vocab_size)
-    corpus.check_length(config.seq_len)
+    environment.check_memory(config, rank.world_size // nodes)
+    corpus = prepare_for(config.data, config.model.vocab_size, config.seq_len)
     launched = Launched(argv, str(corpus.folder), psutil.Process().create_time())
     with last_act(rank.rank, folder=None):
         from experiments.train import train as train_here

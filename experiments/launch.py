@@ -20,7 +20,7 @@ from experiments.run_weights import check_base, is_base
 from experiments.verdict import was_stopped
 from experiments.warn import warn
 from experiments.weights_file import check_init
-from minigpt.corpus import check_vocabulary, prepare
+from minigpt.corpus import prepare_for
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ def prepare_job(
     if torchrun.is_first_node:
         warn(config, nodes)
     environment.check_memory(config, world_size if here else world_size // nodes)
-    corpus = prepare(config.data)
-    check_vocabulary(corpus, config.model.vocab_size)
-    corpus.check_length(config.seq_len)
+    corpus = prepare_for(config.data, config.model.vocab_size, config.seq_len)
     if nodes > 1 and not here and not config.run.dir:
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
     found, only_weights = None, is_base(config)

@@ -187,26 +187,18 @@ class Meters:
         name_axes(shown, self.mesh.axis_of_ranks())
         if self.config.layout.pp > 1 or self.config.trace:
             shown.shift(self.clock_offset)
-            self.records = self.from_all(shown)
+            self.records = self.mesh.from_all(shown)
             self.transfers = transfers(self.records)
         return shown
 
     def _median_step(self) -> StepRecord:
         """The step with the (lower) median time of its slowest rank: a real one, so that its parts
         add up, and the same on all ranks."""
-        totals = self.from_all([step.total for step in self.steps])
+        totals = self.mesh.from_all([step.total for step in self.steps])
         slowest = [max(times) for times in zip(*totals, strict=True)]
         return self.steps[
             sorted(range(len(slowest)), key=slowest.__getitem__)[(len(slowest) - 1) // 2]
         ]
-
-    def from_all(self, own: Any) -> list[Any]:
-        """What each rank hands over, by rank."""
-        everyone: list = [own]
-        if not self.alone:
-            everyone = [None] * self.config.layout.world_size
-            dist.all_gather_object(everyone, own)
-        return everyone
 
     def _memory(self) -> dict[str, int | None]:
         """What was held at the peak; null where no step was followed."""

@@ -22,7 +22,7 @@ def make_trace(meters: Meters) -> Trace | None:
     mine = meters.records[meters.mesh.rank]
     warp = warped(meters.memory_record, mine)
     samples = meters.followed.timeline() if meters.followed else []
-    memory = meters.from_all([(warp(moment), held) for moment, held in samples])
+    memory = meters.mesh.from_all([(warp(moment), held) for moment, held in samples])
     if meters.mesh.rank:
         return None
     zero = min(record.start for record in meters.records)

@@ -86,6 +86,14 @@ def prepare(config: DataConfig) -> Corpus:
     return open_corpus(folder)
 
 
+def prepare_for(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
+    """The same, where a model of such a vocabulary can read sequences so long; else ValueError."""
+    corpus = prepare(config)
+    check_vocabulary(corpus, vocab_size)
+    corpus.check_length(seq_len)
+    return corpus
+
+
 def open_corpus(folder: Path) -> Corpus:
     """Read a corpus and check that its files are whole."""
     try:

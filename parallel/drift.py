@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -70,10 +69,8 @@ def check_copies(replica: Replica) -> None:
     held = list(pieces(replica))
     sums = torch.stack([checksum(tensor) for _, tensor in held]).tolist()
     mine = [(*piece, number) for (piece, _), number in zip(held, sums, strict=True)]
-    everyone: list = [None] * replica.mesh.layout.world_size
-    dist.all_gather_object(everyone, mine)
     ranks: dict[Piece, dict[int, list[int]]] = {}
-    for rank, theirs in enumerate(everyone):
+    for rank, theirs in enumerate(replica.mesh.from_all(mine)):
         for name, place, number in theirs:
             ranks.setdefault(Piece(name, place), {}).setdefault(number, []).append(rank)
     apart = {piece: list(holders.values()) for piece, holders in ranks.items() if len(holders) > 1}

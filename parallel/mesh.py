@@ -115,6 +115,14 @@ class Mesh:
             dist.all_reduce(numbers)
         return numbers
 
+    def from_all(self, own: Any) -> list[Any]:
+        """What each rank hands over, by rank; all ranks call it."""
+        if not self.axes_mesh:
+            return [own]
+        everyone: list[Any] = [None] * self.layout.world_size
+        dist.all_gather_object(everyone, own)
+        return everyone
+
     def axis_of_ranks(self) -> dict[frozenset[int], str]:
         """The axis that a group of global ranks stands for, for every group this rank is in.
 

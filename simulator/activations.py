@@ -123,15 +123,16 @@ class Activations:
 
     @cached_property
     def arrived_waits(self) -> Array:
-        """Under a capacity a rank's only expert reads what all_to_all brought as it lies, which
-        stays and is a message's; several experts read a copy (parallel/experts.py, _equal)."""
+        """1 where what all_to_all brought waits for backward: under a capacity a rank's only expert
+        reads it as it lies, several experts read a copy (parallel/experts.py, _equal)."""
         capped = self.model.capacity_factor is not None
         return capped * (self.plans.ep > 1) * (self.plans.ep == self.model.n_expert)
 
     @cached_property
     def message_of_block(self) -> Array:
-        """Bytes of a block's that wait for backward and that a message has read or written: K and V
-        of the ring; rows that all_to_all brought. A checkpointed block has them when run again."""
+        """Bytes that a block keeps for backward and that count as communication, for a message has
+        read or written them: K and V of the ring; rows that all_to_all brought. A checkpointed
+        block has them when it is run again."""
         ring = 2 * self.heads[1] * (self.plans.cp > 1)
         if self.model.ffn != FFN.moe:
             return ring
@@ -140,8 +141,9 @@ class Activations:
 
     @cached_property
     def kept(self) -> Array:
-        """What waits for backward of a block: all of it; its input; or that and what products and
-        attention gave; or nothing but the input on the host, which for a CPU is the same place."""
+        """Bytes of a block that wait for its backward. none: all of them. selective: its input, and
+        what products and attention gave. full: its input. offload: its input, on the host, which
+        for a CPU is the same place."""
         q, kv = self.heads
         up = self.wide * (1 if self.model.ffn == FFN.gelu else 2)
         narrow = 2 * self.input_of_products  # what `out` and `down` gave

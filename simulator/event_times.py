@@ -52,11 +52,11 @@ class EventTimes:
         peak = device.flops(PEAKS.get(work.dtype, "fp32"))
         if work.name == "attention" or "scaled_dot_product" in work.name:
             # counted in full, and a causal kernel leaves half out; rows and columns of scores fill
-            # tiles (simulator/estimate.py)
+            # tiles (simulator/reached.py)
             rows, width, columns = work.shape[1:]
             slow = 1 + share.half_size * (1 / rows + 1 / columns)
             return work.flops / 2 / (peak * share.attention * float(narrower(share, width))) * slow
-        # the time that a kernel needs to fill, for each dimension (simulator/estimate.py)
+        # the time that a kernel needs to fill, for each dimension (simulator/reached.py)
         slow = 1 + share.half_size * sum(1 / size for size in work.shape[1:] if size)
         return work.flops / (peak * share.matmul) * slow
 

@@ -90,8 +90,8 @@ class Held:
 
     @cached_property
     def unlike(self) -> Array:
-        """Weights whose gradients lie otherwise than they until the end of the step, when others
-        take their place (parallel/gradients.py, align_gradients)."""
+        """Weights whose gradients come in another layout than their own, until align_gradients
+        replaces them at the end of the step (parallel/gradients.py)."""
         return (self.plans.tp > 1) * self.embedding + self.norms
 
     @cached_property
@@ -117,14 +117,14 @@ class Held:
         return cut * (blocks * block + last * outer)
 
     def landed(self, later: Array | bool) -> Array:
-        """Micro-batches fewer in flight than at most: none but where the first backward begins
-        when all have gone forward."""
+        """How many micro-batches fewer than the most are in flight: at the later moment one, where
+        all go forward before the first goes backward (GPipe), else none."""
         gone = self.of.in_flight == self.plans.micro_batches
         return later * (gone & (self.plans.pp > 1))
 
     def untidy(self, later: Array | bool) -> Array:
-        """Gradients that are none of the step's in the end: the whole one of an embedding that tp
-        has cut; those that micro-batches without an all_reduce make beside DDP's buckets."""
+        """Bytes of gradients that are replaced before the step ends: the whole one of an embedding
+        that tp cuts; those that micro-batches without an all_reduce make beside DDP's buckets."""
         cut = (self.plans.tp > 1) & later
         # among gradients that wait (unsent) the embedding's is counted as if it were cut
         whole = cut * self.embedding * (self.plans.tp - self.modular)
@@ -142,8 +142,9 @@ class Held:
         return self.plans.numerics.gradients * waits * np.where(later, everything, numbers)
 
     def held(self, after: Array | int, later: Array | bool, again: int = 1) -> Array:
-        """What messages of activations keep: of blocks that wait, or of so many that a checkpoint
-        has run `again`; of the stages' ends; of norms."""
+        """Bytes of activations that count as communication, for a message has read or written them:
+        of blocks that wait, or of so many that a checkpoint has run `again`; of the stages' ends;
+        of norms."""
         of, plans = self.of, self.plans
         blocks = (of.in_flight - self.landed(later)) * self.rank.blocks[0] - after
         blocks = np.where(plans.checkpointing == NONE, blocks, again)

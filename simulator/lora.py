@@ -17,8 +17,9 @@ from simulator.flops import model_flops_per_token as of_full_training
 Key = tuple[str, str, str]  # collective, axis, dtype
 
 
-def numbers(shapes: Iterable[tuple[int, ...]], n: int = 1) -> int:
-    """In tensors that fully_shard has cut n ways: it pads the first dimension to a multiple."""
+def padded_numbers(shapes: Iterable[tuple[int, ...]], n: int = 1) -> int:
+    """How many there are in weights of these shapes once fully_shard has padded the first dimension
+    of each to a multiple of n."""
     return sum(-(-shape[0] // n) * n * math.prod(shape[1:]) for shape in shapes)
 
 
@@ -45,7 +46,7 @@ def messages(
     """
     axes, m = weights_axes(layout), options.micro_batches
     (replicas, copies), (shards, n) = axes["replicate"], axes["shard"]
-    adapters = model.n_layer * numbers(options.finetune.shapes(model).values(), n)
+    adapters = model.n_layer * padded_numbers(options.finetune.shapes(model).values(), n)
     sent: dict[Key, tuple[int, str]] = {}
 
     def add(collective: str, axis: str, payload: int, formula: str, dtype: str = "float32") -> None:
@@ -55,8 +56,8 @@ def messages(
     if copies > 1:
         add("all_reduce", replicas, 4 * adapters // n, "4 adapters" + f" / {n}" * (n > 1))
     if n > 1:
-        blocks = adapters + model.n_layer * numbers(model.block_shapes.values(), n)
-        outer = numbers(model.outer_shapes.values(), n)
+        blocks = adapters + model.n_layer * padded_numbers(model.block_shapes.values(), n)
+        outer = padded_numbers(model.outer_shapes.values(), n)
         times = 2 if options.zero_stage == 3 else 1
         gathered = 4 * m * (times * blocks + outer)
         add("all_gather", shards, gathered, f"4 m (R + {times} (W + adapters))")
@@ -72,7 +73,7 @@ def messages(
 
 def gradient_bytes(model: ModelConfig, finetune: FinetuneConfig, n: int = 1) -> int:
     """Of one rank, of n that shard: 4 A."""
-    return 4 * model.n_layer * numbers(finetune.shapes(model).values(), n) // n
+    return 4 * model.n_layer * padded_numbers(finetune.shapes(model).values(), n) // n
 
 
 def optimizer_bytes(model: ModelConfig, finetune: FinetuneConfig, n: int = 1) -> int:

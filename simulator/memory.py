@@ -99,8 +99,8 @@ class Moments(Held):
         return gradients, activations + self.of.in_mlp - self.came(after), messages
 
     def before_mlp(self, after: Array, later: Array | bool) -> tuple[Array, Array, Array]:
-        """At the end of that: what the MLP kept has gone, the gradients of its weights and, from
-        each of its first products, of its input are there."""
+        """At the end of the MLP's backward: what it kept has gone; the gradients of its weights are
+        there, and that of its input once for each of its first products."""
         later = self.may_be(later)
         gradients, activations, messages = self.behind(after, later, self._down + self._up)
         return gradients, activations + self.of.before_mlp - self.came(after), messages
@@ -137,8 +137,8 @@ class Moments(Held):
         return later & (self.plans.micro_batches > 1)
 
     def behind(self, after: Array, later: Array, there: Array) -> tuple[Array, Array, Array]:
-        """What is there when `after` blocks of a stage have gone backward, and of the next one
-        gradients of so many weights are `there`."""
+        """Gradients, activations and messages, in bytes, when `after` blocks of a stage have gone
+        backward and the next one has made the gradients of so many weights as are `there`."""
         of = self.of
         fewer, gone = self.landed(later), after * of.kept
         heads = (of.head_waits - fewer).clip(0)

@@ -87,7 +87,7 @@ def in_a_block(on: Held) -> tuple[Bytes, Bytes]:
 
 
 def of_lap(on: Held, lap: int, in_block: Bytes, new: Bytes) -> dict[str, Bytes]:
-    """By column."""
+    """What one of each of OF_LAP weighs, of the stage of `lap`: bytes by name of the column."""
     of, rank, plans = on.of, on.rank, on.plans
     stage, blocks = rank.stage(lap), rank.blocks[lap]
     last, first = (1 * (stage == end) for end in (rank.stage_count - 1, 0))

@@ -183,7 +183,8 @@ class Rank:
         return self.outer_of(self.first, self.last, n)
 
     def outer_of(self, first: Array, last: Array, n: Array) -> Array:
-        """The same of a part of it, that has the model's beginning or its end."""
+        """Numbers in weights outside blocks: embedding and positions where `first`, norm and head
+        where `last`. A tied head apart from its embedding counts as a weight of its own."""
         outer = weights_of(self.plans.model.outer_shapes)
         front = padded([w for w in outer if w.name in FRONT], self.plans, n)
         back = padded([w for w in outer if w.name not in FRONT], self.plans, n)

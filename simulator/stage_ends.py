@@ -7,10 +7,12 @@ from simulator.plans import Array
 
 
 def stage_ends(of: Activations, later: Array | bool, flying: Array) -> Array:
-    """Bytes, with so many micro-batches `flying`, of one stage a rank: a buffer for each
-    micro-batch's activations that come; gradients that came, which stay; outputs of those in flight
-    and, once two are done, of one more (as measured); the last gradient that was sent. `later`: the
-    last moment at which that many fly, or the first backward."""
+    """Bytes that a rank with one stage keeps for messages while so many micro-batches are `flying`.
+
+    A buffer for the activations of each micro-batch that come; every gradient that came; the
+    outputs of those in flight and, once two are done, of one more (as measured); the gradient sent
+    last. `later`: the last moment at which that many fly, else the first backward.
+    """
     rank, plans = of.rank, of.plans
     done = later * (plans.micro_batches - flying)
     comes, goes = rank.place > 0, rank.place < plans.pp - 1

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from parallel.step import Trainer
+
 torch.set_num_threads(1)
 # The suite draws the same examples every time: who changes one thing is not told of another.
 # --hypothesis-profile=search draws new ones and many more. An example may take as long as a busy
@@ -30,3 +32,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, value in saved.items():
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers update without the host reading what decides it, as on a GPU."""
+
+    def make(self: Trainer) -> None:
+        made(self)
+        self.decides_on_device = True
+
+    made = Trainer.__post_init__
+    monkeypatch.setattr(Trainer, "__post_init__", make)

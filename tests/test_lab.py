@@ -264,13 +264,11 @@ def test_the_reports_errors_are_of_pairs() -> None:
 def test_what_others_take_is_what_the_children_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 10 s two cores were busy for 12, of which the children had 8: others had 4 of 20."""
     seconds = iter([(0.0, 5.0, 1.0), (10.0, 17.0, 9.0)])
-    monkeypatch.setattr(lab_report.Neighbours, "_seconds", staticmethod(lambda: next(seconds)))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with lab_report.Neighbours() as others:
+    with lab_report.Neighbours(lambda: next(seconds)) as others:
         pass
     assert others.share == pytest.approx(0.2)
-    monkeypatch.undo()
-    before = lab_report.Neighbours._seconds()
+    before = lab_report.spent()
     subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
-    after = lab_report.Neighbours._seconds()
+    after = lab_report.spent()
     assert after[0] > before[0] and after[1] > before[1] and after[2] > before[2]

@@ -43,16 +43,6 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.fixture
-def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(self: step.Trainer) -> None:
-        made(self)
-        self.decides_on_device = True
-
-    made = step.Trainer.__post_init__
-    monkeypatch.setattr(step.Trainer, "__post_init__", make)
-
-
 def run(folder: Path, *overrides: str) -> int:
     config = compose(*LOOP, *overrides)
     config = replace(config, run=replace(config.run, dir=str(folder)))
@@ -67,7 +57,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_it_writes_the_same(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert run(tmp_path / "waits") == 0
-    request.getfixturevalue("ahead")
+    request.getfixturevalue("on_device")
     assert run(tmp_path / "ahead") == 0
     wanted, found = lines(tmp_path / "waits"), lines(tmp_path / "ahead")
     assert [line["step"] for line in found] == list(range(9))
@@ -86,7 +76,7 @@ def test_it_writes_the_same(tmp_path: Path, request: pytest.FixtureRequest) -> N
 
 
 def test_it_stops_after_the_step_that_was_under_way(
-    tmp_path: Path, ahead: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, on_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked in step 4, whose sum carries it; step 5 is launched by when that is read."""
     train_step = loop.train_step
@@ -104,7 +94,7 @@ def test_it_stops_after_the_step_that_was_under_way(
 
 
 def test_a_bad_number_ends_it_before_the_next_update(
-    tmp_path: Path, ahead: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, on_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_step = loop.train_step
 

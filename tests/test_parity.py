@@ -29,18 +29,6 @@ def test_accumulation_changes_nothing(name: str) -> None:
     assert on_one_process(name).holds
 
 
-@pytest.fixture
-def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers update without the host reading what decides it, as on a GPU."""
-
-    def make(self: step.Trainer) -> None:
-        made(self)
-        self.decides_on_device = True
-
-    made = step.Trainer.__post_init__
-    monkeypatch.setattr(step.Trainer, "__post_init__", make)
-
-
 @pytest.mark.parametrize("clip", [None, 0.05, 1e3])
 @pytest.mark.parametrize("name", ["plain", "uneven"])
 def test_a_host_that_does_not_wait_changes_nothing(

@@ -66,7 +66,8 @@ def calibration_of_cores(found: list[Found], node_size: int) -> Calibration:
 
 
 def _widest(spreads: list[Spread]) -> Spread:
-    """From the lowest quartile to the highest, of what differs from model to model."""
+    """The median of the medians, between the lowest and the highest quartile of all: of what
+    differs from model to model."""
     middles = sorted(one.middle for one in spreads)
     low, high = min(one.low for one in spreads), max(one.high for one in spreads)
     return Spread(middles[len(middles) // 2], low, high)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from experiments.assemble import (
@@ -86,7 +85,7 @@ def follow(trainer: Trainer, batches: Batches, config: TrainConfig, seen: Seen) 
         flows.clear()
         result = run_step(trainer, micro_batches)
         skipped = result is not None and result.skipped
-        everyone = from_all((dict(ranges), dict(flows), skipped or finite_gradients(trainer)), mesh)
+        everyone = mesh.from_all((dict(ranges), dict(flows), skipped or finite_gradients(trainer)))
         seen.losses.append(result.loss if result else math.nan)
         seen.ranges.append(largest_of([one[0] for one in everyone]))
         seen.flows.append(largest_of([one[1] for one in everyone]))
@@ -109,15 +108,6 @@ def finite_gradients(trainer: Trainer) -> bool:
     """Whether this rank's parts of them are."""
     gradients = [local(p.grad) for p in trainer.parameters if p.grad is not None]
     return math.isfinite(float(torch.stack(torch._foreach_norm(gradients)).sum()))
-
-
-def from_all(mine: Any, mesh: Mesh) -> list[Any]:
-    """What each rank hands over."""
-    held = [mine]
-    if mesh.axes_mesh is not None:
-        held = [None] * mesh.layout.world_size
-        dist.all_gather_object(held, mine)
-    return held
 
 
 @torch.no_grad()
@@ -179,7 +169,7 @@ def rows_of_shares(micro_batches: Sequence[MicroBatch], mesh: Mesh) -> list[list
     """
     mine = [tuple(row) for inputs, _ in micro_batches for row in inputs.tolist()]
     first = all(mesh.index(axis) == 0 for axis in ("pp", "cp", "tp"))
-    return [rows for rows in from_all(mine if first else None, mesh) if rows is not None]
+    return [rows for rows in mesh.from_all(mine if first else None) if rows is not None]
 
 
 def distance_of_tie(weights: dict[str, Tensor]) -> float | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from experiments.assemble import make_batches, make_trainer, set_step, share_of_batch
@@ -171,9 +170,7 @@ def drift(replica: Replica) -> float:
     """
     if replica.mesh.axes_mesh is None:
         return 0.0
-    mine = list(pieces(replica))
-    held: list[list] = [[]] * replica.mesh.layout.world_size
-    dist.all_gather_object(held, mine)
+    held = replica.mesh.from_all(list(pieces(replica)))
     first: dict[Piece, Tensor] = {}
     apart = [
         float((weight - first.setdefault(piece, weight)).norm())

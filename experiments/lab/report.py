@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,24 +68,30 @@ class Found:
         return statistics.median(said / seen - 1 for said, seen in pairs)
 
 
+Seconds = tuple[float, float, float]
+
+
+def spent() -> Seconds:
+    """Of the clock, of all cores, of this process's children. Interrupts are the network's."""
+    cores, times = psutil.cpu_times(), os.times()
+    idle = sum(getattr(cores, n, 0.0) for n in ("idle", "iowait", "irq", "softirq", "guest"))
+    children = times.children_user + times.children_system
+    return time.monotonic(), sum(cores) - idle, children + times.user + times.system
+
+
 class Neighbours:
     """While open, what share of this machine's cores others take than this process's children."""
 
+    def __init__(self, seconds: Callable[[], Seconds] = spent) -> None:
+        self.seconds = seconds
+
     def __enter__(self) -> Neighbours:
-        self.begin = self._seconds()
+        self.begin = self.seconds()
         return self
 
     def __exit__(self, *error: object) -> None:
-        wall, busy, own = (b - a for a, b in zip(self.begin, self._seconds(), strict=True))
+        wall, busy, own = (b - a for a, b in zip(self.begin, self.seconds(), strict=True))
         self.share = max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
-
-    @staticmethod
-    def _seconds() -> tuple[float, float, float]:
-        """Of the clock, of all cores, of this process's children. Interrupts are the network's."""
-        cores, times = psutil.cpu_times(), os.times()
-        idle = sum(getattr(cores, n, 0.0) for n in ("idle", "iowait", "irq", "softirq", "guest"))
-        children = times.children_user + times.children_system
-        return time.monotonic(), sum(cores) - idle, children + times.user + times.system
 
 
 def run(folder: Path, *arguments: str) -> tuple[Path, dict[str, Any], float]:
