@@ -151,17 +151,24 @@ def share_of_batch(
     Rows go to micro-batches first, then to ranks, so that every layout of the same global batch
     size trains on the same rows.
     """
+    for start in first_rows(config, mesh):
+        yield sent_to(mesh.device, batches.rows(step, start, config.micro_batch_size))
+
+
+def first_rows(config: TrainConfig, mesh: Mesh) -> Iterator[int]:
+    """Of each of this rank's micro-batches of a global batch, the number of its first row."""
     size, ranks = config.micro_batch_size, config.layout.data_parallel
     for i in range(config.gradient_accumulation_steps):
-        rows = batches.rows(step, (i * ranks + mesh.data_rank) * size, size)
-        yield sent_to(mesh.device, rows)
+        yield (i * ranks + mesh.data_rank) * size
 
 
 def validation_share(batches: Batches, config: TrainConfig, mesh: Mesh) -> Iterator[MicroBatch]:
-    """This rank's part of the held-out windows, which are the same for every layout."""
-    size = config.micro_batch_size
+    """This rank's part of the held-out windows, which are the same for every layout and however a
+    global batch is cut."""
     for i in range(config.validation.batches):
-        yield sent_to(mesh.device, batches.validation_rows(i, mesh.data_rank * size, size))
+        for start in first_rows(config, mesh):
+            rows = batches.validation_rows(i, start, config.micro_batch_size)
+            yield sent_to(mesh.device, rows)
 
 
 def sent_to(device: torch.device, batch: MicroBatch) -> MicroBatch:

@@ -124,6 +124,8 @@ def check_options(argv: list[str]) -> argparse.Namespace:
         key, _, value = override.lstrip("+~").partition("=")
         if "_target_" in override:  # Hydra imports and calls what it names
             raise Refused(f"{override}: _target_ is not taken: no key may say what is to be run")
+        if key == "hydra.run.dir":
+            raise Refused(f"{override}: the folder of a run is run.dir=")
         if key in GROUPS and value.startswith(("[", "{")):
             raise Refused(f"{override}: {key} takes one option")
     return given
@@ -171,7 +173,7 @@ def one_line(error: Exception, argv: list[str], schema: type) -> str:
     key = getattr(cause, "full_key", None) or _key_in(text)
     if isinstance(cause, MissingMandatoryValue):
         return f"{key} is not set: give it as {key}=..."
-    given = next((a for a in argv if a.lstrip("+~").partition("=")[0] == key), key)
+    given = next((a for a in reversed(argv) if a.lstrip("+~").partition("=")[0] == key), key)
     if not given and len(argv) == 1:
         given = argv[0]
     reason = str(cause).splitlines()[0].rstrip(".")

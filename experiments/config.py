@@ -30,6 +30,8 @@ from parallel.layout import (
 )
 from parallel.rules import check
 
+LONGEST_S = 1e8  # three years; what torch takes for a time-out ends somewhere beyond
+
 
 class Device(str, Enum):
     auto = "auto"
@@ -187,6 +189,7 @@ class TrainConfig:
         at_least("seed", self.seed, 0)
         above("clip", self.clip, 0)
         above("timeout_s", self.timeout_s, 0)
+        require(self.timeout_s <= LONGEST_S, f"timeout_s={self.timeout_s:g}: must be at most 1e8")
         require(self.seed < 2**63, f"seed={self.seed}: must be below 2^63")
         model, data = self.model, self.data
         if self.optimizer.lr is None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from costs.messages import payloads
-from experiments.config import TrainConfig
+from experiments.config import Device, TrainConfig
 from experiments.metering import flops_per_token
-from parallel.layout import ActivationCheckpointing, Impl
+from minigpt.attention import SCORES_THAT_FIT
+from minigpt.config import Attention
+from parallel.layout import ActivationCheckpointing, Impl, Precision
 from simulator import lora
 from simulator.explain import LETTERS, Case, Key, formulas
 from simulator.flops import hardware_flops
@@ -105,7 +107,10 @@ def flops(config: TrainConfig, tokens: int, ranks: list[dict[str, Any]]) -> list
     hardware = [rank["hardware"] for rank in ranks]
     counted = None if None in hardware else sum(hardware)
     closed, why = hardware_flops_of(config), None
-    attention = 14 if config.model.dropout == 0 else 12
+    attention = 14
+    if keeps_scores(config):
+        selective = config.activation_checkpointing == ActivationCheckpointing.selective
+        attention = 16 if selective else 12
     formula = f"(6 N + {attention} L D T) tokens"
     if config.layout.cp > 1:
         formula = formula.replace("T)", f"T {config.layout.cp + 1} / {2 * config.layout.cp})")
@@ -134,6 +139,17 @@ def flops(config: TrainConfig, tokens: int, ranks: list[dict[str, Any]]) -> list
     ]
 
 
+def keeps_scores(config: TrainConfig) -> bool:
+    """Whether attention keeps its T x T matrix, and backward need not make it again."""
+    if config.layout.cp > 1:
+        return False
+    if config.model.attention != Attention.sdpa:
+        return config.model.attention != Attention.by_hand_flash
+    # torch's kernel has no dropout on a core; for low precision see minigpt/attention.py
+    low = config.precision != Precision.fp32 and config.seq_len <= SCORES_THAT_FIT
+    return config.model.dropout > 0 or (low and config.device == Device.cpu)
+
+
 def hardware_flops_of(config: TrainConfig) -> int | None:
     """What all ranks together should run in a step, recomputation included.
 
@@ -143,6 +159,6 @@ def hardware_flops_of(config: TrainConfig) -> int | None:
     split = layout.pp > 1 and config.pipeline.splits_backward
     if split and mode != ActivationCheckpointing.none:
         return None
-    plan = Plans.of(config.model, layout, config.options, flash=config.model.dropout == 0)
+    plan = Plans.of(config.model, layout, config.options, flash=not keeps_scores(config))
     of_places = [int(hardware_flops(plan, place)[0]) for place in range(layout.pp)]
     return sum(of_places) * (layout.world_size // layout.pp)

@@ -22,6 +22,12 @@ from experiments.warn import warn
 from experiments.weights_file import check_init
 from minigpt.corpus import prepare_for
 
+NUMBERS = {  # of torchrun's options: the least and the most
+    "--max-restarts": (0, 1000),
+    "--node-rank": (0, 100_000),
+    "--master-port": (1, 65_535),
+}
+
 
 @dataclass(frozen=True)
 class Torchrun:
@@ -29,6 +35,13 @@ class Torchrun:
 
     options: list[str] = field(default_factory=list)
     on_one_machine: bool = False  # all nodes are here (experiments/lab/command.py)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that torchrun would answer with a page of its own."""
+        for name, (least, most) in NUMBERS.items():
+            value = self._value(name)
+            if value is not None and not (value.isdigit() and least <= int(value) <= most):
+                raise ValueError(f"{name}={value}: must be a whole number, {least} to {most:,}")
 
     @property
     def nodes(self) -> int:

@@ -147,7 +147,7 @@ class Record:
                 "steps": len(self.losses),
                 "trainable_parameters": config.finetune.trainable(config.model),
                 "losses": [_finite(loss) for loss in self.losses],
-                "validation_loss": validation_loss,
+                "validation_loss": _finite(validation_loss),
                 "skipped_steps": self.skipped_steps,
                 "startup_s": self.startup_s,
             },

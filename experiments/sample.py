@@ -39,7 +39,10 @@ def sample_text(config: TrainConfig, weights: dict[str, Tensor], tokenizer: Text
     model = load_model(config.model, weights, torch.device("cpu"))
     how = config.sample
     sampling = (how.temperature, how.top_k, how.top_p, config.seed)
-    text = continue_text(model, tokenizer, how.prompt, how.tokens, *sampling)
+    try:
+        text = continue_text(model, tokenizer, how.prompt, how.tokens, *sampling)
+    except ValueError as error:  # with nonfinite=skip a run goes on to its end all the same
+        text = f"none: {error}"
     return f"--- sample ---\n{text}\n--------------"
 
 

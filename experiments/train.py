@@ -5,6 +5,7 @@ Every rank takes every branch that runs the model: a forward on rank 0 alone wou
 
 from __future__ import annotations
 
+import math
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from minigpt.lora import merged
 from minigpt.tokenizer import make_tokenizer
 from parallel.drift import check_copies
 from parallel.mesh import build_mesh, leave
-from parallel.step import Trainer, UnderWay, evaluate
+from parallel.step import NonFinite, Trainer, UnderWay, evaluate
 from parallel.weights import full_weights
 
 
@@ -79,6 +80,7 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
             if is_validation_step(config, step):
                 share = validation_share(batches, config, mesh)
                 validation_loss = evaluate(trainer.replica, share)
+                check_validation(validation_loss, step, trainer)
                 record.add_validation(validation_loss)
             waits = stop or is_due(config, step) or not trainer.decides_on_device
             late = None if waits else taken
@@ -140,6 +142,12 @@ def report(taken: Taken, record: Record, reporter: Reporter, tracker: Tracker) -
     reporter.step(taken.step, result.loss, record.tokens_per_s)
     tracker.log(taken.step, record.last)
     return result.stop
+
+
+def check_validation(loss: float, step: int, trainer: Trainer) -> None:
+    """Raise NonFinite where weights have left all bounds: no step's loss need have seen it."""
+    if not math.isfinite(loss) and not trainer.may_skip:
+        raise NonFinite(f"the validation loss after step {step + 1} is {loss}")
 
 
 def is_due(config: TrainConfig, step: int) -> bool:

@@ -201,13 +201,20 @@ def waited_for(ranks: dict[int, Standing], own: int) -> str | None:
         if wait.missing == own:
             continue
         standing = ranks[wait.missing]
-        where = f" in step {standing.step}" if standing.step >= 0 else ""
         how = "is stopped" if is_stopped(standing.process) else "stands still"
         said.append(
-            f"rank {wait.missing} {how}{where}: it never came to {wait.what}, where rank "
-            f"{wait.waiting} waited"
+            f"rank {wait.missing} {how}{_in_step(standing)}: it never came to {wait.what}, where "
+            f"rank {wait.waiting} waited"
         )
+    if not said:  # it was stopped inside a call, so that all have come as far
+        for rank, standing in ranks.items():
+            if rank != own and is_stopped(standing.process):
+                said.append(f"rank {rank} is stopped{_in_step(standing)}, and others wait for it")
     return "; ".join(said) or None
+
+
+def _in_step(standing: Standing) -> str:
+    return f" in step {standing.step}" if standing.step >= 0 else ""
 
 
 # --- read by the launcher, and by ranks that are started again

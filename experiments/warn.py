@@ -6,7 +6,7 @@ import math
 import sys
 
 from experiments.config import TrainConfig
-from parallel.layout import ActivationCheckpointing
+from parallel.layout import ActivationCheckpointing, PipelineConfig
 
 
 def warn(config: TrainConfig, nodes: int = 1) -> None:
@@ -18,6 +18,10 @@ def warn(config: TrainConfig, nodes: int = 1) -> None:
             f"layout.tp={layout.tp} crosses nodes of {ranks} ranks, so that every block waits for "
             f"the network; layout.tp={inside} would stay inside"
         )
+    if config.zero_stage < 3 and layout.dp_shard == 1:
+        _warn(f"zero_stage={config.zero_stage}: changes nothing, for layout.dp_shard is 1")
+    if layout.pp == 1 and config.pipeline != PipelineConfig():
+        _warn("pipeline: its keys change nothing, for layout.pp is 1")
     again = config.activation_checkpointing == ActivationCheckpointing.full
     if again and layout.pp > 1 and config.pipeline.splits_backward:
         _warn(

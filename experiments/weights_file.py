@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minigpt.config import FFN, ModelConfig, Norm, Positions, require
 from minigpt.gpt2 import from_gpt2, gpt2_name, gpt2_shape
@@ -19,19 +19,27 @@ if TYPE_CHECKING:
 
 LONGEST_HEADER = 100_000_000  # what the format allows
 Shape = tuple[int, ...]
+# fields of a model that its weights were trained under, and that no shape tells
+UNSEEN = ("n_head", "norm", "positions", "ffn", "gelu_tanh")
 GPT2 = "transformer."  # what a language model's checkpoint has before GPT-2's own names
 
 
 def shapes_in(path: Path) -> dict[str, Shape]:
     """Names and shapes of its tensors. Raises ValueError, one line, where it is no such file."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, Any]]:
+    """The same, and the model's fields where our own export has written them."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= LONGEST_HEADER:
                 raise ValueError("no header")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {name: tuple(about["shape"]) for name, about in header.items()}
+        about = header.pop("__metadata__", None) or {}
+        model = dict(json.loads(about.get("model", "{}")))
+        return {name: tuple(tensor["shape"]) for name, tensor in header.items()}, model
     except OSError as error:
         raise ValueError(f"init={path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -50,13 +58,20 @@ def shapes_of(model: ModelConfig) -> dict[str, Shape]:
 
 def check_init(path: Path, model: ModelConfig) -> None:
     """Raise ValueError, one line, unless the file has what the model needs. Imports no torch."""
-    there, wanted = shapes_in(path), shapes_of(model)
+    (there, theirs), wanted = read_header(path), shapes_of(model)
     if is_gpt2(there):
         _check_gpt2(path, model)
         prefix = prefix_in(there)
         pairs = [(prefix + gpt2_name(n), gpt2_shape(n, shape)) for n, shape in wanted.items()]
     else:
         pairs = list(wanted.items())
+        extra = sorted(there.keys() - wanted.keys())
+        tied = ": model.tied=true" if extra == ["head.weight"] else ""
+        for key in UNSEEN:
+            own = getattr(getattr(model, key), "value", getattr(model, key))
+            same = theirs.get(key, own) == own
+            require(same, f"init={path}: model.{key} is {theirs.get(key)} there, and {own} here")
+        require(not extra, f"init={path}: the model has no place for {', '.join(extra[:3])}{tied}")
     for name, shape in pairs:
         require(name in there, f"init={path}: has no {name}")
         require(

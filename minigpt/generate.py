@@ -58,6 +58,8 @@ def generate(
             cache, fresh = KVCache(context), ids[-max(1, context // 2) :]
         logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]
         cache.length += len(fresh)
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: there is nothing to draw from")
         fresh = [choose(logits, temperature, stream, top_k, top_p)]
         ids += fresh
     return ids[len(tokens) :]

@@ -181,13 +181,17 @@ def test_half_an_error_says_nothing(content: str, tmp_path: Path) -> None:
     assert "died without a word" in failure(tmp_path)
 
 
-def test_a_stopped_process_is_seen(tmp_path: Path) -> None:
+def test_a_stopped_process_is_seen() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         assert not is_stopped(process.pid)
         process.send_signal(signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
         assert is_stopped(process.pid)
+        # inside a call that all have come to: nobody is behind, and still it is named
+        alike = {RIGHT: Called(*called(2, 2))}
+        ranks = {0: Standing(os.getpid(), 3, alike), 1: Standing(process.pid, 3, alike)}
+        assert waited_for(ranks, 0) == "rank 1 is stopped in step 3, and others wait for it"
     finally:
         process.kill()
         process.wait()

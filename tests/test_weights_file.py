@@ -20,7 +20,7 @@ from experiments.figures.parity import make_config
 from experiments.reliability.resuming import train_on
 from experiments.run_folder import Launched, write_config
 from experiments.saving import Saver
-from experiments.weights_file import check_init, reader, shapes_of
+from experiments.weights_file import check_init, reader, shapes_of, write
 from minigpt.config import FFN, ModelConfig, Norm, Positions
 from minigpt.corpus import prepare
 from minigpt.model import GPT
@@ -128,6 +128,27 @@ def test_a_model_that_the_file_does_not_fit_is_one_line(
     with pytest.raises(ValueError, match=said) as error:
         check_init(path, model)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"tied": True}, "the model has no place for head.weight: model.tied=true"),
+        ({"n_layer": 1}, r"the model has no place for blocks\.1\."),
+        ({"n_head": 2}, "model.n_head is 3 there, and 2 here"),
+        ({"gelu_tanh": False}, "model.gelu_tanh is True there, and False here"),
+        ({"positions": Positions.rotary}, "model.positions is learned there, and rotary here"),
+    ],
+)
+def test_our_own_file_of_another_model_is_one_line(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path, model = tmp_path / "model.safetensors", other(tied=False)
+    about = {key: getattr(value, "value", value) for key, value in vars(model).items()}
+    write(path, dict(GPT(model).state_dict()), about)
+    check_init(path, model)
+    with pytest.raises(ValueError, match=said):
+        check_init(path, other(**{"tied": False, **changes}))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08", b"\xff" * 64, b"\x02" + bytes(7) + b"[]"])
