@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,8 @@ STEP_KEYS = (
 )
 # control: {calls, payload_bytes} of barriers and objects within the step, and `outside_steps` the
 # same of whatever the rank sent before the first, between two and after the last
-# process_bytes: resident_peak, the process's high-water mark since it began, libraries included, an
-# upper bound of memory_bytes.peak; allocator_peak: of the device's allocator in the step that was
-# followed
+# process_bytes: resident_peak, the high-water mark of the process, libraries included (at least
+# memory_bytes.peak); allocator_peak, of the device's allocator in the step that was followed
 PROCESS_KEYS = ("resident_peak", "allocator_peak")
 STEP_MAY_HAVE = ("control", "process_bytes")
 PIPELINE_KEYS = ("schedule", "micro_batches", "ideal_bubble", "stages")
@@ -90,21 +89,26 @@ def wire_bytes(collective: str, payload_bytes: int, group_size: int) -> int:
 
 def step_of(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """A run's `step`: times of its slowest rank, memory of the fullest, messages of the busiest.
-    HFU is the mean: one stage alone may be below MFU, which counts all stages alike."""
+    MFU and HFU are means: one stage alone may be below MFU, which counts all stages alike."""
 
     def most(value: Callable[[dict[str, Any]], float | None]) -> dict[str, Any]:
         return max(ranks, key=lambda rank: value(rank) or 0)
 
     fullest = most(lambda rank: rank["memory_bytes"]["peak"])
-    known = [rank["hfu"] for rank in ranks if rank["hfu"] is not None]
     busiest = most(lambda rank: sum(row["wire_bytes"] for row in rank["communication"] or []))
     return {
         **most(lambda rank: rank["time_s"]["total"]),
         **{key: fullest[key] for key in ("memory_bytes", "process_bytes") if key in fullest},
         "communication": busiest["communication"],
         "flops": most(lambda rank: rank["flops"]["hardware"])["flops"],
-        "hfu": math.fsum(known) / len(known) if known else None,
+        **{key: mean_known([rank[key] for rank in ranks]) for key in ("mfu", "hfu")},
     }
+
+
+def mean_known(values: Iterable[float | None]) -> float | None:
+    """Of those that are not null; null where none is."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def write(path: Path, ledger: dict[str, Any]) -> None:

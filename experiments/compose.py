@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from experiments.config import ExportConfig, GenerateConfig, TrainConfig
 from experiments.predict.plan_config import SearchConfig, SimulateConfig
@@ -68,6 +69,8 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
         entry()
     except (HydraException, OmegaConfBaseException) as error:
         raise Refused(one_line(error, argv, schema)) from error
+    except YAMLError as error:
+        raise Refused(f"configs/: {' '.join(str(error).split())}") from error
     finally:
         sys.argv = saved
 
@@ -176,7 +179,9 @@ def one_line(error: Exception, argv: list[str], schema: type) -> str:
     given = next((a for a in reversed(argv) if a.lstrip("+~").partition("=")[0] == key), key)
     if not given and len(argv) == 1:
         given = argv[0]
-    reason = str(cause).splitlines()[0].rstrip(".")
+    said = str(cause).splitlines()
+    # "... raised while composing config:", and on the next line what
+    reason = said[0 if not said[0].endswith(":") or len(said) == 1 else 1].rstrip(".")
     if re.search(r"not in (struct|'\w+')|Could not override", reason):
         return no_such_key(given or "", key or "", schema)
     return f"{given}: {reason}" if given else reason

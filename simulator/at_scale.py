@@ -59,7 +59,7 @@ def goodput(interval_s: float, failures: Failures, mtbf_s: float) -> float:
     its checkpoint, restarts and lost work; failures come as a Poisson process (Daly 2006, eq. 20).
     """
     attempt = (interval_s + failures.checkpoint_s) / mtbf_s
-    if attempt > 700:  # e^700 is near the largest double
+    if attempt + failures.restart_s / mtbf_s > 700:  # e^700 is near the largest double
         return 0.0
     expected = mtbf_s * math.exp(failures.restart_s / mtbf_s) * math.expm1(attempt)
     return interval_s / expected

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from minigpt.config import FFN, ModelConfig
+from simulator.communication import expert_choices
 from simulator.described import Described, score_width
 from simulator.plans import Array, Plans
 
@@ -122,8 +123,11 @@ class Block:
         return 1 if self.model.ffn == FFN.gelu else 2
 
     @cached_property
-    def chosen(self) -> int:
-        return self.model.experts_per_token if self.moe else 1
+    def chosen(self) -> float:
+        """Rows of experts for one token: its choices, or its part of a capacity's slots."""
+        return (
+            expert_choices(self.model, self.plans.seq_len) / self.plans.seq_len if self.moe else 1
+        )
 
     @cached_property
     def held(self) -> Array:
@@ -162,6 +166,15 @@ class Block:
         """q, k and v, out; up, down; the router and the MLPs beside experts."""
         mlp = self._experts() if self.moe else self._mlp(self.model.ff_dim, 1)
         return [*self._attention(), *mlp]
+
+    @cached_property
+    def repeated(self) -> list[float | Array]:
+        """Of the products, how many run again under selective checkpointing: those of experts that
+        have a capacity, which are batched (simulator/flops.py)."""
+        first = len(self._attention())
+        capped = self.moe and self.model.capacity_factor is not None
+        experts = range(first, first + 2 * capped)
+        return [count * (i in experts) for i, (*_, count) in enumerate(self.products())]
 
     # what experts add
 

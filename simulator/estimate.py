@@ -48,6 +48,7 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     block, head = slow * block_seconds(work, cluster), slow * head_seconds(work, cluster)
     lead = np.minimum(head, slow * late_seconds(work, cluster))
     head, hiding = head - lead, block - lead / np.maximum(1, work.last_layers)
+    hiding = hiding - ring_seconds(work, cluster)[1]  # the network does one thing at a time
     sent = block_messages(work, cluster)
     m, pp = work.micro_batches, work.pp
     last = work.last_layers * block + head
@@ -57,11 +58,11 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     messages = work.mean_layers * sent + np.where(work.hides_stages > 0, 0.0, stages)
     # (p-1)/v idle slots (Narayanan et al. 2021, section 2.2), and what uneven stages wait for
     slot = mean + work.mean_layers * sent + stages
-    idle = bubble_slots(work) * slot + m * (slowest - mean)
+    waits = bubble_slots(work) * slot + m * (slowest - mean)
     parts = {
         "compute": m * mean + copy_seconds(work, cluster),
         "exposed_communication": m * messages + exposed_data(work, cluster, hiding),
-        "bubble": np.where(pp > 1, idle, 0.0),
+        "bubble": np.where(pp > 1, waits, 0.0),
         "optimizer": crowded * optimizer_seconds(work, cluster),
     }
     return {"total": sum(parts.values()), **parts}
@@ -103,8 +104,7 @@ def launch_seconds(work: Work, cluster: Cluster) -> Array:
 def late_seconds(work: Work, cluster: Cluster) -> Array:
     """By how much the host launches a backward of the last blocks too slowly. It can do so while
     the device is at the head, which is few operators, and long ones."""
-    late = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
-    return np.where(cluster.device.asynchronous, work.last_layers * late * 2 / 3, 0.0)
+    return work.last_layers * idle_seconds(work, cluster) * 2 / 3
 
 
 def flash_seconds(work: Work, cluster: Cluster) -> Array:
@@ -146,6 +146,7 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
     # gradients of several micro-batches are added up: read and written
     added = (work.micro_batches > 1) * 2 * work.gradient_bytes * weights / bandwidth
     light = np.where(work.score_heads > 0, kept + SCORE_PASSES * passes, pointwise)
+    light = light + np.sum(work.repeated * each, axis=1)
     again = work.recomputed * forward + work.selective * light
     return forward + backward + added + again
 
@@ -193,16 +194,28 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     tp = group(work.tp, one, cluster.node_size)
     reduces = (4 + 2 * work.recomputed) * collectives.seconds("all_reduce", payload, tp, cluster)
     pieces = cluster.tensor_overlap * work.hides_tensor * reduces
+    # no more hides than there is to hide behind
+    shown = reduces - np.minimum(pieces, block_seconds(work, cluster))
+    ring, _ = ring_seconds(work, cluster)
+    slots = (4 + 2 * work.recomputed) * routed_seconds(work, cluster)
+    return shown + ring + slots
+
+
+def idle_seconds(work: Work, cluster: Cluster) -> Array:
+    """Of a block: a device with nothing to do, for its host launches too slowly."""
+    late = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
+    return np.where(cluster.device.asynchronous, late, 0.0)
+
+
+def ring_seconds(work: Work, cluster: Cluster) -> tuple[Array, Array]:
+    """What a block sends round the ring of cp, exposed and hidden: behind attention, and while the
+    device has nothing to do. On a core it hides behind nothing, for sending is its work too."""
     cp = group(work.cp, work.tp, cluster.node_size)
     rounds = (3 + work.recomputed) * (work.cp - 1)
     ring = rounds * collectives.seconds("send", work.kv_bytes, cp, cluster)
-    # no more hides than there is to hide behind
-    shown = reduces - np.minimum(pieces, block_seconds(work, cluster))
-    idle = np.maximum(0.0, launch_seconds(work, cluster) - busy_seconds(work, cluster))
-    hidden = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle
-    hidden = np.where(cluster.device.asynchronous, hidden, 0.0)  # sending is a core's work too
-    slots = (4 + 2 * work.recomputed) * routed_seconds(work, cluster)
-    return shown + np.maximum(0.0, ring - hidden) + slots
+    behind = (1 + BACKWARD_FLASH) * flash_seconds(work, cluster) + idle_seconds(work, cluster)
+    hidden = np.minimum(ring, np.where(cluster.device.asynchronous, behind, 0.0))
+    return ring - hidden, hidden
 
 
 def routed_seconds(work: Work, cluster: Cluster) -> Array:

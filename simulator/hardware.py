@@ -86,8 +86,10 @@ class Device:
     def flops(self, dtype: str) -> float:
         """Peak FLOP/s in a dtype; where it has no units for it, in the next wider one."""
         order = [dtype, *reversed(DTYPES[: DTYPES.index(dtype)]), *DTYPES]
-        peaks = (getattr(self.peak_flops, name) for name in order)
-        return self.clock * next(peak for peak in peaks if peak is not None)
+        known = [peak for name in order if (peak := getattr(self.peak_flops, name)) is not None]
+        if not known:
+            raise ValueError("cluster.device.peak_flops: has no dtype; give it one at least")
+        return self.clock * known[0]
 
 
 @dataclass

@@ -22,6 +22,7 @@ OUT_OF_MEMORY = "out of memory"
 LOSSES = ("exposed_communication", "bubble", "optimizer")
 PARTS = ("compute", *LOSSES)
 RECOMPUTES, SMALL_TILES = "recomputation", "tiles too small"
+BEST = 100  # plans of which memory is known exactly
 CHUNK = 20_000  # plans at a time: arrays that stay in the caches
 
 
@@ -59,15 +60,39 @@ def peak_flops(precision: Array, cluster: Cluster) -> Array:
     return rates[WIDE_DTYPE[precision]]
 
 
-def fullest(plans: Plans) -> dict[str, Array]:
-    """Memory of the first or of the last pp rank, whichever is fuller: the first has most
-    micro-batches under way, the last the logits."""
-    first, last = memory(plans, 0), memory(plans, plans.pp - 1)
-    fuller = last.peak > first.peak
+Bytes = dict[str, Array]  # peak, and costs.ledger.MEMORY_PARTS
+
+
+def fullest(plans: Plans) -> Bytes:
+    """Memory of the fullest of three pp ranks: the first has most micro-batches under way, the
+    second as good as that and messages from both sides, the last the logits."""
+    found = of_rank(plans, 0)
+    for place in (np.minimum(1, plans.pp - 1), plans.pp - 1):
+        found = fuller(found, of_rank(plans, place))
+    return found
+
+
+def fullest_of_all(plans: Plans) -> Bytes:
+    """Of all of them: with several stages a rank any may be it."""
+    found = fullest(plans)
+    for place in range(2, int(plans.pp.max(initial=0)) - 1):
+        longer = np.flatnonzero(plans.pp - 1 > place)
+        part = {name: values[longer] for name, values in found.items()}
+        for name, values in fuller(part, of_rank(plans[longer], place)).items():
+            found[name][longer] = values
+    return found
+
+
+def of_rank(plans: Plans, place: Array | int) -> Bytes:
+    own = memory(plans, place)
     return {
-        part: np.where(fuller, getattr(last, part), getattr(first, part))
-        for part in ("peak", *MEMORY_PARTS)
+        part: np.broadcast_to(getattr(own, part), len(plans)) for part in ("peak", *MEMORY_PARTS)
     }
+
+
+def fuller(one: Bytes, other: Bytes) -> Bytes:
+    which = other["peak"] > one["peak"]
+    return {part: np.where(which, other[part], one[part]) for part in one}
 
 
 @dataclass(frozen=True)
@@ -140,21 +165,36 @@ class Found:
         return np.where(worst == 0, computing, names[worst])
 
 
-def search(space: Space, cluster: Cluster, headroom: float, tp_in_node: bool = True) -> Found:
-    """Predict every plan. `headroom`: the share of the memory that must stay free.
+def search(
+    space: Space,
+    cluster: Cluster,
+    headroom: float,
+    tp_in_node: bool = True,
+    best: int = BEST,
+) -> Found:
+    """Predict every plan. `headroom`: the share of the memory that must stay free. Of the `best`,
+    and of those that no other beats, all pp ranks are looked at.
 
-    Raises ValueError where no plan has the devices or divides the batch.
+    Raises ValueError where no plan has the devices, divides the batch or is let pass by the rules.
     """
     plans, refused = plans_of(space)
     if tp_in_node:
         inside = plans.tp <= cluster.node_size
         refused["layout.tp: not within a node"] = int((~inside).sum())
         plans = plans[inside]
-    parts = [
-        predict(plans[slice(i, i + CHUNK)], cluster) for i in range(0, max(1, len(plans)), CHUNK)
-    ]
+    if not len(plans):
+        reasons = ", ".join(f"{count} by {key}" for key, count in refused.most_common() if count)
+        raise ValueError(f"no plan is left; refused: {reasons}")
+    parts = [predict(plans[slice(i, i + CHUNK)], cluster) for i in range(0, len(plans), CHUNK)]
     limit = cluster.device.memory_bytes * (1 - headroom)
-    return Found(joined(plans, parts), limit, +refused)
+    found = Found(joined(plans, parts), limit, +refused)
+    looked_at: set[int] = set()
+    while new := {*found.order[:best].tolist(), *found.front().tolist()} - looked_at:
+        looked_at |= new
+        places = sorted(new)
+        for part, values in fullest_of_all(plans[places]).items():
+            found.predicted.memory_bytes[part][places] = values
+    return found
 
 
 def joined(plans: Plans, parts: list[Predicted]) -> Predicted:

@@ -120,7 +120,7 @@ def of_lap(on: Held, lap: int, in_block: Bytes, new: Bytes) -> dict[str, Bytes]:
         "loss": Bytes(0.0, of.in_loss),
         "last_block": whole_backward,
         "first_block": sum_of(whole_backward, in_first),
-        "behind": Bytes(0.0, -last * of.head - blocks * of.kept + of.between * embedding),
+        "behind": Bytes(0.0, enters - last * of.head - blocks * of.kept + of.between * embedding),
         "half": sum_of(in_block, again, kept_of_others),
         "halved": Bytes(0.0, split + last * (4 + on.low) * of.logits + of.width),
         "new_last_block": first_gradients,

@@ -67,6 +67,12 @@ def plans_of(space: Space) -> tuple[Plans, Counter[str]]:
         raise ValueError(f"gpus={space.devices}: no layout has so many ranks with {given}")
     plans = _filled(space, layouts)
     if not len(plans):
+        least = (layouts[:, 1] * layouts[:, 2]) * min(space.micro_batch_sizes)
+        if np.any(space.batch_size % least == 0):
+            raise ValueError(
+                f"layout.pp: all layouts of {space.devices} ranks that divide the batch have more "
+                f"stages than model.n_layer({space.model.n_layer})"
+            )
         raise ValueError(
             f"global batch of {space.batch_size} sequences: no layout of {space.devices} ranks "
             "divides it into whole micro-batches"

@@ -69,6 +69,7 @@ class Work:
     inner: Array
     columns: Array
     count: Array
+    repeated: Array  # of these, how many run again under selective checkpointing
     dtype: Array  # place in DTYPES of its products
     wide_dtype: Array  # the same of attention and the head
     flash_flops: Array  # of a flash kernel, which skips what the mask hides
@@ -233,6 +234,7 @@ def _block(block: Block, habits: Habits, narrow: Array) -> Values:
         many = 0
     return {
         **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
+        "repeated": np.stack([np.broadcast_to(n, shape) for n in block.repeated], 1),
         "whole_bytes": tokens * (2 * numbers * norm + residuals * d),
         "cut_bytes": tokens / tp * (turn * heads + item * mlp)
         + (ROUTED_PASSES_ONCE if habits.sends_once else ROUTED_PASSES) * routed,
@@ -289,6 +291,6 @@ def _widened(name: str, values: Array, most: int) -> Array:
     """Products of a block, up to `most`: those that other models do not have run no time."""
     if values.ndim == 1:
         return values
-    filler = 0.0 if name == "count" else 1.0
+    filler = 0.0 if name in ("count", "repeated") else 1.0
     missing = ((0, 0), (0, most - values.shape[1]))
     return np.pad(values, missing, constant_values=filler)

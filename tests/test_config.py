@@ -10,6 +10,7 @@ import pytest
 from experiments.compose import CONFIGS, SCHEMAS
 from experiments.config import TrainConfig
 from experiments.environment import check_memory, settle
+from experiments.launch import Torchrun
 from experiments.refused import Refused
 from minigpt.config import LR_TIMES_WIDTH, ModelConfig
 from parallel.layout import Layout
@@ -33,6 +34,9 @@ MISTAKES = [
     (["optimizer.learning_rate=1"], "optimizer.learning_rate=1: no such key; did you mean"),
     (["+extra=1"], "extra: no such key"),
     (["steps=abc"], "steps=abc: Value 'abc'"),
+    (["steps=4", "steps=abc"], "steps=abc: Value 'abc'"),
+    (["hydra.run.dir=x"], "hydra.run.dir=x: the folder of a run is run.dir="),
+    (["timeout_s=1e20"], "timeout_s=1e+20: must be at most 1e8"),
     (["steps=1.5"], "steps=1.5: Value '1.5'"),
     (["steps=0"], "steps=0: must be at least 1"),
     (["steps="], "steps=: Value ''"),
@@ -189,3 +193,18 @@ def test_more_than_the_memory_holds_is_refused_before_it_starts() -> None:
 def test_configs_lie_in_their_groups() -> None:
     loose = {path.name for path in Path(CONFIGS).glob("*.yaml")}
     assert loose == {f"{command}.yaml" for command in SCHEMAS}
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed"),
+    [
+        ("--max-restarts=-1", "0 to 1,000"),
+        ("--max_restarts=x", "0 to 1,000"),
+        ("--node-rank=x", "0 to 100,000"),
+        ("--master-port=0", "1 to 65,535"),
+    ],
+)
+def test_a_number_that_torchrun_would_not_take_is_one_line(option: str, allowed: str) -> None:
+    name, _, value = option.replace("_", "-").partition("=")
+    with pytest.raises(ValueError, match=f"^{name}={value}: must be a whole number, {allowed}$"):
+        Torchrun([option])

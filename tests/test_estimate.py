@@ -226,3 +226,21 @@ def test_sharded_weights_are_copied_out_of_messages_and_gradients_into_them(
     moved = LLAMA.parameters * (gathers * (2 + 2) + (2 + 4) * (zero_stage > 1))
     rate = H100.device.memory_bandwidth * H100.device.efficiency.memory
     assert more == pytest.approx(moved / rate, rel=1e-6)
+
+
+def test_a_capacitys_slots_take_time() -> None:
+    """Twice the slots, and experts take twice as long; selective checkpointing runs them again."""
+    shape = {"n_layer": 4, "n_head": 16, "d_model": 2048, "ffn": FFN.moe, "n_expert": 8}
+    models = [ModelConfig(**shape, capacity_factor=factor) for factor in (2.0, 4.0)]
+    one, two = (block_seconds(Work.of(plans(model)), H100)[0] for model in models)
+    assert 1.5 < two / one < 2
+    selective = [c.value for c in CHECKPOINTING].index("selective")
+    again = block_seconds(Work.of(plans(models[0], checkpointing=[selective])), H100)[0]
+    assert again > 1.2 * one
+
+
+def test_what_hides_the_ring_hides_no_gathers() -> None:
+    """Of the same device a faster host is never slower, however much it lets others hide."""
+    some = plans(ModelConfig(n_layer=48, n_head=25, d_model=1600), cp=[2], dp_shard=[4])
+    slow, fast = (total(some, H100.changed({"operator_overhead": o})) for o in (3e-5, 1e-5))
+    assert np.all(fast <= slow)

@@ -107,3 +107,21 @@ def test_a_bad_number_ends_it_before_the_next_update(
     with pytest.raises(step.NonFinite, match="no update was made"):
         run(tmp_path / "run")
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(4))
+
+
+def test_validation_reads_the_same_windows_however_a_batch_is_cut(tmp_path: Path) -> None:
+    losses = []
+    for cut in ("micro_batch_size=4", "micro_batch_size=1 gradient_accumulation_steps=4"):
+        folder = tmp_path / str(len(losses))
+        assert run(folder, *cut.split(), "steps=1", "checkpoint.every=0") == 0
+        losses.append(lines(folder)[-1]["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_weights_that_have_diverged_are_told(tmp_path: Path) -> None:
+    far = ("steps=1", "optimizer.lr=1e30", "optimizer.warmup_steps=0", "checkpoint.every=0")
+    with pytest.raises(step.NonFinite, match="the validation loss after step 1 is nan"):
+        run(tmp_path / "stops", *far)
+    assert run(tmp_path / "goes_on", *far, "nonfinite=skip") == 0
+    training = ledgers.read(tmp_path / "goes_on" / "ledger.json")["training"]
+    assert training["validation_loss"] is None

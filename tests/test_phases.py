@@ -17,8 +17,11 @@ from costs.phases import Phases
 from experiments.config import TrainConfig
 from experiments.explain import hardware_flops_of
 from experiments.figures.matrix import PLANS
+from experiments.figures.parity import make_config
+from experiments.figures.short_runs import step_costs
 from experiments.ranks import run_ranks
-from parallel.layout import ActivationCheckpointing
+from minigpt.config import Attention
+from parallel.layout import ActivationCheckpointing, Layout, Precision
 from tests.on_ranks import control_traffic, rows_and_flops
 
 FULL = {"activation_checkpointing": ActivationCheckpointing.full}
@@ -188,3 +191,21 @@ def test_forward_and_backward_are_told_apart_without_the_model_knowing() -> None
             assert phases.of("send", [x.detach()]) == "forward", "keys of a ring"
     with phases.during("optimizer"):
         assert phases.of("all_reduce", []) == "optimizer"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": Precision.bf16},
+        {
+            "precision": Precision.bf16,
+            "activation_checkpointing": ActivationCheckpointing.selective,
+        },
+        {"model.attention": Attention.plain},
+        {"model.dropout": 0.1},
+    ],
+)
+def test_flops_are_closed_where_attention_keeps_its_scores(changes: dict[str, Any]) -> None:
+    config = make_config(Layout(), {**changes, "steps": 2})
+    (costs,) = step_costs([config])
+    assert costs["flops"]["hardware"] == hardware_flops_of(config)

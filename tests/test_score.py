@@ -234,7 +234,7 @@ def test_bad_files_and_keys_are_one_line(
     for argument, status, text in [
         (f"rows={empty}", 2, "no column id, gpu"),
         (f"rows={binary}", 2, "not a CSV"),
-        (f"rows={tmp_path / 'none.csv'}", 1, "No such file"),
+        (f"rows={tmp_path / 'none.csv'}", 2, "No such file"),
         ("row=x.csv", 2, "row=x.csv: score takes rows=FILE"),
     ]:
         assert main(["score", argument]) == status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from experiments.predict.search_tables import broken, thinned
 from experiments.predict.verify import compare_bytes, options_at_twin, twin_of
 from minigpt.config import ModelConfig
 from simulator.hardware import Cluster
+from simulator.memory import memory
 from simulator.search import LOSSES, OUT_OF_MEMORY, RECOMPUTES, SMALL_TILES, Found, search
 from simulator.space import Space, layout_at
 
@@ -49,6 +51,21 @@ def test_the_winner_is_the_fastest_that_fits(found: Found) -> None:
     assert 100 < len(fitting) < len(time)
     assert fastest(found) <= min(time[i] for i in fitting) * 1.001
     assert sorted(found.order.tolist()) == fitting
+
+
+def test_what_is_shown_fits_on_every_rank(found: Found) -> None:
+    plans, peak = found.predicted.plans, found.predicted.memory_bytes["peak"]
+    for i in {*found.order[:100].tolist(), *found.front().tolist()}:
+        one = plans[[i]]
+        ranks = [memory(one, place).peak[0] for place in range(int(one.pp[0]))]
+        assert peak[i] == max(ranks) <= found.limit
+
+
+def test_why_no_plan_is_left_is_said() -> None:
+    with pytest.raises(ValueError, match=r"no plan is left; refused: .* by layout.tp: not within"):
+        search(replace(SPACE, fixed={"tp": 8}), replace(cluster(), node_size=4), 0.1)
+    with pytest.raises(ValueError, match=r"more stages than model.n_layer\("):
+        search(replace(SPACE, fixed={"pp": 32}, devices=32), cluster(), 0.1)
 
 
 def test_the_front_is_what_no_plan_beats(found: Found) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from costs.ledger import MEMORY_PARTS
 from experiments.config import TrainConfig
 from experiments.figures.agreement import traced
 from experiments.figures.parity import make_config
@@ -70,6 +72,33 @@ def test_checkpoints_under_a_split_backward_cost_memory(
     other = config("interleaved_1f1b", pp=2)
     peaks = [memory(Plans.of(c.model, c.layout, c.options)).peak[0] for c in (one, other)]
     assert peaks[0] < peaks[1]
+
+
+@given(
+    st.sampled_from((*SCHEDULES, *V_SHAPED)),
+    st.integers(1, 8),
+    st.sampled_from((8, 128)),
+    st.sampled_from(({"pp": 2}, {"pp": 4}, {"pp": 2, "dp_replicate": 2}, {"pp": 2, "dp_shard": 2})),
+    st.sampled_from(ActivationCheckpointing),
+)
+def test_no_part_is_negative(
+    schedule: str,
+    micro_batches: int,
+    seq_len: int,
+    axes: dict[str, int],
+    checkpointing: ActivationCheckpointing,
+) -> None:
+    """With few tokens and large weights the end of a stage's backward is the fullest moment."""
+    one = config(schedule, {"model.d_model": 512, "zero_stage": 2}, **axes)
+    options = replace(
+        one.options,
+        micro_batches=micro_batches,
+        seq_len=seq_len,
+        activation_checkpointing=checkpointing,
+    )
+    for place in range(axes["pp"]):
+        found = memory(Plans.of(one.model, one.layout, options), place)
+        assert min(getattr(found, part)[0] for part in MEMORY_PARTS) >= 0
 
 
 @given(

@@ -6,6 +6,7 @@ The controls are the browser's own, so that keyboard and screen reader know them
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -54,6 +55,12 @@ def command(argv: list[str]) -> int:
     port = given.get("port", str(PORT))
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise Refused(f"port={port}: must be between 1 and 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, int(port)))
+        except OSError as error:
+            raise Refused(f"port={port}: {error.strerror}; port=NUMBER takes another") from None
     serve(int(port))
     return 0
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from experiments.arguments import key_values
 from experiments.console import DASH, make_console
 from experiments.predict import clusters
+from experiments.refused import Refused
 from simulator.fit import Problem
 from simulator.published import Row, read
 from simulator.score import FITS, MOST_OVER, feasibility, summary
@@ -76,7 +77,11 @@ class Scored:
 def command(argv: list[str]) -> int:
     """Print the tables, or the object of --json."""
     _, given = key_values("score", "rows=FILE, plot=FILE, --json", argv)
-    scored = score(Path(given.get("rows", ROWS)))
+    path = Path(given.get("rows", ROWS))
+    try:
+        scored = score(path)
+    except OSError as error:
+        raise Refused(f"rows={path}: {error.strerror}") from error
     if "plot" in given:
         from experiments.predict.score_report import draw
 

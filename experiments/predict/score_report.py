@@ -288,7 +288,8 @@ def _scatter(axes: Any, scored: Scored, measured: list, predicted: np.ndarray, w
         ends = np.array([shown.min() / 1.3, shown.max() * 1.3])
         axes.fill_between(ends, ends * 0.9, ends * 1.1, color="#e9e9ec", zorder=0)
         axes.plot(ends, ends, color="#8c8c8c", linewidth=0.8, zorder=1)
-    axes.set(xscale="log", yscale="log", xlabel=f"measured {what}", ylabel=f"predicted {what}")
+        axes.set(xscale="log", yscale="log")
+    axes.set(xlabel=f"measured {what}", ylabel=f"predicted {what}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from experiments.predict.search_tables import show
 from experiments.refused import Refused
 from simulator.at_scale import HOUR
 from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES
-from simulator.search import Found, search
+from simulator.search import BEST, Found, search
 from simulator.space import Space, layout_at
 
 
@@ -65,7 +65,8 @@ def find(config: SearchConfig) -> Found:
         micro_batch_sizes=tuple(config.micro_batch_size),
     )
     try:
-        return search(space, config.cluster, config.headroom, config.tensor_parallel_in_node)
+        in_node, best = config.tensor_parallel_in_node, max(BEST, config.top)
+        return search(space, config.cluster, config.headroom, in_node, best)
     except ValueError as error:
         raise Refused(str(error)) from error
 
