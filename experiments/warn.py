@@ -6,6 +6,8 @@ import math
 import sys
 
 from experiments.config import TrainConfig
+from minigpt.config import Source
+from minigpt.finetune import FinetuneConfig
 from parallel.layout import ActivationCheckpointing, PipelineConfig
 
 
@@ -22,6 +24,10 @@ def warn(config: TrainConfig, nodes: int = 1) -> None:
         _warn(f"zero_stage={config.zero_stage}: changes nothing, for layout.dp_shard is 1")
     if layout.pp == 1 and config.pipeline != PipelineConfig():
         _warn("pipeline: its keys change nothing, for layout.pp is 1")
+    if config.finetune != FinetuneConfig() and not config.finetune.on:
+        _warn("finetune: its keys change nothing without finetune=lora")
+    if config.data.path and config.data.source != Source.text:
+        _warn(f"data.path: data={config.data.source.value} reads no file; data=text does")
     again = config.activation_checkpointing == ActivationCheckpointing.full
     if again and layout.pp > 1 and config.pipeline.splits_backward:
         _warn(

@@ -81,10 +81,17 @@ class Activations:
     @cached_property
     def cast_weights(self) -> Array:
         """Copies of a block's weights in two bytes, which autocast makes and backward keeps."""
+        return self._cast(self.model.block_shapes)
+
+    @cached_property
+    def cast_head(self) -> Array:
+        """The same of the head's."""
+        return self._cast({"head.weight": (self.model.vocab_size, self.model.d_model)})
+
+    def _cast(self, shapes: dict[str, tuple[int, ...]]) -> Array:
         autocast = (self.low == 2) & (self.between == 4)
-        one = np.ones_like(self.plans.tp)
-        matrices = weights_of({n: s for n, s in self.model.block_shapes.items() if len(s) > 1})
-        return autocast * 2 * padded(matrices, self.plans, one)
+        matrices = weights_of({name: shape for name, shape in shapes.items() if len(shape) > 1})
+        return autocast * 2 * padded(matrices, self.plans, np.ones_like(self.plans.tp))
 
     @cached_property
     def of_block(self) -> Array:
@@ -247,9 +254,9 @@ class Activations:
     @cached_property
     def head(self) -> Array:
         """Bytes of a micro-batch that norm, head and loss keep: the norm's input and two numbers a
-        token, the head's input, log-probabilities in fp32."""
+        token, the head's input and its cast weight, log-probabilities in fp32."""
         norm = self.width + 8 * self.tokens // self.cut
-        return norm + self.input_of_products + 4 * self.logits
+        return norm + self.input_of_products + self.cast_head + 4 * self.logits
 
     @cached_property
     def outputs(self) -> Array:
@@ -262,6 +269,13 @@ class Activations:
         three of that size, and for each token masks and places (torch's loss_parallel)."""
         plain = 8 * self.logits
         return np.where(self.plans.tp > 1, 12 * self.logits + 33 * self.tokens, plain)
+
+    @cached_property
+    def before_loss(self) -> Array:
+        """Bytes in the forward of a loss under autocast: logits, low and in fp32; and the weights
+        that were cast for blocks which will run again, until autocast ends."""
+        cast = (self.plans.checkpointing != NONE) * self.rank.layers * self.cast_weights
+        return (self.cast_head > 0) * ((self.low + 4) * self.logits + cast)
 
     @cached_property
     def in_ring(self) -> Array:

@@ -36,7 +36,8 @@ class Memory:
 def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Memory:
     """The fullest moment of pp rank `place` in one optimiser step, on its first data rank.
 
-    The moments that are looked at: the loss begins its backward; the MLP's backward in the last two
+    The moments that are looked at: the loss, forward and as its backward begins; the end of the
+    backward, in the embedding; the MLP's backward in the last two
     and the first two blocks of a stage, of the first micro-batch and of the last one that has as
     many in flight, when its product's gradients come and when its input's do; the backward of an
     embedding that tp has cut; and the ring's. The optimizer adds nothing: its kernel is fused.
@@ -53,6 +54,7 @@ def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Me
     first = on.rank.blocks[0] - 1  # how many blocks of its stage come after the first
     behind = (0 * first, first.clip(max=1), (first - 1).clip(0), first)
     moments = [on.at_the_loss(later) for later in (False, True)]
+    moments += [on.at_the_end(later) for later in (False, True)]
     places = [(after, later) for after in behind for later in (False, True)]
     moments += [on.in_block(*place) for place in places]
     if plans.model.ffn != FFN.moe and on.may_be_fuller_before_mlp:
@@ -86,10 +88,25 @@ class Moments(Held):
         fewer = self.landed(later)
         heads = (self.of.head_waits - fewer).clip(0) * (self.of.head + self.of.outputs)
         activations = self.of.waiting - fewer * self.of.of_one + self.untidy(later)
-        activations = activations + heads + self.rank.last * self.of.in_loss
+        fuller = np.maximum(self.of.in_loss, self.of.before_loss)
+        activations = activations + heads + self.rank.last * fuller
         weights = self.gathered(0 * self.outer, later)
         messages = weights + self.unsent(0 * self.outer, later) + self.held(0, later, again=0)
         return self.gradients(0 * self.outer, later), activations, messages
+
+    def at_the_end(self, later: Array | bool) -> tuple[Array, Array, Array]:
+        """In the embedding's backward, the last: of one device's weights all gradients are there,
+        and where embedding and head share one both of it, beside their sum. Or fully_shard sends
+        those of what is in no block, in fp32, and has the embedding's still. Elsewhere other
+        moments are fuller (in_embedding, or what the data axes hold)."""
+        later, plans, size = self.may_be(later), self.plans, self.plans.numerics.gradients
+        alone = (plans.pp == 1) & (plans.tp == 1)
+        shared = size * self.of_embedding * self.model.tied * (2 + (later != self.wrapped))
+        activations = self.of.width + self.of.angles + shared + self.untidy(later)
+        here, sharded = alone & ~self.modular, alone & self.rank.sharded & ~later
+        sent = size * self.whole_outer + self.low * self.of_embedding
+        everything = (here | sharded) * self.gradients(self.numbers, later)
+        return everything, here * activations, sharded * sent
 
     def in_block(self, after: Array, later: Array | bool) -> tuple[Array, Array, Array]:
         """In the backward of the MLP of the block that has `after` blocks of its stage behind it:

@@ -12,6 +12,7 @@ from experiments.config import TrainConfig
 from experiments.environment import check_memory, settle
 from experiments.launch import Torchrun
 from experiments.refused import Refused
+from experiments.warn import warn
 from minigpt.config import LR_TIMES_WIDTH, ModelConfig
 from parallel.layout import Layout
 from tests.configs import compose
@@ -208,3 +209,22 @@ def test_a_number_that_torchrun_would_not_take_is_one_line(option: str, allowed:
     name, _, value = option.replace("_", "-").partition("=")
     with pytest.raises(ValueError, match=f"^{name}={value}: must be a whole number, {allowed}$"):
         Torchrun([option])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["zero_stage=1"], "zero_stage=1: changes nothing, for layout.dp_shard is 1"),
+        (["pipeline.schedule=gpipe"], "pipeline: its keys change nothing"),
+        (["finetune.rank=4"], "finetune: its keys change nothing without finetune=lora"),
+        (["data.path=x", "data=generated"], "data.path: data=generated reads no file"),
+        (["strategy=zero1"], ""),
+        (["strategy=pp", "pipeline.schedule=gpipe"], ""),
+    ],
+)
+def test_what_changes_nothing_is_warned_of(
+    overrides: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn(settle(compose(*overrides), None, 0, 1, 2))
+    error = capsys.readouterr().err
+    assert said in error and bool(error) == bool(said)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.config import TrainConfig
+from experiments.figures.agreement import traced
 from experiments.figures.parity import make_config
 from experiments.figures.short_runs import step_costs
-from minigpt.config import FFN, ModelConfig, Norm, Positions
+from minigpt.config import FFN, ModelConfig, Norm, Positions, Source
 from parallel.layout import (
     ActivationCheckpointing,
     Layout,
@@ -45,6 +46,16 @@ ALONE: list[dict[str, Any]] = [
     {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64},
     {"model.vocab_size": 960, "data.vocab_size": 960},  # the loss is the fullest moment
 ]
+
+
+# what is in no block is most of the model: the fullest moment is the loss, or the very end
+LARGE_HEAD: dict[str, Any] = {
+    "model.vocab_size": 4096,
+    "model.n_layer": 3,
+    "model.d_model": 128,
+    "data.source": Source.random,
+    "data.vocab_size": 200,
+}
 
 
 def closed_form(config: TrainConfig, place: int = 0) -> Memory:
@@ -126,3 +137,28 @@ def test_more_of_anything_needs_more_and_shards_need_less() -> None:
     assert eight.peak[0] < one.peak[0]
     longer = memory(Plans.of(model, Layout(), Options(seq_len=256, micro_batch_size=4)))
     assert longer.activations[0] == pytest.approx(2 * one.activations[0], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_large_vocabularys_peak_is_near_the_traced_one() -> None:
+    accumulated = {"gradient_accumulation_steps": 2}
+    layouts: list[tuple[Layout, dict[str, Any]]] = [
+        (Layout(), {}),
+        (Layout(), accumulated),
+        (Layout(dp_replicate=2), {}),
+        (Layout(dp_replicate=2), accumulated),
+        (Layout(dp_shard=2), {}),
+        (Layout(dp_shard=2), accumulated),
+        (Layout(dp_shard=2), {"zero_stage": 2}),
+    ]
+    configs = [
+        make_config(layout, {**LARGE_HEAD, **more, **checkpointed, "model.tied": tied, **kind})
+        for layout, more in layouts
+        for checkpointed in ({}, FULL)
+        for tied in (False, True)
+        for kind in ({}, {"precision": Precision.bf16})
+    ]
+    for config, found in zip(configs, traced([(c, 0) for c in configs]), strict=True):
+        peak = memory(Plans.of(config.model, config.layout, config.options)).peak[0]
+        where = (config.layout.label, config.options)
+        assert peak == pytest.approx(found.memory_bytes["peak"], rel=0.01), where

@@ -20,9 +20,10 @@ import pytest
 from costs import ledger as ledgers
 from experiments import environment as machine
 from experiments.checkpoints import FOLDER
+from experiments.config import TrainConfig
 from experiments.step_log import read_metrics
 from experiments.warn import warn
-from parallel.layout import Layout, PipelineConfig
+from parallel.layout import Layout
 from tests.launching import ROOT, SMALL, environment, free_ports, wait_until
 
 SCRIPT = ROOT / "experiments" / "cluster" / "train.sbatch"
@@ -77,8 +78,8 @@ def test_tensor_parallelism_that_leaves_a_node_is_warned_of(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def said(layout: Layout, nodes: int) -> str:
-        others = {"activation_checkpointing": None, "zero_stage": 3, "pipeline": PipelineConfig()}
-        warn(cast(Any, SimpleNamespace(layout=layout, **others)), nodes)
+        others = {**vars(TrainConfig()), "layout": layout}  # whatever heads the model has
+        warn(cast(Any, SimpleNamespace(**others)), nodes)
         return capsys.readouterr().err
 
     assert said(Layout(dp_shard=2, tp=8), 2) == ""
