@@ -93,10 +93,9 @@ def _written(layout: Layout) -> str:
 
 
 def _divides(key: str, value: int, axis: str, size: int, why: str) -> None:
-    require(
-        value % size == 0,
-        f"layout.{axis}={size}: {key}({value}) % {axis}({size}) = {value % size}: {why}",
-    )
+    if value % size:  # a search asks tens of thousands of times: no text where all is well
+        said = f"{key}({value}) % {axis}({size}) = {value % size}"
+        raise ValueError(f"layout.{axis}={size}: {said}: {why}")
 
 
 def _check_tensor(model: ModelConfig, layout: Layout, options: Options) -> None:

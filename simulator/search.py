@@ -64,23 +64,31 @@ Bytes = dict[str, Array]  # peak, and costs.ledger.MEMORY_PARTS
 
 
 def fullest(plans: Plans) -> Bytes:
-    """Memory of the fullest of three pp ranks: the first has most micro-batches under way, the
-    second as good as that and messages from both sides, the last the logits."""
-    found = of_rank(plans, 0)
-    for place in (np.minimum(1, plans.pp - 1), plans.pp - 1):
-        found = fuller(found, of_rank(plans, place))
+    """Memory of the first or of the last pp rank, whichever is fuller: the first has most
+    micro-batches under way, the last the logits."""
+    found = {name: values.copy() for name, values in of_rank(plans, 0).items()}
+    pipelines = np.flatnonzero(plans.pp > 1)
+    take_fuller(found, plans, pipelines, plans.pp[pipelines] - 1)
     return found
 
 
 def fullest_of_all(plans: Plans) -> Bytes:
-    """Of all of them: with several stages a rank any may be it."""
+    """Of all of them: a rank between others has messages from both sides, and with several stages a
+    rank any may be the fullest."""
     found = fullest(plans)
-    for place in range(2, int(plans.pp.max(initial=0)) - 1):
-        longer = np.flatnonzero(plans.pp - 1 > place)
-        part = {name: values[longer] for name, values in found.items()}
-        for name, values in fuller(part, of_rank(plans[longer], place)).items():
-            found[name][longer] = values
+    for place in range(1, int(plans.pp.max(initial=0)) - 1):
+        take_fuller(found, plans, np.flatnonzero(plans.pp - 1 > place), place)
     return found
+
+
+def take_fuller(found: Bytes, plans: Plans, which: Array, place: Array | int) -> None:
+    """Put what pp rank `place` of some plans holds where it is more."""
+    if not len(which):
+        return
+    own = of_rank(plans[which], place)
+    more = own["peak"] > found["peak"][which]
+    for name, values in own.items():
+        found[name][which[more]] = values[more]
 
 
 def of_rank(plans: Plans, place: Array | int) -> Bytes:
@@ -88,11 +96,6 @@ def of_rank(plans: Plans, place: Array | int) -> Bytes:
     return {
         part: np.broadcast_to(getattr(own, part), len(plans)) for part in ("peak", *MEMORY_PARTS)
     }
-
-
-def fuller(one: Bytes, other: Bytes) -> Bytes:
-    which = other["peak"] > one["peak"]
-    return {part: np.where(which, other[part], one[part]) for part in one}
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,8 @@ def search(
     found = Found(joined(plans, parts), limit, +refused)
     looked_at: set[int] = set()
     while new := {*found.order[:best].tolist(), *found.front().tolist()} - looked_at:
+        # of more each time: where many do not fit after all, the end comes soon
+        new |= {*found.order[: best + len(looked_at)].tolist()} - looked_at
         looked_at |= new
         places = sorted(new)
         for part, values in fullest_of_all(plans[places]).items():
