@@ -148,9 +148,8 @@ class Activations:
 
     @cached_property
     def kept(self) -> Array:
-        """Bytes of a block that wait for its backward. none: all of them. selective: its input, and
-        what products and attention gave. full: its input. offload: its input, on the host, which
-        for a CPU is the same place."""
+        """Bytes of a block that wait for its backward: all of them; selective: its input, and what
+        products and attention gave; full: its input; offload: that on the host, a CPU's own."""
         q, kv = self.heads
         up = self.wide * (1 if self.model.ffn == FFN.gelu else 2)
         narrow = 2 * self.input_of_products  # what `out` and `down` gave
@@ -269,13 +268,6 @@ class Activations:
         three of that size, and for each token masks and places (torch's loss_parallel)."""
         plain = 8 * self.logits
         return np.where(self.plans.tp > 1, 12 * self.logits + 33 * self.tokens, plain)
-
-    @cached_property
-    def before_loss(self) -> Array:
-        """Bytes in the forward of a loss under autocast: logits, low and in fp32; and the weights
-        that were cast for blocks which will run again, until autocast ends."""
-        cast = (self.plans.checkpointing != NONE) * self.rank.layers * self.cast_weights
-        return (self.cast_head > 0) * ((self.low + 4) * self.logits + cast)
 
     @cached_property
     def in_ring(self) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from costs.ledger import MEMORY_PARTS
 from minigpt.config import FFN
 from simulator.held import Held
-from simulator.plans import Array, Plans
+from simulator.plans import NONE, Array, Plans
 from simulator.several_stages import fullest
 from simulator.shapes import Rank
 
@@ -88,11 +88,19 @@ class Moments(Held):
         fewer = self.landed(later)
         heads = (self.of.head_waits - fewer).clip(0) * (self.of.head + self.of.outputs)
         activations = self.of.waiting - fewer * self.of.of_one + self.untidy(later)
-        fuller = np.maximum(self.of.in_loss, self.of.before_loss)
+        fuller = np.maximum(self.of.in_loss, self.before_loss)
         activations = activations + heads + self.rank.last * fuller
         weights = self.gathered(0 * self.outer, later)
         messages = weights + self.unsent(0 * self.outer, later) + self.held(0, later, again=0)
         return self.gradients(0 * self.outer, later), activations, messages
+
+    @property
+    def before_loss(self) -> Array:
+        """Bytes in the forward of a loss under autocast: logits, low and in fp32; and the weights
+        that were cast for blocks which will run again, until autocast ends."""
+        of, again = self.of, self.plans.checkpointing != NONE
+        cast = again * self.rank.layers * of.cast_weights
+        return (of.cast_head > 0) * ((self.low + 4) * of.logits + cast)
 
     def at_the_end(self, later: Array | bool) -> tuple[Array, Array, Array]:
         """In the embedding's backward, the last: of one device's weights all gradients are there,

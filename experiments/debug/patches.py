@@ -67,9 +67,9 @@ def scale_grown_too_far(after: int) -> Bug:
     """fp16 without a scaler that looks for overflows: when `after` steps went well the loss scale
     grows, as GradScaler's does, but too far; gradients overflow, and the update is made."""
 
-    def step(self: Any, micro_batches: Any) -> Any:
+    def launch(self: Any, micro_batches: Any) -> Any:
         self.steps_begun = getattr(self, "steps_begun", 0) + 1
-        return STEP(self, micro_batches)
+        return LAUNCH(self, micro_batches)
 
     def scale(self: Any) -> float:
         return FIRST_SCALE * (TOO_FAR if self.steps_begun > after else 1.0)
@@ -77,7 +77,7 @@ def scale_grown_too_far(after: int) -> Bug:
     return together(
         instead(training, "LossScaler", lambda: None),
         instead(parallel_step, "local_norms", nothing_seen),
-        instead(Trainer, "step", step),
+        instead(Trainer, "launch", launch),
         instead(Trainer, "_scale", property(scale)),
     )
 
@@ -87,7 +87,7 @@ def nothing_seen(parameters: Any) -> list[Tensor]:
     return [torch.zeros((), device=p.device) for p in parameters]
 
 
-STEP = Trainer.step
+LAUNCH = Trainer.launch
 FIRST_SCALE = 2.0**12
 TOO_FAR = 2.0**24  # the largest fp16 is below 2^16
 
