@@ -38,12 +38,21 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, Any]]:
                 raise ValueError("no header")
             header = json.loads(file.read(length))
         about = header.pop("__metadata__", None) or {}
-        model = dict(json.loads(about.get("model", "{}")))
-        return {name: tuple(tensor["shape"]) for name, tensor in header.items()}, model
+        shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+        return shapes, _model_in(about.get("model"))
     except OSError as error:
         raise ValueError(f"init={path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"init={path}: is no .safetensors file, or is damaged") from error
+
+
+def _model_in(text: Any) -> dict[str, Any]:
+    """Ours is JSON; what others call `model` is theirs."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def shapes_of(model: ModelConfig) -> dict[str, Shape]:

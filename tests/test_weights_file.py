@@ -151,6 +151,14 @@ def test_our_own_file_of_another_model_is_one_line(
         check_init(path, other(**{"tied": False, **changes}))
 
 
+@pytest.mark.parametrize("theirs", ["bert", "[1]", ""])
+def test_what_others_say_of_a_model_is_theirs(theirs: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    weights = {name: t.contiguous() for name, t in GPT(other(tied=False)).state_dict().items()}
+    save_file(weights, path, metadata={"model": theirs})
+    check_init(path, other(tied=False))
+
+
 @pytest.mark.parametrize("content", [b"", b"\x08", b"\xff" * 64, b"\x02" + bytes(7) + b"[]"])
 def test_a_file_that_is_none_is_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
