@@ -53,7 +53,8 @@ class UnderWay:
     """A step that the host has launched; a GPU may still be at it."""
 
     def __init__(self, find: Callable[[], Result]) -> None:
-        self._find, self._found = find, None  # type: Callable[[], Result], Result | None
+        self._find = find
+        self._found: Result | None = None
 
     def result(self) -> Result:
         """What it came to: waits for the device. All ranks call it, after the same step.
@@ -90,7 +91,7 @@ class Trainer:
         self.counted = self.replica.counted_parameters()
         self.asked_to_stop = False  # of this rank, which takes it to the others with its loss
         self.skipped_in_a_row = 0
-        self.last: UnderWay | None = None
+        self.launched: UnderWay | None = None  # the newest step
         plain = not any(isinstance(p, DTensor) for p in self.parameters)  # the kernel takes no mix
         fused = type(self.optimizer) is torch.optim.AdamW and self.scaler is None
         self.decides_on_device = self.replica.mesh.device.type == "cuda" and plain and fused
@@ -119,11 +120,11 @@ class Trainer:
                 totals[0] += 0.0 * torch.stack(norms).sum()
             # a signal reaches ranks at different times: the sum makes all stop after the same step
             totals[1] += STOP * self.asked_to_stop
-            if self.last:
-                self.last.result()
+            if self.launched:
+                self.launched.result()
             update = self._update_on_device if self.decides_on_device else self._update
-            self.last = update(self.replica.mesh.sum(totals), norms, own)
-        return self.last
+            self.launched = UnderWay(update(self.replica.mesh.sum(totals), norms, own))
+        return self.launched
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Accumulate gradients. Returns (sum of losses, count of valid tokens) of this rank.
@@ -142,10 +143,11 @@ class Trainer:
             align_gradients(self.parameters)
         return totals if replica.mesh.counts else torch.zeros_like(totals)
 
-    def _update(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> UnderWay:
+    def _update(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> Callable[[], Result]:
         """Correct, clip and apply the gradients, given the totals over all ranks.
 
-        `norms` are of this rank's gradients, `own` its part of the totals.
+        `norms` are of this rank's gradients, `own` its part of the totals. Returns what tells the
+        outcome.
         """
         loss_sum, count = self._read(totals)
         correction = self._nominal / max(1.0, count % STOP) / self._scale
@@ -154,7 +156,7 @@ class Trainer:
             norm = correction * float(gradient_norm(self.counted, self.replica.mesh, norms))
         result = self._result(loss_sum, count, norm, norms, own)
         if result.skipped:
-            return UnderWay(lambda: result)
+            return lambda: result
         if norm is not None and self.clip is not None and norm > self.clip:
             correction *= self.clip / (norm + 1e-6)
         if correction != 1.0:
@@ -162,9 +164,11 @@ class Trainer:
         self.optimizer.step()
         if self.scaler:
             self.scaler.update(finite=True)
-        return UnderWay(lambda: result)
+        return lambda: result
 
-    def _update_on_device(self, totals: Tensor, norms: list[Tensor], own: Tensor) -> UnderWay:
+    def _update_on_device(
+        self, totals: Tensor, norms: list[Tensor], own: Tensor
+    ) -> Callable[[], Result]:
         """The same, where the update rule takes factor and verdict from the device, as it does for
         torch's GradScaler: the host need not know them yet."""
         loss_sum, count = totals[0], totals[1] % STOP
@@ -184,7 +188,7 @@ class Trainer:
             loss, tokens, *clipped = said.read()
             return self._result(loss, tokens, clipped[0] if clipped else None, norms, own)
 
-        return UnderWay(find)
+        return find
 
     def _result(
         self,

@@ -41,7 +41,7 @@ class Candidate:
 
     plan: Plans
     others: dict[str, Any]
-    program: MemoryHabits
+    memory_habits: MemoryHabits
 
     @cached_property
     def work(self) -> Work:
@@ -49,7 +49,7 @@ class Candidate:
 
     @cached_property
     def memory_bytes(self) -> float:
-        return float(peak_bytes(self.plan, self.work, self.program)[0])
+        return float(peak_bytes(self.plan, self.work, self.memory_habits)[0])
 
 
 def model_of(cells: Cells, seq_len: int) -> ModelConfig:

@@ -34,19 +34,19 @@ class MemoryHabits:
     spare: float = 1.0  # reserved over allocated, where the figure is of reserved memory
 
 
-def peak_bytes(plans: Plans, work: Work, program: MemoryHabits) -> Array:
+def peak_bytes(plans: Plans, work: Work, habits: MemoryHabits) -> Array:
     """Peak of the first or the last pp rank, whichever is fuller."""
-    block, kept = block_activations(plans, work, program)
+    block, kept = block_activations(plans, work, habits)
     m, p, v = plans.micro_batches, plans.pp, work.local_stages
     # 1F1B's first rank has p micro-batches under way, interleaved 1 + (p-1)/(p v) times that
     # (Korthikanti et al. 2022, section 4.2.3), the last one
     first = np.minimum(m, p * np.where(v > 1, 1 + (p - 1) / (p * v), 1.0))
     first = np.where(plans.schedule == GPIPE, m, first)  # all of them
-    logits = program.logit_bytes * work.tokens * work.vocabulary
+    logits = habits.logit_bytes * work.tokens * work.vocabulary
     front = work.layers * kept * first + np.maximum(block - kept, (p == 1) * logits)
     back = work.last_layers * kept + np.maximum(block - kept, logits)
     tensors = state_bytes(plans, work) + np.maximum(front, back)
-    return program.spare * tensors + program.context_bytes
+    return habits.spare * tensors + habits.context_bytes
 
 
 def state_bytes(plans: Plans, work: Work) -> Array:
@@ -70,20 +70,20 @@ def state_bytes(plans: Plans, work: Work) -> Array:
     return held + np.where(cut_weights > 1, whole, 0.0)
 
 
-def block_activations(plans: Plans, work: Work, program: MemoryHabits) -> tuple[Array, Array]:
+def block_activations(plans: Plans, work: Work, habits: MemoryHabits) -> tuple[Array, Array]:
     """Bytes of one block and micro-batch: all of them, and those kept until the backward."""
     model, tp, item, tokens = plans.model, plans.tp, work.item, work.tokens
     block = Block(plans, tokens, work.expert_tp)
     d, f, gelu = model.d_model, block.wide, model.ffn == FFN.gelu
     cut = np.where(plans.sequence_parallel, tp, 1)
-    fed = np.where(program.fused & (work.dtype >= DTYPES.index("fp8")), 1, item)
+    fed = np.where(habits.fused & (work.dtype >= DTYPES.index("fp8")), 1, item)
     # inputs of both norms; of q k v and of the MLP
-    whole = tokens * d * (2 * item / cut + 2 * fed / (cut if program.fused else 1))
+    whole = tokens * d * (2 * item / cut + 2 * fed / (cut if habits.fused else 1))
     dropped = 2 * tokens * d / cut * (gelu and model.dropout > 0)
     # what latent attention makes q, k and v from, before its norm and after; the experts' input
     whole = whole + tokens * block.latent * (item + fed) + block.routed_rows * d * fed
     # q, k, v; what the activation function takes; what it and attention give, inputs of products
-    taken = 1 if gelu else (2 if program.fused else 3)
+    taken = 1 if gelu else (2 if habits.fused else 3)
     heads = block.query + block.keys_and_values
     inner = tokens * (item * (heads + taken * f) + fed * (block.values + f)) / tp
     scores = item * work.score_heads * work.queries * work.keys
@@ -91,8 +91,8 @@ def block_activations(plans: Plans, work: Work, program: MemoryHabits) -> tuple[
     entrance = item * tokens * d / cut
     outputs = item * tokens * (2 * d + heads + (1 if gelu else 2) * f) / tp
     second = entrance + item * tokens * d / tp + outputs / 2
-    selective = second if program.every_second_product else everything - scores
-    share = program.recomputed_blocks
+    selective = second if habits.every_second_product else everything - scores
+    share = habits.recomputed_blocks
     some = share * entrance + (1 - share) * everything
     kept = np.where(plans.checkpointing == NONE, some, entrance)
     return everything, np.where(plans.checkpointing == SELECTIVE, selective, kept)

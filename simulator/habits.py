@@ -28,8 +28,9 @@ BACKWARD_ONLY = 1 / 3
 # torch's asynchronous tensor parallelism: a forward is up to 29 % faster, a step 8 %, so nothing of
 # a backward (PyTorch, "Introducing Async Tensor Parallelism in PyTorch", 2024)
 FORWARD_ONLY = 1 / 2
-# BigScience's runs on so many GPUs hung unless CUDA_LAUNCH_BLOCKING=1 was set: known of 48 nodes;
-# the hang was looked for on 40 (its train/tr11-176B-ml/hang-debug.md)
+# BigScience's large runs set CUDA_LAUNCH_BLOCKING=1 round a hang (experiments/published/README.md).
+# How large is not said: the hang was looked for on 40 and 48 nodes of 8 GPUs (its
+# train/tr11-176B-ml/hang-debug.md), and this is the smaller
 BLOCKING_GPUS = 320
 # Releases of Megatron-Bridge that launch a block with experts as CUDA graphs on GB200 and GB300,
 # but for the experts (its scripts/performance/configs: cuda_graph_scope)
@@ -102,9 +103,12 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     program, source = program_of(cells), cells.get("source", "")
     note, gpu = cells.get("source_verbatim_note", ""), cells.get("gpu", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
-    own = Habits(hides_gradients=flash, copies_shards=program == "torchtitan", lays_out_heads=True)
-    if "bigscience" in source and whole(cells, "n_gpus", 1) >= BLOCKING_GPUS:
-        own = replace(own, blocking=True)
+    own = Habits(
+        hides_gradients=flash,
+        copies_shards=program == "torchtitan",
+        lays_out_heads=True,
+        blocking="bigscience" in source and whole(cells, "n_gpus", 1) >= BLOCKING_GPUS,
+    )
     if program == "nanotron":  # of a block: qkv, out, gate and up, down, two norms
         own = replace(own, copied_tensors=6)
     if not flash or program == "nanotron":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ OUT_OF_MEMORY = "out of memory"
 LOSSES = ("exposed_communication", "bubble", "optimizer")
 PARTS = ("compute", *LOSSES)
 RECOMPUTES, SMALL_TILES = "recomputation", "tiles too small"
-BEST = 100  # plans of which memory is known exactly
+BEST = 100  # plans of which memory is known exactly, as many as are shown at least
 CHUNK = 20_000  # plans at a time: arrays that stay in the caches
 
 
@@ -92,6 +93,7 @@ def take_fuller(found: Bytes, plans: Plans, which: Array, place: Array | int) ->
 
 
 def of_rank(plans: Plans, place: Array | int) -> Bytes:
+    """Memory of pp rank `place` of each plan."""
     own = memory(plans, place)
     return {
         part: np.broadcast_to(getattr(own, part), len(plans)) for part in ("peak", *MEMORY_PARTS)
@@ -105,6 +107,27 @@ class Found:
     predicted: Predicted
     limit: float  # bytes that a plan may need
     refused: Counter[str]  # plans that the rules refuse, by key
+    exact: Array  # whether all pp ranks of a plan were looked at, not the first and the last alone
+
+    def look_at(self, places: Iterable[int]) -> None:
+        """Know the memory of these plans exactly: what is shown must fit on every rank."""
+        new = np.array([i for i in places if not self.exact[i]], dtype=np.int64)
+        if not len(new):
+            return
+        for part, values in fullest_of_all(self.predicted.plans[new]).items():
+            self.predicted.memory_bytes[part][new] = values
+        self.exact[new] = True
+
+    def best_of(self, places: Array) -> int:
+        """The fastest of these plans that fits, or else the one that needs least."""
+        while True:
+            fitting = places[self.fits[places]]
+            time, peak = self.predicted.time_s["total"], self.predicted.memory_bytes["peak"]
+            key, among = (time, fitting) if len(fitting) else (peak, places)
+            best = int(among[np.argmin(key[among])])
+            if self.exact[best]:
+                return best
+            self.look_at([best])
 
     @property
     def fits(self) -> Array:
@@ -190,15 +213,11 @@ def search(
         raise ValueError(f"no plan is left; refused: {reasons}")
     parts = [predict(plans[slice(i, i + CHUNK)], cluster) for i in range(0, len(plans), CHUNK)]
     limit = cluster.device.memory_bytes * (1 - headroom)
-    found = Found(joined(plans, parts), limit, +refused)
-    looked_at: set[int] = set()
-    while new := {*found.order[:best].tolist(), *found.front().tolist()} - looked_at:
+    found = Found(joined(plans, parts), limit, +refused, np.zeros(len(plans), dtype=bool))
+    while not found.exact[shown := np.concatenate([found.order[:best], found.front()])].all():
         # of more each time: where many do not fit after all, the end comes soon
-        new |= {*found.order[: best + len(looked_at)].tolist()} - looked_at
-        looked_at |= new
-        places = sorted(new)
-        for part, values in fullest_of_all(plans[places]).items():
-            found.predicted.memory_bytes[part][places] = values
+        further = found.order[: best + np.count_nonzero(found.exact)]
+        found.look_at({*shown.tolist(), *further.tolist()})
     return found
 
 

@@ -67,8 +67,8 @@ def plans_of(space: Space) -> tuple[Plans, Counter[str]]:
         raise ValueError(f"gpus={space.devices}: no layout has so many ranks with {given}")
     plans = _filled(space, layouts)
     if not len(plans):
-        least = (layouts[:, 1] * layouts[:, 2]) * min(space.micro_batch_sizes)
-        if np.any(space.batch_size % least == 0):
+        _, replicate, shard, *_ = layouts.T
+        if np.any(space.batch_size % (replicate * shard * min(space.micro_batch_sizes)) == 0):
             raise ValueError(
                 f"layout.pp: all layouts of {space.devices} ranks that divide the batch have more "
                 f"stages than model.n_layer({space.model.n_layer})"

@@ -61,6 +61,15 @@ def test_what_is_shown_fits_on_every_rank(found: Found) -> None:
         assert peak[i] == max(ranks) <= found.limit
 
 
+def test_the_best_of_some_is_judged_by_all_its_ranks(found: Found) -> None:
+    """What explain= sets beside the winner."""
+    plans = found.predicted.plans
+    for pp in (4, 8, 16):
+        i = found.best_of(np.flatnonzero(plans.pp == pp))
+        one, peak = plans[[i]], found.predicted.memory_bytes["peak"][i]
+        assert peak == max(memory(one, place).peak[0] for place in range(pp))
+
+
 def test_why_no_plan_is_left_is_said() -> None:
     with pytest.raises(ValueError, match=r"no plan is left; refused: .* by layout.tp: not within"):
         search(replace(SPACE, fixed={"tp": 8}), replace(cluster(), node_size=4), 0.1)

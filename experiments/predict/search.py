@@ -145,15 +145,10 @@ def explain(config: SearchConfig, found: Found) -> dict[str, Any]:
             f"explain={config.explain}: the search has no such plan ({product} must be "
             f"gpus={config.gpus}, and the layout must be allowed)"
         )
-    places = np.flatnonzero(same)
-    fitting = places[found.fits[places]]
-    key = "total" if len(fitting) else "peak"
-    of = found.predicted.time_s if len(fitting) else found.predicted.memory_bytes
-    among = fitting if len(fitting) else places
-    best = int(among[np.argmin(of[key][among])])
+    best = found.best_of(np.flatnonzero(same))
     order = found.order
     reason = None
-    if not len(fitting):
+    if not found.fits[best]:
         over = found.predicted.memory_bytes["peak"][best] - found.limit
         reason = f"out of memory by {human_bytes(float(over))}"
     elif len(order) and best != order[0]:

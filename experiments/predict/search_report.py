@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 
 from experiments.compose import run_hydra, to_config
@@ -157,11 +158,11 @@ def to_the_end() -> list[str]:
 def with_what_they_had(given: str, had: str, layout: str) -> list[str]:
     """The best layouts of a smaller space, each with its best plan, and the place of theirs."""
     found = find(configured(f"{given} {had}"))
-    best: dict[str, dict[str, Any]] = {}
-    for i in found.order:
-        label = layout_at(found.predicted.plans, int(i)).label
-        if label not in best:
-            best[label] = plan_of(found, int(i))
+    places: dict[str, list[int]] = {}
+    for i in found.order.tolist():
+        places.setdefault(layout_at(found.predicted.plans, i).label, []).append(i)
+    plans = [plan_of(found, found.best_of(np.array(own))) for own in places.values()]
+    best = {p["label"]: p for p in sorted(plans, key=lambda p: p["time_s"]) if p["fits"]}
     names = list(best)
     shown = names[:LAYOUTS_SHOWN] + [n for n in names[LAYOUTS_SHOWN:] if n == layout]
     lines = [
