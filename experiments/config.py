@@ -22,6 +22,7 @@ from minigpt.config import (
 from minigpt.finetune import FinetuneConfig
 from parallel.layout import (
     ActivationCheckpointing,
+    GradientSync,
     Impl,
     Layout,
     Options,
@@ -170,6 +171,9 @@ class TrainConfig:
     zero_stage: int = (
         3  # what layout.dp_shard cuts: 1 the optimizer, 2 gradients too, 3 weights too
     )
+    # when gradients that zero_stage cuts are reduced: once a step, after its last micro-batch, or
+    # after each micro_batch, which sends them as often and keeps no whole ones in between
+    gradient_sync: GradientSync = GradientSync.step
     sequence_parallel: bool = (
         False  # with layout.tp: norms and residuals are cut along the sequence
     )
@@ -248,6 +252,7 @@ class TrainConfig:
             compile=self.compile,
             impl=self.impl,
             zero_stage=self.zero_stage,
+            gradient_sync=self.gradient_sync,
             sequence_parallel=self.sequence_parallel,
             pipeline=self.pipeline,
             micro_batch_size=self.micro_batch_size,

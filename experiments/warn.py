@@ -8,7 +8,7 @@ import sys
 from experiments.config import TrainConfig
 from minigpt.config import Source
 from minigpt.finetune import FinetuneConfig
-from parallel.layout import ActivationCheckpointing, PipelineConfig
+from parallel.layout import ActivationCheckpointing, GradientSync, PipelineConfig
 
 
 def warn(config: TrainConfig, nodes: int = 1) -> None:
@@ -22,6 +22,9 @@ def warn(config: TrainConfig, nodes: int = 1) -> None:
         )
     if config.zero_stage < 3 and layout.dp_shard == 1:
         _warn(f"zero_stage={config.zero_stage}: changes nothing, for layout.dp_shard is 1")
+    each = config.gradient_sync == GradientSync.micro_batch
+    if each and config.gradient_accumulation_steps == 1:
+        _warn("gradient_sync=micro_batch: changes nothing, for a step has one micro-batch")
     if layout.pp == 1 and config.pipeline != PipelineConfig():
         _warn("pipeline: its keys change nothing, for layout.pp is 1")
     if config.finetune != FinetuneConfig() and not config.finetune.on:

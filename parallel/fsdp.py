@@ -3,7 +3,9 @@
 With replicas as well it is HSDP: shards inside a group, replicas across groups.
 Bytes a step: all_gather of the weights in forward and, where they are given up in between, again in
 backward (the root's stay gathered), reduce_scatter of the gradients (Zhao et al. 2023, PyTorch
-FSDP; ZeRO stage 3). Stage 2 keeps the gathered weights from forward to backward.
+FSDP; ZeRO stage 3). Stage 2 keeps the gathered weights from forward to backward. Several
+micro-batches scatter gradients once, which keeps whole ones until then, or each its own
+(gradient_sync); replicas add up theirs once either way.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from parallel.gradients import local
-from parallel.layout import Precision
+from parallel.layout import GradientSync, Precision
 from parallel.precision import sharding_policy
 
 
@@ -27,12 +29,13 @@ def apply_fsdp(
     precision: Precision,
     reshard_after_forward: bool = True,
     leave: frozenset[nn.Parameter] = frozenset(),
+    gradient_sync: GradientSync = GradientSync.step,
 ) -> Callable[[bool], None]:
     """Shard `model` in place, block by block; it may still be on the meta device.
 
     `mesh`: the ranks that share the weights, with replicas as a first dimension where there are
     some. `leave`: parameters that are not to be sharded. Returns a switch that says whether the
-    next backward reduces gradients.
+    next backward is the last one, which completes the gradients.
     """
     policy = sharding_policy(precision)
     for block in blocks.values():
@@ -45,7 +48,9 @@ def apply_fsdp(
             ignored_params=set(leave),
         )
     root = fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(leave))
-    return root.set_requires_gradient_sync
+    if gradient_sync == GradientSync.step:
+        return root.set_requires_gradient_sync
+    return root.set_requires_all_reduce
 
 
 def cut(ranks: int) -> Callable[[nn.Parameter], Shard | None]:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from minigpt.config import FFN, Attention, ModelConfig, Pieces, require
-from parallel.layout import MESH_AXES, ONE_F_ONE_B, Impl, Layout, Options, Precision
+from parallel.layout import (
+    MESH_AXES,
+    ONE_F_ONE_B,
+    GradientSync,
+    Impl,
+    Layout,
+    Options,
+    Precision,
+)
 
 FLOAT8_TILE = 16  # numbers; torch._scaled_mm takes no other sides
 BY_HAND = ("dp_replicate", "dp_shard", "tp", "pp")  # axes that parallel/by_hand/ has
@@ -14,6 +22,10 @@ def check_impl(model: ModelConfig, layout: Layout, options: Options) -> None:
     _check_pieces(model, layout, options)
     if options.impl == Impl.torch:
         return
+    require(
+        options.gradient_sync == GradientSync.step,
+        f"impl={options.impl.value}: gradient_sync=micro_batch is for impl=torch",
+    )
     axes = [axis for axis in (*MESH_AXES, "ep") if getattr(layout, axis) > 1]
     if options.impl == Impl.by_hand:
         require(

@@ -150,6 +150,13 @@ class Impl(str, Enum):
     accelerate = "accelerate"  # through Hugging Face Accelerate
 
 
+class GradientSync(str, Enum):
+    """When sharded gradients are reduced, where a step has several micro-batches."""
+
+    step = "step"  # after the last: sent once, and whole gradients wait for it
+    micro_batch = "micro_batch"  # after each: sent as often, and only shards wait
+
+
 # By its value, for 1f1b is no name in Python.
 PipelineSchedule = Enum(
     "PipelineSchedule",
@@ -217,6 +224,7 @@ class Options:
     impl: Impl = Impl.torch
     # What dp_shard cuts: 1 the optimizer, 2 gradients too, 3 weights too (ZeRO's stages)
     zero_stage: int = 3
+    gradient_sync: GradientSync = GradientSync.step
     sequence_parallel: bool = False
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     # of one forward pass of one data-parallel rank, before cp cuts the sequence

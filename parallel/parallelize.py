@@ -25,7 +25,7 @@ from parallel.activation_checkpointing import apply_activation_checkpointing
 from parallel.context_parallel import apply_context_parallel, local_part
 from parallel.ddp import apply_replicate
 from parallel.experts import apply_data_axes_to_experts, apply_expert_parallel, experts_dtype
-from parallel.layout import Impl, Options, Precision
+from parallel.layout import GradientSync, Impl, Options, Precision
 from parallel.mesh import Mesh
 from parallel.passes import Context, Loss, MicroBatch, OneByOne, Passes, loss_and_count
 from parallel.pipeline import split_model
@@ -139,7 +139,7 @@ class Outside(NamedTuple):
     """What the data axes leave of a stage."""
 
     call: nn.Module  # what to call in its place
-    sync_gradients: Callable[[bool], None]  # whether the next backward averages gradients
+    sync_gradients: Callable[[bool], None]  # whether the next backward completes the gradients
     has_policy: bool  # weights have a precision policy of their own; else it is for autocast
 
 
@@ -152,6 +152,8 @@ def apply_data_axes(stage: GPT, mesh: Mesh, options: Options, fill: Fill) -> Out
         apply: Callable = apply_replicate
         if sharded:
             apply = partial(by.apply_fsdp, reshard_after_forward=options.zero_stage == 3)
+            if options.gradient_sync != GradientSync.step:  # only torch's knows another
+                apply = partial(apply, gradient_sync=options.gradient_sync)
         if layout.ep > 1:
             apply = partial(apply, leave=apply_data_axes_to_experts(stage, mesh, options))
         switch = apply(stage, stage.blocks, ranks, options.precision)

@@ -14,6 +14,7 @@ from parallel.impl_rules import check_finetune, check_float8, check_impl
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
+    GradientSync,
     Layout,
     Options,
     PipelineConfig,
@@ -41,6 +42,7 @@ def check_plainly(model: ModelConfig, layout: Layout, options: Options) -> None:
     _check_experts(model, layout, options)
     _check_pipeline(model, layout, options)
     _check_sharding(layout, options)
+    _check_gradient_sync(layout, options)
     _check_compile(layout, options)
     check_impl(model, layout, options)
     check_finetune(model, layout, options)
@@ -237,6 +239,25 @@ def _check_sharding(layout: Layout, options: Options) -> None:
             f"zero_stage=1: torch's ZeroRedundancyOptimizer takes whole plain weights, and "
             f"layout.{'/'.join(axes)} cuts them; zero_stage=2 shards the optimizer too",
         )
+
+
+def _check_gradient_sync(layout: Layout, options: Options) -> None:
+    if options.gradient_sync == GradientSync.step:
+        return
+    said = "gradient_sync=micro_batch:"
+    require(
+        layout.dp_shard > 1,
+        f"{said} it keeps gradients sharded from one micro-batch to the next, and layout.dp_shard "
+        "is 1",
+    )
+    require(
+        options.zero_stage > 1,
+        f"{said} zero_stage=1 keeps whole gradients; 2 and 3 shard them",
+    )
+    require(
+        layout.pp == 1,
+        f"{said} torch's pipelines (layout.pp={layout.pp}) reduce gradients once a step",
+    )
 
 
 def _check_compile(layout: Layout, options: Options) -> None:

@@ -174,8 +174,8 @@ class Activations:
         """Gradients in the backward of an MLP: of its result, its product and both its factors (a
         GELU has one); the product itself has gone. A tied head's waits for the embedding's."""
         factors = 1 if self.model.ffn == FFN.gelu else 2
-        copy = self.rank.alone * self.model.tied * 4 * self.model.vocab_size * self.model.d_model
-        return self.width + factors * self.wide + copy // self.plans.tp
+        copy = self.rank.alone * self.model.tied * self.model.vocab_size * self.model.d_model
+        return self.width + factors * self.wide + self.between * copy // self.plans.tp
 
     @cached_property
     def before_mlp(self) -> Array:

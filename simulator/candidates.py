@@ -15,6 +15,7 @@ from minigpt.config import FFN, ModelConfig, Norm, Positions
 from parallel.layout import (
     ONE_F_ONE_B,
     ActivationCheckpointing,
+    GradientSync,
     Layout,
     Options,
     PipelineConfig,
@@ -141,6 +142,7 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
             precision=precision,
             activation_checkpointing=checkpointing,
             zero_stage=ZERO[kind],
+            gradient_sync=_gradient_sync(kind, layout),
             sequence_parallel=flag(cells, "sp", layout.tp > 1 and flash),
             pipeline=PipelineConfig(schedule_of(cells, local), local if local > 1 else None),
             micro_batch_size=size,
@@ -178,6 +180,14 @@ def even(model: ModelConfig, pp: int, local: int) -> tuple[int, ...] | None:
 def level(layers: int, stages: int) -> tuple[int, ...]:
     """As even as whole blocks are, the first stages with one more."""
     return tuple(layers // stages + (i < layers % stages) for i in range(stages))
+
+
+def _gradient_sync(kind: str, layout: Layout) -> GradientSync:
+    """Programs that shard gradients scatter each micro-batch's: Composer and torchtitan turn
+    fully_shard's reduction off for none, ZeRO's stages 2 and 3 keep no whole gradients. Pipelines
+    hold theirs."""
+    each = ZERO[kind] > 1 and layout.pp == 1
+    return GradientSync.micro_batch if each else GradientSync.step
 
 
 def _published_share(cells: Cells) -> float | None:

@@ -131,11 +131,11 @@ def _norms_under_sequence_parallelism(to: Sending, where: Array) -> None:
     norms = weights_of({n: s for n, s in plans.model.block_shapes.items() if "norm" in n})
     outer = weights_of({n: s for n, s in plans.model.outer_shapes.items() if n.startswith("norm")})
     numbers = rank.layers * padded(norms, plans, one) + rank.last * padded(outer, plans, one)
-    calls = where * (rank.layers * len(norms) + rank.last * len(outer))
-    alone = plans.micro_batches == 1
+    calls = where * rank.scatters * (rank.layers * len(norms) + rank.last * len(outer))
+    alone = (plans.micro_batches == 1) | plans.syncs_each
     dtypes = [(name, item, here & alone) for name, item, here in to.between]
     dtypes.append(("float32", 4, ~alone))
-    to.add("backward", "all_reduce", to.one("tp"), dtypes, calls, numbers)
+    to.add("backward", "all_reduce", to.one("tp"), dtypes, calls, rank.scatters * numbers)
 
 
 def pipeline_messages(to: Sending) -> None:

@@ -27,7 +27,7 @@ def data_messages(to: Sending) -> None:
     zero 1  the same, and a broadcast of every weight from its owner. Megatron-LM: reduce_scatter of
             the gradients and all_gather of the weights, once a step
     zero 2  all_gather of the weights once a micro-batch, reduce_scatter of the gradients once a
-            step (Rajbhandari et al. 2020, ZeRO, section 7)
+            step or micro-batch (Rajbhandari et al. 2020, ZeRO, section 7)
     zero 3  all_gather of the blocks' weights before each forward and again before each backward
             (Zhao et al. 2023, PyTorch FSDP)
     hsdp    as sharded, and an all_reduce of the scattered gradients between the replicas
@@ -47,7 +47,9 @@ def data_messages(to: Sending) -> None:
     calls, numbers = root * rank.outer_stages + forward, root * outer + forward * block
     to.add("forward", "all_gather", to.shards, to.low, rank.sharded * calls, numbers)
     to.add("backward", "all_gather", to.shards, to.low, rank.sharded * backward, backward * block)
-    to.add("backward", "reduce_scatter", to.shards, gradients, rank.sharded * modules, size)
+    scattered = rank.sharded * rank.scatters
+    size = rank.scatters * size
+    to.add("backward", "reduce_scatter", to.shards, gradients, scattered * modules, size)
 
 
 def _zero1(to: Sending, reduced: Array, size: Array) -> None:
@@ -88,7 +90,8 @@ def expert_data_messages(to: Sending) -> None:
     of_block = rank.of_experts(n)
     to.add("forward", "all_gather", rest, to.low, forward, forward * of_block)
     to.add("backward", "all_gather", rest, to.low, backward, backward * of_block)
-    to.add("backward", "reduce_scatter", rest, gradients, calls * scattered, size)
+    times = calls * scattered * rank.scatters
+    to.add("backward", "reduce_scatter", rest, gradients, times, rank.scatters * size)
     weights = to.kept(plans.numerics.weights)
     to.add("optimizer", "all_gather", rest, weights, calls * rank.like_megatron, size)
 

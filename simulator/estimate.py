@@ -15,6 +15,7 @@ import numpy as np
 
 from simulator import collectives
 from simulator.collectives import group
+from simulator.data_seconds import exposed_data
 from simulator.hardware import DTYPES, Cluster
 from simulator.plans import Array
 from simulator.reached import narrower, product_seconds, reached_flops
@@ -23,7 +24,8 @@ from simulator.work import Work
 BACKWARD_PRODUCTS = 2.0  # gradients of inputs and of weights, each as large as the forward product
 BACKWARD_FLASH = 2.5  # with the scores again (Dao et al. 2022, FlashAttention, appendix B.4)
 BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gradient, writes one
-# of the element-wise bytes left where torch.compile fuses operators. Fitted, like HIDDEN_GATHERS:
+# of the element-wise bytes left where torch.compile fuses operators. Fitted, like HIDDEN_GATHERS
+# (simulator/data_seconds.py):
 # `./launch.sh python -m experiments.predict.fit constants` prints the error at other values, which
 # here hardly changes it
 FUSED = 0.6
@@ -37,7 +39,6 @@ ALIGNED = 8  # numbers: tensor cores want multiples of 16 bytes (NVIDIA, Matrix 
 # Background User's Guide, section 4)
 TRITON_SHARE = 1 / 1.6  # of FlashAttention-2's speed: it is 1.3 to 2.5 times as fast as
 # FlashAttention in Triton (Dao 2023, section 1)
-HIDDEN_GATHERS = 0.9  # of compute, behind which FSDP's prefetched messages can hide: least error
 
 
 def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
@@ -143,8 +144,9 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
     forward = products + pointwise + cast * taken + flash + kept + SCORE_PASSES * passes
     backward = BACKWARD_PRODUCTS * (products + kept) + BACKWARD_BYTES * pointwise + cast * given
     backward = backward + BACKWARD_FLASH * flash + SCORE_PASSES_BACKWARD * passes
-    # gradients of several micro-batches are added up: read and written
-    added = (work.micro_batches > 1) * 2 * work.gradient_bytes * weights / bandwidth
+    # gradients of several micro-batches are added up: read and written, or shards of them
+    summed = (work.micro_batches > 1) / np.where(work.scatters > 1, work.shards, 1)
+    added = summed * 2 * work.gradient_bytes * weights / bandwidth
     light = np.where(work.score_heads > 0, kept + SCORE_PASSES * passes, pointwise)
     light = light + np.sum(work.repeated * each, axis=1)
     again = work.recomputed * forward + work.selective * light
@@ -154,8 +156,8 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
 def copy_seconds(work: Work, cluster: Cluster) -> Array:
     """fully_shard copies what it has gathered into weights, and gradients into what it scatters
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py: split_with_sizes_copy, chunk_cat)."""
-    gathers = np.where(work.gathers_weights > 0, 2 * work.micro_batches, 1)
-    each = 2 * gathers * work.weight_bytes + work.item + work.gradient_bytes
+    gathers = np.maximum(work.gathers, 1)
+    each = 2 * gathers * work.weight_bytes + work.scatters * (work.item + work.gradient_bytes)
     bandwidth = cluster.device.memory_bandwidth * cluster.device.efficiency.memory
     return work.copies_shards * work.parameters * each / bandwidth
 
@@ -242,45 +244,6 @@ def stage_messages(work: Work, cluster: Cluster) -> Array:
     payload = work.tokens * work.width * work.item / work.tp
     pair = group(np.minimum(work.pp, 2), work.tp * work.cp * work.dp, cluster.node_size)
     return 2 * work.local_stages * collectives.seconds("send", payload, pair, cluster)
-
-
-def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
-    """Weights and gradients over the data axes that no compute hides.
-
-    Gathered weights (zero_stage 3) hide behind all of the compute, as they are prefetched (Zhao et
-    al. 2023, section 3.3); gradients behind the last micro-batch's backward, block by block (Li et
-    al. 2020, section 3.2.3), and weights that were updated behind the next forward (Megatron-Core's
-    overlap-param-gather). The first gather and the last gradient have nothing to hide behind.
-    """
-    ranks = group(work.dp * work.cp, work.tp, cluster.node_size)
-    owners = group(work.expert_ranks, work.ep * work.expert_tp, cluster.node_size)
-    blocks = work.layers * work.messages_a_block
-
-    def each(collective: str, item: Array, calls: Array) -> Array:
-        shared = collectives.seconds(collective, work.parameters * item / calls, ranks, cluster)
-        if not np.any(work.experts):
-            return calls * shared
-        own = collectives.seconds(collective, work.experts * item / calls, owners, cluster)
-        return calls * (shared + np.where(work.experts > 0, own, 0.0))
-
-    def left(sent: Array, hides: Array) -> Array:
-        return sent - np.minimum(sent * (1 - 1 / work.layers), hides)
-
-    by_block = (work.hides_gradients > 0) | (work.gathers_weights > 0)
-    calls = np.where(by_block, blocks, 1.0)
-    scatter = each("reduce_scatter", work.gradient_bytes, calls)
-    again = np.where(work.shards > 1, 0.0, each("all_gather", work.gradient_bytes, calls))
-    gather = each("all_gather", work.weight_bytes, blocks)
-    updates = np.where(work.shards > 1, each("all_gather", work.weight_bytes, calls), 0.0)
-    last = work.layers * block  # of one micro-batch: its backward is twice its forward
-    always = scatter + 2 * work.micro_batches * gather
-    prefetched = HIDDEN_GATHERS * work.hides_gathers * work.micro_batches * last
-    behind = cluster.overlap * last / 3
-    once = left(scatter + again, 2 * work.hides_gradients * behind)
-    once = once + left(updates, work.hides_updates * behind)
-    shown = np.where(work.gathers_weights > 0, left(always, prefetched), once)
-    sent = np.where(work.gathers_weights > 0, always, scatter + again + updates)
-    return np.where(cluster.device.asynchronous, shown, sent)  # sending is a core's work too
 
 
 def optimizer_seconds(work: Work, cluster: Cluster) -> Array:

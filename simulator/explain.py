@@ -16,6 +16,7 @@ from minigpt.config import ModelConfig
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
+    GradientSync,
     Layout,
     Options,
     expert_axes,
@@ -92,6 +93,11 @@ class Case:
         return int(self.options.activation_checkpointing != ActivationCheckpointing.none)
 
     @property
+    def each(self) -> str:
+        """Before what every micro-batch sends for itself (gradient_sync)."""
+        return "m " if self.options.gradient_sync == GradientSync.micro_batch else ""
+
+    @property
     def stages(self) -> list[int]:
         return [int(self.rank.stage(lap)[0]) for lap in range(int(self.rank.local_stages[0]))]
 
@@ -153,7 +159,7 @@ def _data(terms: Terms) -> None:
     else:
         gathered = "m P" if keep else "m (R + 2 W)"
     terms.add("all_gather", shards, low, "weights", f"{item} {gathered}")
-    terms.add("reduce_scatter", shards, "float32", "gradients", "4 P")
+    terms.add("reduce_scatter", shards, "float32", "gradients", f"4 {case.each}P")
     if r > 1:
         terms.add("all_reduce", replicas, "float32", "their shards", f"4 P / {n}")
 
@@ -172,7 +178,7 @@ def _experts_data(terms: Terms) -> None:
         again = "times of the schedule " if case.by_order else "(m + 1) "
         times = ("" if keep else again) if staged else ("m " if keep else "2 m ")
         terms.add("all_gather", shards, low, "experts", f"{item} {times}E")
-        terms.add("reduce_scatter", shards, "float32", "gradients of experts", "4 E")
+        terms.add("reduce_scatter", shards, "float32", "gradients of experts", f"4 {case.each}E")
     for replicas, r in outer:
         if r > 1:
             cut = f" / {n}" if n > 1 else ""
@@ -210,8 +216,9 @@ def _tensor(terms: Terms) -> None:
         terms.add("all_reduce", "tp", "float32", "loss", "12 m B T")
     if case.options.sequence_parallel:
         # the data axes hand over gradients in the dtype of their policy, accumulated ones in fp32
-        dtype, item = between if case.options.micro_batches == 1 else ("float32", 4)
-        terms.add("all_reduce", "tp", dtype, "gradients of norms", f"{item} G")
+        alone = case.options.micro_batches == 1 or case.each
+        dtype, item = between if alone else ("float32", 4)
+        terms.add("all_reduce", "tp", dtype, "gradients of norms", f"{item} {case.each}G")
 
 
 def _count(item: int, a_block: int, once: int) -> str:

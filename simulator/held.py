@@ -79,8 +79,9 @@ class Held:
     def gradients(self, numbers: Array, later: Array | bool) -> Array:
         """Of so many weights; of all of them where an earlier micro-batch has left its own, and
         where they are views of buckets, which stay (parallel/ddp.py)."""
-        earlier = later & ~self.modular
-        left = np.where(self.wrapped | earlier, self.numbers - earlier * self.unlike, numbers)
+        earlier = later & (~self.modular | self.plans.syncs_each)
+        unlike = (earlier & ~self.modular) * self.unlike
+        left = np.where(self.wrapped | earlier, self.numbers - unlike, numbers)
         return self.plans.numerics.gradients * left
 
     @cached_property
@@ -125,7 +126,7 @@ class Held:
     def untidy(self, later: Array | bool) -> Array:
         """Bytes of gradients that are replaced before the step ends: the whole one of an embedding
         that tp cuts; those that micro-batches without an all_reduce make beside DDP's buckets."""
-        cut = (self.plans.tp > 1) & later
+        cut = (self.plans.tp > 1) & self.whole(later)
         # among gradients that wait (unsent) the embedding's is counted as if it were cut
         whole = cut * self.embedding * (self.plans.tp - self.modular)
         return self.plans.numerics.gradients * (whole + (self.wrapped & later) * self.numbers)
@@ -135,10 +136,14 @@ class Held:
         """Gradients of all micro-batches wait whole for the last one, and are a message's then."""
         return self.modular & (self.plans.pp > 1)
 
+    def whole(self, later: Array | bool) -> Array:
+        """Whether what earlier micro-batches have left was not scattered after each."""
+        return later & ~self.plans.syncs_each
+
     def unsent(self, numbers: Array, later: Array | bool) -> Array:
         """Gradients that wait whole, of so many weights; of all where there was a micro-batch."""
         everything = self.whole_outer + self.rank.layers * (self.whole_block + self.whole_experts)
-        waits = self.unsynchronised | (self.modular & later)
+        waits = self.unsynchronised | (self.modular & self.whole(later))
         return self.plans.numerics.gradients * waits * np.where(later, everything, numbers)
 
     def held(self, after: Array | int, later: Array | bool, again: int = 1) -> Array:
@@ -211,14 +216,15 @@ class Held:
     # communication
 
     def gathered(self, blocks: Array, later: Array) -> Array:
-        """Weights that are whole for a while: those outside of blocks, and so many blocks'; all of
-        them with zero_stage=2 (Zhao et al. 2023, PyTorch FSDP, section 3.2). A pipeline keeps what
-        a backward has gathered until the stage's next forward gives it up, which comes between two
+        """Weights that are whole for a while: those outside of blocks, and so many blocks' (Zhao et
+        al. 2023, PyTorch FSDP, section 3.2). A pipeline keeps all with zero_stage=2; with 3 what a
+        backward has gathered until the stage's next forward gives it up, which comes between two
         backwards in 1F1B. Experts of whom ep has left no copy are whole as they are
         (parallel/experts.py)."""
         rank, plans = self.rank, self.plans
         copies = rank.expert_rest * np.where(plans.dp_shard > 1, plans.dp_replicate, 1) > 1
         block = self.whole_block + copies * self.whole_experts
         turns = (rank.local_stages == 1) & ~(later & (plans.schedule == GPIPE))
-        blocks = np.where(self.gives_up & ((plans.pp == 1) | turns), blocks, rank.layers)
+        given = (plans.pp == 1) | (self.gives_up & turns)
+        blocks = np.where(given, blocks, rank.layers)
         return self.modular * self.low * (self.whole_outer + blocks * block)

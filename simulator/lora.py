@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from minigpt.config import ModelConfig
 from minigpt.finetune import FinetuneConfig
-from parallel.layout import MESH_AXES, Layout, Options, Precision, weights_axes
+from parallel.layout import MESH_AXES, GradientSync, Layout, Options, Precision, weights_axes
 from simulator.flops import model_flops_per_token as of_full_training
 
 Key = tuple[str, str, str]  # collective, axis, dtype
@@ -41,7 +41,7 @@ def messages(
 
     ddp   all_reduce of the adapters' gradients: 4 A, not 4 (P + A)
     fsdp  all_gather of all weights, frozen or not, m times forward and, of the blocks, m times
-          backward; reduce_scatter of the adapters' gradients: 4 A
+          backward; reduce_scatter of the adapters' gradients: 4 A, or 4 m A (gradient_sync)
     hsdp  and an all_reduce of the scattered ones between the replicas
     """
     axes, m = weights_axes(layout), options.micro_batches
@@ -61,7 +61,9 @@ def messages(
         times = 2 if options.zero_stage == 3 else 1
         gathered = 4 * m * (times * blocks + outer)
         add("all_gather", shards, gathered, f"4 m (R + {times} (W + adapters))")
-        add("reduce_scatter", shards, 4 * adapters, "4 adapters")
+        each = options.gradient_sync == GradientSync.micro_batch
+        scattered = 4 * adapters * (m if each else 1)
+        add("reduce_scatter", shards, scattered, "4 m adapters" if each else "4 adapters")
         if clipped:
             add("all_reduce", shards, 4, "norm 4")
     if layout.world_size > 1:

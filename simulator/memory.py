@@ -47,7 +47,8 @@ def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Me
     Not closed: whole tensors that zero_stage=1 hands out (the optimizer's part is an even share);
     rows of experts without a capacity (even shares). With
     selective checkpointing over tp, what `out` and `down` gave counts as activations here and as
-    communication where it is measured. An RMSNorm is taken for a GPU's kernel: in bf16
+    communication where it is measured; so do sums of shards that wait for those of replicas
+    (gradient_sync), as gradients. An RMSNorm is taken for a GPU's kernel: in bf16
     on a CPU it keeps three times as much.
     """
     on = Moments(rank or Rank(plans, place))
@@ -55,6 +56,9 @@ def memory(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Me
     behind = (0 * first, first.clip(max=1), (first - 1).clip(0), first)
     moments = [on.at_the_loss(later) for later in (False, True)]
     moments += [on.at_the_end(later) for later in (False, True)]
+    if np.any(on.rank.sharded):
+        moments += [on.as_it_starts(True)]
+        moments += [one for later in (False, True) for one in on.as_the_last_leaves(later)]
     places = [(after, later) for after in behind for later in (False, True)]
     moments += [on.in_block(*place) for place in places]
     if plans.model.ffn != FFN.moe and on.may_be_fuller_before_mlp:
@@ -90,7 +94,7 @@ class Moments(Held):
         activations = self.of.waiting - fewer * self.of.of_one + self.untidy(later)
         fuller = np.maximum(self.of.in_loss, self.before_loss)
         activations = activations + heads + self.rank.last * fuller
-        weights = self.gathered(0 * self.outer, later)
+        weights = self.gathered(np.where(self.gives_up, 0, self.rank.layers), later)
         messages = weights + self.unsent(0 * self.outer, later) + self.held(0, later, again=0)
         return self.gradients(0 * self.outer, later), activations, messages
 
@@ -104,17 +108,44 @@ class Moments(Held):
 
     def at_the_end(self, later: Array | bool) -> tuple[Array, Array, Array]:
         """In the embedding's backward, the last: of one device's weights all gradients are there,
-        and where embedding and head share one both of it, beside their sum. Or fully_shard sends
-        those of what is in no block, in fp32, and has the embedding's still. Elsewhere other
-        moments are fuller (in_embedding, or what the data axes hold)."""
-        later, plans, size = self.may_be(later), self.plans, self.plans.numerics.gradients
-        alone = (plans.pp == 1) & (plans.tp == 1)
+        and where embedding and head share one both of it, beside their sum. Elsewhere other
+        moments are fuller (as_the_last_leaves, in_embedding, or what the data axes hold)."""
+        later, size = self.may_be(later), self.plans.numerics.gradients
         shared = size * self.of_embedding * self.model.tied * (2 + (later != self.wrapped))
         activations = self.of.width + self.of.angles + shared + self.untidy(later)
-        here, sharded = alone & ~self.modular, alone & self.rank.sharded & ~later
-        sent = size * self.whole_outer + self.low * self.of_embedding
-        everything = (here | sharded) * self.gradients(self.numbers, later)
-        return everything, here * activations, sharded * sent
+        here = self.alone & ~self.modular
+        return here * self.gradients(self.numbers, later), here * activations, 0 * self.outer
+
+    def as_the_last_leaves(self, later: Array | bool) -> list[tuple[Array, Array, Array]]:
+        """fully_shard's last message, of what is in no block, is of fp32. In the embedding's
+        backward its weights are there still, and the message before; then what goes into it, beside
+        gradients of embedding and head (or of both in one); then what comes out of it, beside the
+        head's."""
+        later, size, tied = self.may_be(later), self.plans.numerics.gradients, self.model.tied
+        each, here = self.low * self.of_embedding, self.alone & self.rank.sharded
+        here = here & ~self.whole(later)
+        before = self.low * self.whole_outer + size * (self.whole_block + self.whole_experts)
+        went, came = size * self.whole_outer, size * self.outer * (later & self.plans.syncs_each)
+        blocks = self.gradients(self.numbers - self.outer, later)
+        moments = [
+            (blocks, tied * 2 * each, before + (1 if tied else 2) * each),
+            (blocks, 0 * each, went + (1 if tied else 2) * each),
+            (self.gradients(self.numbers, later), 0 * each, went + came + (not tied) * each),
+        ]
+        return [tuple(here * part for part in moment) for moment in moments]  # type: ignore[misc]
+
+    def as_it_starts(self, later: Array | bool) -> tuple[Array, Array, Array]:
+        """In the forward that gathers what is in no block and then the first one: fully_shard's
+        messages are there still, beside the weights that were copied out of them."""
+        later = self.may_be(later)
+        here, none = self.rank.sharded & (self.plans.pp == 1), 0 * self.outer
+        messages = 2 * self.gathered(none + 1, later) + self.unsent(none, later)
+        return here * self.gradients(none, later), none, here * messages
+
+    @property
+    def alone(self) -> Array:
+        """Nothing but the data axes cuts weights."""
+        return (self.plans.pp == 1) & (self.plans.tp == 1)
 
     def in_block(self, after: Array, later: Array | bool) -> tuple[Array, Array, Array]:
         """In the backward of the MLP of the block that has `after` blocks of its stage behind it:
@@ -174,7 +205,7 @@ class Moments(Held):
         pending = self.low * (self._back + there)
         block = self.whole_block + self.whole_experts
         sent = (after > 0) * self.plans.numerics.gradients * block
-        sent = np.where(self.unsynchronised | later, 0, pending + sent)
+        sent = np.where(self.unsynchronised | self.whole(later), 0, pending + sent)
         unsent = self.unsent(after * block + self._back + there, later)
         left = self.rank.layers - after
         ahead = np.minimum(left, 2)  # the block itself, and the next one fetched ahead

@@ -3,9 +3,9 @@
 Ranks that differ in other axes than pp behave alike, so rank 0 of each pp place stands for them.
 Which messages there are, and their bytes, is simulator/communication.py's; here they get a place:
 those of tp, cp and ep after each block, waited for at once; gathered weights one block ahead;
-gradients from the last micro-batch's backward on, waited for at its end; the rest with the
-optimizer. The messages of a pass are spread evenly over its blocks, so that embedding and head
-count with the blocks beside them.
+gradients from the last micro-batch's backward on, or each one's, waited for at its end; the rest
+with the optimizer. The messages of a pass are spread evenly over its blocks, so that embedding and
+head count with the blocks beside them.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Share:
 
     @property
     def is_gradient(self) -> bool:
-        """Sent once, when the last backward gives it. A norm's, which sequence parallelism adds up
-        over tp, is not told from activations."""
+        """Sent when a backward gives it: the last, or each. A norm's, which sequence parallelism
+        adds up over tp, is not told from activations."""
         return self.axis.startswith(WEIGHTS) and self.collective != "all_gather"
 
     def next(self, slots: int) -> Iterator[int]:
@@ -110,6 +110,7 @@ class Writer:
         self.blocks = dict(zip(own, (int(n[0]) for n in self.rank.blocks), strict=True))
         self.slots = options.micro_batches * sum(self.blocks.values())
         self.backwards = dict.fromkeys(own, 0)  # that a stage has done
+        self.scatters_each = bool(self.rank.scatters[0] > 1)
 
     # sizes
 
@@ -140,9 +141,9 @@ class Writer:
             waits: Program = [Wait(m.number, phase) for m in [*inside, *ahead]]
             # gathered weights are asked for before a block and waited for behind it: one ahead
             made += [*ahead, *computed, *inside, *waits]
-            if last:
-                made += self._gradients(stage, i)
-        if last and self.layout.pp == 1:
+            if kind in "BW":
+                made += self._gradients(stage, i, last)
+        if self.layout.pp == 1:
             made += self._arrived()
         return made
 
@@ -162,14 +163,17 @@ class Writer:
             made += [self._message(share, size, stage, i) for size in share.next(self.slots)]
         return ahead, inside
 
-    def _gradients(self, stage: int, i: int) -> list[Message]:
-        """Those that are sent when a block's last backward is done."""
-        made = [
-            self._message(share, size, stage, i)
-            for share in self.shares
-            if share.phase == "backward" and share.axis != "pp" and share.is_gradient
-            for size in share.next(sum(self.blocks.values()))
-        ]
+    def _gradients(self, stage: int, i: int, last: bool) -> list[Message]:
+        """Those that are sent when a block's backward is done: the last one, or each that scatters
+        its own."""
+        blocks, made = sum(self.blocks.values()), []
+        for share in self.shares:
+            if share.phase != "backward" or share.axis == "pp" or not share.is_gradient:
+                continue
+            of_each = self.scatters_each and share.collective == "reduce_scatter"
+            if last or of_each:
+                sizes = share.next(self.slots if of_each else blocks)
+                made += [self._message(share, size, stage, i) for size in sizes]
         self.pending += [message.number for message in made]
         return made
 

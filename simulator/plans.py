@@ -18,6 +18,7 @@ from minigpt.config import ModelConfig
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
+    GradientSync,
     Layout,
     Options,
     PipelineSchedule,
@@ -60,6 +61,7 @@ class Plans:
     micro_batch_size: Array
     micro_batches: Array  # of one optimiser step (gradient_accumulation_steps)
     zero_stage: Array
+    syncs_each: Array  # bool: gradients are scattered after each micro-batch (gradient_sync)
     sequence_parallel: Array  # bool
     precision: Array  # place in PRECISIONS
     checkpointing: Array  # place in CHECKPOINTING
@@ -81,6 +83,7 @@ class Plans:
             "micro_batch_size": options.micro_batch_size,
             "micro_batches": options.micro_batches,
             "zero_stage": options.zero_stage,
+            "syncs_each": options.gradient_sync == GradientSync.micro_batch,
             "sequence_parallel": options.sequence_parallel,
             "precision": PRECISIONS.index(options.precision),
             "checkpointing": CHECKPOINTING.index(options.activation_checkpointing),

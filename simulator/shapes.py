@@ -217,6 +217,11 @@ class Rank:
         return (self.plans.dp_shard > 1) & (self.plans.zero_stage > 1)
 
     @cached_property
+    def scatters(self) -> Array:
+        """How often a step scatters gradients, where it does."""
+        return np.where(self.plans.syncs_each, self.plans.micro_batches, 1)
+
+    @cached_property
     def replicas(self) -> Array:
         """Ranks on the axis that replicates weights (parallel.layout.weights_axes)."""
         plans = self.plans

@@ -19,6 +19,7 @@ from minigpt.finetune import FinetuneConfig
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
+    GradientSync,
     Layout,
     Options,
     PipelineConfig,
@@ -51,6 +52,7 @@ class Space:
     )
     schedules: Iterable[PipelineSchedule] = SCHEDULES
     zero_stages: Iterable[int] = (1, 2, 3)
+    gradient_syncs: Iterable[GradientSync] = tuple(GradientSync)
     # with tp: it sends as many bytes and keeps fewer (Korthikanti et al. 2022), so not without
     sequence_parallel: Iterable[bool] = (True,)
     micro_batch_sizes: Iterable[int] = MICRO_BATCH_SIZES
@@ -114,6 +116,7 @@ def _filled(space: Space, layouts: Array) -> Plans:
             CHECKPOINTING.index(checkpointing),
             PRECISIONS.index(precision),
             zero,
+            sync == GradientSync.micro_batch,
             sequence,
             size,
         )
@@ -122,17 +125,21 @@ def _filled(space: Space, layouts: Array) -> Plans:
         for checkpointing in space.checkpointing
         for precision in space.precisions
         for zero in space.zero_stages
+        for sync in space.gradient_syncs
         for sequence in space.sequence_parallel
         for size in space.micro_batch_sizes
     ]
     table = np.array(options, dtype=np.int64)
-    schedule, stages, checkpointing, precision, zero, sequence, size = table.T
+    schedule, stages, checkpointing, precision, zero, each, sequence, size = table.T
     pp, replicate, shard, _, tp, _ = (column[:, None] for column in layouts.T)
+    accumulates = (space.batch_size > replicate * shard * size) & (pp == 1)
+    scatters = accumulates & (shard > 1) & (zero > 1)
     # an option that changes nothing is tried once
     first = (schedule == schedule[0]) & (stages == stages[0])
     makes_sense = (
         ((pp > 1) | first)
         & ((shard > 1) | (zero == zero[0]))
+        & (scatters | (each == each[0]))
         & ((tp > 1) | (sequence == sequence[0]))
         & (space.batch_size % (replicate * shard * size) == 0)
         & (pp * stages <= space.model.n_layer)
@@ -148,6 +155,7 @@ def _filled(space: Space, layouts: Array) -> Plans:
         "micro_batch_size": size,
     }
     chosen |= {name: values[columns] for name, values in own.items()}
+    chosen["syncs_each"] = (each[columns] == 1) & scatters[rows, columns]
     chosen["sequence_parallel"] = sequence[columns].astype(bool) & (chosen["tp"] > 1)
     chosen["local_stages"] = np.where(chosen["pp"] > 1, chosen["local_stages"], 1)
     ranks = chosen["dp_replicate"] * chosen["dp_shard"]
@@ -174,6 +182,7 @@ def _allowed(plans: Plans) -> tuple[Plans, Counter[str]]:
         for axis in (plans.dp_replicate, plans.dp_shard)
     ]
     options = [plans.schedule, plans.local_stages, plans.checkpointing, plans.zero_stage]
+    options.append(plans.syncs_each)
     shape = [plans.pp, *there, plans.cp, plans.tp, plans.ep, plans.sequence_parallel, *options]
     filled = replace(plans, micro_batches=2 * plans.pp)  # which every schedule takes
     counts = [plans.pp, plans.schedule, plans.local_stages, plans.micro_batches]
@@ -221,6 +230,7 @@ def options_at(plans: Plans, i: int) -> Options:
         precision=PRECISIONS[plans.precision[i]],
         activation_checkpointing=CHECKPOINTING[plans.checkpointing[i]],
         zero_stage=int(plans.zero_stage[i]),
+        gradient_sync=GradientSync.micro_batch if plans.syncs_each[i] else GradientSync.step,
         sequence_parallel=bool(plans.sequence_parallel[i]),
         pipeline=pipeline,
         micro_batch_size=int(plans.micro_batch_size[i]),

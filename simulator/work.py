@@ -28,6 +28,9 @@ OWN_DTYPE = np.array([DTYPES.index(OWN[p.value]) for p in PRECISIONS])
 WIDE_DTYPE = np.minimum(OWN_DTYPE, DTYPES.index("bf16"))
 SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedule in SCHEDULES])
 
+# what Work takes from Habits as it is
+HIDES = ("hides_tensor", "hides_stages", "hides_gradients", "hides_updates", "hides_gathers")
+OF_HABITS = (*HIDES, "sends_once", "blocking", "logit_bytes")
 # Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
 # rotations in one kernel read and write
 RESIDUAL_PASSES = 2 * 3
@@ -55,7 +58,10 @@ class Work:
     ep: Array
     dp: Array
     shards: Array  # ranks that share the optimizer's state; 1: each has all
+    replicas: Array  # of the shards, where ranks share weights or optimizer
+    scatters: Array  # of gradients in a step, where ranks share them
     gathers_weights: Array  # 1 where each forward and backward gathers them (zero_stage 3)
+    gathers: Array  # of all weights in a step, ahead of the blocks that want them
     sequence_parallel: Array
     splits_backward: Array
     hides_tensor: Array  # 1 where they do, as the others: see simulator.habits.Habits
@@ -103,7 +109,7 @@ class Work:
     # weights of that rank before data axes cut them, and bytes of each
     parameters: Array  # but for experts
     experts: Array
-    expert_ranks: Array  # that have the same experts
+    expert_ranks: Array  # that have the same experts, or a shard of them
     expert_shards: Array  # ranks that share their optimizer's state
     expert_tp: Array  # in how many parts each expert is cut
     gradient_bytes: Array
@@ -152,19 +158,12 @@ class Work:
         narrow = dtype >= DTYPES.index("fp8")
         values = {**_layout(plans), **_block(block, habits, narrow), **_attention(block)}
         values |= _stages(block)
+        values |= {name: getattr(habits, name) for name in OF_HABITS}
         values |= {
             "dtype": dtype,
             "wide_dtype": WIDE_DTYPE[plans.precision],
             "compiled": compiled,
             "kernel": KERNELS.index(habits.kernel),
-            "logit_bytes": habits.logit_bytes,
-            "hides_tensor": habits.hides_tensor,
-            "hides_stages": habits.hides_stages,
-            "hides_gradients": habits.hides_gradients,
-            "hides_updates": habits.hides_updates,
-            "hides_gathers": habits.hides_gathers,
-            "sends_once": habits.sends_once,
-            "blocking": habits.blocking,
             "copies_shards": habits.copies_shards & (plans.dp_shard > 1) & (plans.zero_stage > 1),
             "messages_a_block": messages_a_block,
             "item": item,
@@ -193,6 +192,7 @@ def _tokens(plans: Plans) -> Array:
 
 
 def _layout(plans: Plans) -> Values:
+    gathers = (plans.dp_shard > 1) & (plans.zero_stage > 1) & (plans.pp == 1)
     return {
         "pp": plans.pp,
         "local_stages": np.where(plans.pp > 1, plans.local_stages, 1),
@@ -202,8 +202,11 @@ def _layout(plans: Plans) -> Values:
         "ep": plans.ep,
         "dp": plans.data_parallel,
         "shards": np.where(plans.dp_shard > 1, plans.dp_shard * plans.cp, 1),
+        "replicas": np.where(plans.dp_shard > 1, plans.dp_replicate, 1),
+        "scatters": np.where(plans.syncs_each, plans.micro_batches, 1),
         # with a pipeline, gathered weights stay until the step's end in all programs scored here
-        "gathers_weights": (plans.dp_shard > 1) & (plans.zero_stage == 3) & (plans.pp == 1),
+        "gathers_weights": gathers * (plans.zero_stage == 3),
+        "gathers": gathers * plans.micro_batches * (plans.zero_stage - 1),
         "sequence_parallel": plans.sequence_parallel,
         "splits_backward": SPLITS_BACKWARD[plans.schedule] & (plans.pp > 1),
     }
@@ -280,7 +283,7 @@ def _stages(block: Block) -> Values:
         "parameters": layers * first.of_dense(whole) + dense * mlp + first.of_outer(whole),
         "experts": (layers - dense) * block.expert_numbers,
         "expert_ranks": same,
-        "expert_shards": np.where(plans.dp_shard > 1, same, 1),
+        "expert_shards": np.where(plans.dp_shard > 1, same / plans.dp_replicate, 1),
         "gradient_bytes": kept.gradients,
         "weight_bytes": LOW_BYTES[plans.precision],
         "state_bytes": 2 * kept.optimizer + 2 * kept.weights + kept.gradients,

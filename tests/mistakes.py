@@ -9,6 +9,7 @@ from minigpt.config import FFN, ModelConfig
 from minigpt.finetune import FinetuneConfig, Method
 from parallel.layout import (
     ActivationCheckpointing,
+    GradientSync,
     Impl,
     Layout,
     Options,
@@ -29,6 +30,7 @@ def schedule(name: str, **settings: Any) -> dict[str, Any]:
 SELECTIVE = {"activation_checkpointing": ActivationCheckpointing.selective}
 BY_HAND: dict[str, Any] = {"impl": Impl.by_hand}
 LORA: dict[str, Any] = {"finetune": FinetuneConfig(Method.lora)}
+EACH: dict[str, Any] = {"gradient_sync": GradientSync.micro_batch}
 ACCELERATE: dict[str, Any] = {"impl": Impl.accelerate}
 FLOAT8: dict[str, Any] = {"precision": Precision.fp8}
 
@@ -241,6 +243,20 @@ MISTAKES: list[tuple[ModelConfig, Layout, dict[str, Any], str]] = [
         {"zero_stage": 1},
         "zero_stage=1: weights are copies on all of layout.dp_shard, so layout.dp_replicate=2",
     ),
+    (MODEL, Layout(dp_replicate=2), EACH, "gradient_sync=micro_batch: it keeps gradients sharded"),
+    (
+        MODEL,
+        Layout(dp_shard=2),
+        {**EACH, "zero_stage": 1},
+        "gradient_sync=micro_batch: zero_stage=1 keeps whole gradients",
+    ),
+    (
+        MODEL,
+        Layout(pp=2, dp_shard=2),
+        {**EACH, "zero_stage": 2},
+        "gradient_sync=micro_batch: torch's pipelines (layout.pp=2)",
+    ),
+    (MODEL, Layout(dp_shard=2), {**EACH, **BY_HAND}, "impl=by_hand: gradient_sync=micro_batch is"),
     *[
         (
             MOE if axis == "ep" else MODEL,

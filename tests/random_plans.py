@@ -10,6 +10,7 @@ from experiments.figures.parity import Plan
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
+    GradientSync,
     Impl,
     Layout,
     PipelineConfig,
@@ -71,6 +72,7 @@ def ways(layout: Layout) -> dict[str, list[Any]]:
     }
     if layout.dp_shard > 1:
         choices["zero_stage"] = [1, 2, 3]
+        choices["gradient_sync"] = list(GradientSync)
     if layout.tp > 1:
         choices["sequence_parallel"] = [False, True]
     if layout.pp > 1:

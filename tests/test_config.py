@@ -218,6 +218,11 @@ def test_a_number_that_torchrun_would_not_take_is_one_line(option: str, allowed:
         (["pipeline.schedule=gpipe"], "pipeline: its keys change nothing"),
         (["finetune.rank=4"], "finetune: its keys change nothing without finetune=lora"),
         (["data.path=x", "data=generated"], "data.path: data=generated reads no file"),
+        (["strategy=fsdp", "gradient_sync=micro_batch"], "gradient_sync=micro_batch: changes noth"),
+        (
+            ["strategy=fsdp", "gradient_sync=micro_batch", "gradient_accumulation_steps=2"],
+            "",
+        ),
         (["strategy=zero1"], ""),
         (["strategy=pp", "pipeline.schedule=gpipe"], ""),
     ],

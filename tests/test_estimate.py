@@ -36,6 +36,7 @@ def plans(model: ModelConfig = LLAMA, seq_len: int = 4096, **changes: list[Any])
         "micro_batch_size": [1],
         "micro_batches": [8],
         "zero_stage": [1],
+        "syncs_each": [False],
         "sequence_parallel": [False],
         "precision": [[p.value for p in PRECISIONS].index("bf16")],
         "checkpointing": [[c.value for c in CHECKPOINTING].index("none")],
@@ -56,6 +57,7 @@ MANY = {
     "tp": [1, 2, 8],
     "cp": [1, 2],
     "zero_stage": [1, 2, 3],
+    "syncs_each": [False],
     "sequence_parallel": [False, True],
 }
 
@@ -215,15 +217,24 @@ def test_messages_to_the_next_stage_lengthen_the_bubble() -> None:
     assert slow["bubble"][0] > near["bubble"][0]
 
 
-@pytest.mark.parametrize(("zero_stage", "gathers"), [(3, 2 * 8), (2, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("zero_stage", "each", "gathers", "scatters"),
+    [
+        (3, False, 2 * 8, 1),
+        (3, True, 2 * 8, 8),
+        (2, False, 8, 1),
+        (2, True, 8, 8),
+        (1, False, 0, 0),
+    ],
+)
 def test_sharded_weights_are_copied_out_of_messages_and_gradients_into_them(
-    zero_stage: int, gathers: int
+    zero_stage: int, each: bool, gathers: int, scatters: int
 ) -> None:
-    """Each gather is read and written in bf16; gradients are read so and written in fp32, once."""
-    some = plans(dp_shard=[64], zero_stage=[zero_stage])
+    """Each gather is read and written in bf16; gradients are read so and written in fp32."""
+    some = plans(dp_shard=[64], zero_stage=[zero_stage], syncs_each=[each])
     without = Work.of(some, habits=Habits(copies_shards=False))
     more = step_seconds(Work.of(some), H100)["compute"] - step_seconds(without, H100)["compute"]
-    moved = LLAMA.parameters * (gathers * (2 + 2) + (2 + 4) * (zero_stage > 1))
+    moved = LLAMA.parameters * (gathers * (2 + 2) + (2 + 4) * scatters)
     rate = H100.device.memory_bandwidth * H100.device.efficiency.memory
     assert more == pytest.approx(moved / rate, rel=1e-6)
 

@@ -44,6 +44,7 @@ def many() -> Plans:
         "micro_batch_size": [2],
         "micro_batches": [8],
         "zero_stage": [1, 2, 3],
+        "syncs_each": [False],
         "sequence_parallel": [False],
         "precision": [0, 1],
         "checkpointing": [0, 2],

@@ -14,6 +14,7 @@ from experiments.figures.short_runs import step_costs
 from minigpt.config import FFN, ModelConfig, Norm, Positions, Source
 from parallel.layout import (
     ActivationCheckpointing,
+    GradientSync,
     Layout,
     Options,
     PipelineConfig,
@@ -142,6 +143,7 @@ def test_more_of_anything_needs_more_and_shards_need_less() -> None:
 @pytest.mark.slow
 def test_a_large_vocabularys_peak_is_near_the_traced_one() -> None:
     accumulated = {"gradient_accumulation_steps": 2}
+    each = {"gradient_accumulation_steps": 4, "gradient_sync": GradientSync.micro_batch}
     layouts: list[tuple[Layout, dict[str, Any]]] = [
         (Layout(), {}),
         (Layout(), accumulated),
@@ -150,6 +152,10 @@ def test_a_large_vocabularys_peak_is_near_the_traced_one() -> None:
         (Layout(dp_shard=2), {}),
         (Layout(dp_shard=2), accumulated),
         (Layout(dp_shard=2), {"zero_stage": 2}),
+        (Layout(dp_shard=2), each),
+        (Layout(dp_shard=2), {**each, "zero_stage": 2}),
+        (Layout(dp_replicate=2, dp_shard=2), {}),
+        (Layout(dp_replicate=2, dp_shard=2), each),
     ]
     configs = [
         make_config(layout, {**LARGE_HEAD, **more, **checkpointed, "model.tied": tied, **kind})

@@ -77,8 +77,9 @@ def expected(config: TrainConfig, rank: int) -> Sent | None:
         update = "all_gather" if hand else "broadcast"
         return {("all_reduce", "backward"): whole, (update, "optimizer"): whole}
     if layout.dp_shard > 1:
-        sent = {("all_gather", "forward"): whole, ("reduce_scatter", "backward"): whole}
-        return sent | ({("all_gather", "backward"): blocks} if config.zero_stage == 3 else {})
+        scattered = m * whole if config.gradient_sync == "micro_batch" else whole
+        sent = {("all_gather", "forward"): m * whole, ("reduce_scatter", "backward"): scattered}
+        return sent | ({("all_gather", "backward"): m * blocks} if config.zero_stage == 3 else {})
     if layout.tp > 1 and not config.sequence_parallel:
         return {
             ("all_reduce", "forward"): (2 * layers + 1) * x + loss,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minigpt.config import FFN, ModelConfig
 from parallel.layout import (
     ActivationCheckpointing,
+    GradientSync,
     Impl,
     Layout,
     Options,
@@ -76,6 +77,7 @@ options = st.builds(
     compile=st.booleans(),
     impl=st.sampled_from([Impl.torch, Impl.torch, *Impl]),
     zero_stage=st.sampled_from([1, 2, 3, 3, 4]),
+    gradient_sync=st.sampled_from(GradientSync),
     sequence_parallel=st.booleans(),
     pipeline=pipelines,
     seq_len=st.sampled_from([16, 24, 48, 50]),
@@ -100,6 +102,8 @@ def equations(model: ModelConfig, layout: Layout, options: Options) -> dict[str,
         "data ranks": axis % layout.ep == 0,
         "blocks": pp == 1 or stages <= model.n_layer,
         "split": split is None or (len(split) == stages and sum(split) == model.n_layer),
+        "shards of gradients": options.gradient_sync == GradientSync.step
+        or (layout.dp_shard > 1 and options.zero_stage > 1 and pp == 1),
         "micro-batches": pp == 1 or takes(options.pipeline, pp, options.micro_batches),
     }
 

@@ -10,12 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigpt.config import ModelConfig
-from parallel.layout import ActivationCheckpointing, Layout, Options, PipelineConfig, Precision
+from parallel.layout import (
+    ActivationCheckpointing,
+    GradientSync,
+    Layout,
+    Options,
+    PipelineConfig,
+    Precision,
+)
 from parallel.rules import check, fits, of_size
 from simulator.plans import SCHEDULES, distinct
 from simulator.space import Space, layout_at, options_at, plans_of, stages_a_rank
 
 DENSE = ModelConfig(n_layer=8, n_head=4, n_kv_head=2)
+# zero_stage and gradient_sync, without accumulation and with it
+SHARDED = [[(zero, GradientSync.step) for zero in (1, 2, 3)]]
+SHARDED.append([*SHARDED[0], *[(zero, GradientSync.micro_batch) for zero in (2, 3)]])
 MOE = ModelConfig(n_layer=4, n_head=4, ffn="moe", n_expert=4)  # type: ignore[arg-type]
 
 
@@ -29,15 +39,17 @@ def by_rules(space: Space) -> set[tuple[str, str]]:
         count, rest = divmod(space.batch_size, size * layout.data_parallel)
         if rest or layout.data_parallel % layout.ep:
             continue
-        for pipeline, checkpointing, zero in itertools.product(
+        accumulates = layout.dp_shard > 1 and layout.pp == 1 and count > 1
+        for pipeline, checkpointing, (zero, sync) in itertools.product(
             pipelines if layout.pp > 1 else [PipelineConfig()],
             space.checkpointing,
-            space.zero_stages if layout.dp_shard > 1 else [1],
+            SHARDED[accumulates] if layout.dp_shard > 1 else [(1, GradientSync.step)],
         ):
             options = Options(
                 precision=Precision.bf16,
                 activation_checkpointing=checkpointing,
                 zero_stage=zero,
+                gradient_sync=sync,
                 sequence_parallel=layout.tp > 1,
                 pipeline=pipeline,
                 micro_batch_size=size,

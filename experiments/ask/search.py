@@ -9,7 +9,8 @@ from experiments.ask.evidence import Evidence, Run
 from experiments.ask.quantity import COUNT, SHARE, Quantity, formula
 from experiments.ask.runs import SECONDS
 from experiments.ask.words import Wanted, models
-from experiments.predict.search_tables import schedule_of
+from experiments.predict.search_tables import schedule_of, zero_of
+from parallel.layout import GradientSync
 
 TOP = 5  # plans that are shown
 HEAD = ["layout", "how", "step", "MFU", "memory", "exposed", "bubble"]  # of cells_of
@@ -112,7 +113,7 @@ def nothing(found: Run) -> list[Said]:
 def shortly(plan: dict[str, Any]) -> list[str]:
     """For two cells of a table: the layout, and how it is run."""
     how = [schedule_of(plan)] if plan["schedule"] else []
-    how += [f"zero {plan['zero_stage']}"] if plan["zero_stage"] else []
+    how += [f"zero {zero_of(plan)}"] if plan["zero_stage"] else []
     how.append(f"{plan['gradient_accumulation_steps']} x {plan['micro_batch_size']}")
     checkpointing = plan["activation_checkpointing"]
     how += [checkpointing] if checkpointing != "none" else []
@@ -126,6 +127,8 @@ def described(plan: dict[str, Any]) -> str:
         how.append(schedule_of(plan))
     if plan["zero_stage"]:
         how.append(f"zero_stage={plan['zero_stage']}")
+    if plan["gradient_sync"] == GradientSync.micro_batch.value:
+        how.append("gradient_sync=micro_batch")
     count = plan["gradient_accumulation_steps"]
     how.append(f"{count} micro-batch{'es' * (count > 1)} of {plan['micro_batch_size']}")
     if plan["activation_checkpointing"] != "none":

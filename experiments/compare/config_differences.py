@@ -41,6 +41,7 @@ OF_A_STEP = (
     "compile",
     "impl",
     "zero_stage",
+    "gradient_sync",
     "sequence_parallel",
     "pipeline",
     "clip",

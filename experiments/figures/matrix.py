@@ -23,6 +23,7 @@ from experiments.figures.parity import (
 from experiments.ranks import RankFailed
 from parallel.layout import (
     ActivationCheckpointing,
+    GradientSync,
     Impl,
     Layout,
     PipelineConfig,
@@ -50,6 +51,7 @@ EXPERTS = {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64}
 CAPPED = {**EXPERTS, "model.capacity_factor": 1.0, "seed": 2}
 SEQUENCE = {"sequence_parallel": True}
 KEPT = {"zero_stage": 2}
+EACH = {**FILLED, "gradient_sync": GradientSync.micro_batch}
 HAND = {"impl": Impl.by_hand}
 
 
@@ -67,6 +69,8 @@ PLANS = [
     plan("zero1 2", {"zero_stage": 1}, dp_shard=2),
     plan("zero2 2", KEPT, dp_shard=2),
     plan("fsdp2", dp_shard=2),
+    plan("zero2 2, each scatters", {**EACH, **KEPT}, dp_shard=2),
+    plan("fsdp2, each scatters", EACH, dp_shard=2),
     plan("tp2", tp=2),
     plan("tp2 sequence", SEQUENCE, tp=2),
     *[plan(f"pp2 {s.value}", schedule(s.value), pp=2) for s in PipelineSchedule],
@@ -94,9 +98,11 @@ PLANS = [
     plan("ddp2 through accelerate", {"impl": Impl.accelerate}, dp_replicate=2),
     # pairs
     plan("hsdp 2 x 2", dp_replicate=2, dp_shard=2),
+    plan("hsdp 2 x 2, each scatters", EACH, dp_replicate=2, dp_shard=2),
     plan("ddp2 x tp2", dp_replicate=2, tp=2),
     plan("fsdp2 x tp2", dp_shard=2, tp=2),
     plan("fsdp2 x tp2 sequence", SEQUENCE, dp_shard=2, tp=2),
+    plan("fsdp2 x tp2 sequence, each scatters", {**EACH, **SEQUENCE}, dp_shard=2, tp=2),
     plan("pp2 x ddp2", FILLED, pp=2, dp_replicate=2),
     plan("pp2 x fsdp2", FILLED, pp=2, dp_shard=2),
     plan("pp2 x zero2 2", {**FILLED, **KEPT}, pp=2, dp_shard=2),
@@ -113,7 +119,9 @@ PLANS = [
     plan("fsdp4, two experts", {**EXPERTS, "model.n_expert": 2}, dp_shard=4),
     plan("fsdp4, ep2, two experts", {**EXPERTS, "model.n_expert": 2}, dp_shard=4, ep=2),
     plan("ddp4, ep2, capacity", CAPPED, dp_replicate=4, ep=2),
+    plan("fsdp4, ep2, each scatters", {**EACH, **EXPERTS}, dp_shard=4, ep=2),
     plan("hsdp 2 x 2, ep2", EXPERTS, dp_replicate=2, dp_shard=2, ep=2),
+    plan("hsdp 2 x 2, ep2, each scatters", {**EACH, **EXPERTS}, dp_replicate=2, dp_shard=2, ep=2),
     plan("pp2 x fsdp2, ep2", {**FILLED, **EXPERTS}, pp=2, dp_shard=2, ep=2),
     # three and more
     plan("pp2 x fsdp2 x tp2", FILLED, pp=2, dp_shard=2, tp=2),

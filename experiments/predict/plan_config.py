@@ -11,7 +11,13 @@ from omegaconf import MISSING
 
 from experiments.config import TrainConfig
 from minigpt.config import ModelConfig, above, at_least, fraction, require
-from parallel.layout import MESH_AXES, ActivationCheckpointing, PipelineSchedule, Precision
+from parallel.layout import (
+    MESH_AXES,
+    ActivationCheckpointing,
+    GradientSync,
+    PipelineSchedule,
+    Precision,
+)
 from simulator.at_scale import Failures
 from simulator.hardware import Cluster
 from simulator.space import Space
@@ -128,6 +134,7 @@ class SearchConfig:
     )
     schedule: list[PipelineSchedule] = field(default_factory=lambda: list(Space.schedules))
     zero_stage: list[int] = field(default_factory=lambda: list(Space.zero_stages))
+    gradient_sync: list[GradientSync] = field(default_factory=lambda: list(Space.gradient_syncs))
     micro_batch_size: list[int] = field(default_factory=lambda: list(Space.micro_batch_sizes))
     headroom: float = 0.1  # share of the device's memory that must stay free
     tensor_parallel_in_node: bool = True  # only plans whose tp ranks share a node
@@ -146,6 +153,7 @@ class SearchConfig:
             "activation_checkpointing": self.activation_checkpointing,
             "schedule": self.schedule,
             "zero_stage": self.zero_stage,
+            "gradient_sync": self.gradient_sync,
             "micro_batch_size": self.micro_batch_size,
         }
         for key, values in lists.items():

@@ -22,9 +22,9 @@ from experiments.predict.scale import run_to_the_end
 from experiments.predict.search_tables import show
 from experiments.refused import Refused
 from simulator.at_scale import HOUR
-from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES
+from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Plans
 from simulator.search import BEST, Found, search
-from simulator.space import Space, layout_at
+from simulator.space import Space, layout_at, options_at
 
 
 def command(argv: list[str]) -> int:
@@ -62,6 +62,7 @@ def find(config: SearchConfig) -> Found:
         tuple(config.activation_checkpointing),
         tuple(config.schedule),
         tuple(config.zero_stage),
+        tuple(config.gradient_sync),
         micro_batch_sizes=tuple(config.micro_batch_size),
     )
     try:
@@ -121,6 +122,7 @@ def plan_of(found: Found, i: int) -> dict[str, Any]:
         "gradient_accumulation_steps": int(plans.micro_batches[i]),
         "activation_checkpointing": CHECKPOINTING[plans.checkpointing[i]].value,
         "zero_stage": int(plans.zero_stage[i]) if layout.dp_shard > 1 else None,
+        "gradient_sync": _gradient_sync(plans, i),
         "sequence_parallel": bool(plans.sequence_parallel[i]),
         "precision": PRECISIONS[plans.precision[i]].value,
         "fits": bool(found.fits[i]),
@@ -130,6 +132,12 @@ def plan_of(found: Found, i: int) -> dict[str, Any]:
         "memory_bytes": memory.pop("peak"),
         "memory_parts": memory,
     }
+
+
+def _gradient_sync(plans: Plans, i: int) -> str | None:
+    """When plan `i` scatters its gradients; None where it has one way to."""
+    several = plans.dp_shard[i] > 1 and plans.zero_stage[i] > 1 and plans.micro_batches[i] > 1
+    return options_at(plans, i).gradient_sync.value if several else None
 
 
 def explain(config: SearchConfig, found: Found) -> dict[str, Any]:

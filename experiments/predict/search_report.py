@@ -99,6 +99,7 @@ def case(title: str, given: str, layout: str) -> list[str]:
     rows = [("layout", "label"), ("schedule", "schedule"), ("stages a rank", "stages_per_rank")]
     rows += [("micro-batch", "micro_batch_size"), ("micro-batches", "gradient_accumulation_steps")]
     rows += [("checkpointing", "activation_checkpointing"), ("zero stage", "zero_stage")]
+    rows.append(("gradients scattered each", "gradient_sync"))
     lines += [
         f"| {name} | {_or_dash(best[key])} | {_or_dash(theirs[key])} | |" for name, key in rows
     ]

@@ -11,7 +11,7 @@ from rich.table import Table
 from experiments.console import DASH, human_bytes, human_seconds, make_console, share
 from experiments.predict.plan_config import SearchConfig
 from experiments.predict.scale import say_scale
-from parallel.layout import PipelineConfig, PipelineSchedule
+from parallel.layout import GradientSync, PipelineConfig, PipelineSchedule
 from simulator.search import OUT_OF_MEMORY, Found
 
 SHORT = {  # names of schedules, for a column; "x2" behind one is two stages a rank
@@ -97,7 +97,7 @@ def plans_table(title: str, plans: list[dict[str, Any]]) -> Table:
             schedule_of(plan),
             f"{plan['micro_batch_size']} x {plan['gradient_accumulation_steps']}",
             plan["activation_checkpointing"],
-            DASH if plan["zero_stage"] is None else str(plan["zero_stage"]),
+            zero_of(plan),
             human_seconds(total),
             share(plan["mfu"], 1.0),
             human_bytes(plan["memory_bytes"]),
@@ -105,6 +105,14 @@ def plans_table(title: str, plans: list[dict[str, Any]]) -> Table:
             share(time["bubble"], total),
         )
     return table
+
+
+def zero_of(plan: dict[str, Any]) -> str:
+    """The ZeRO stage, as "3 each" where each micro-batch scatters its gradients."""
+    if plan["zero_stage"] is None:
+        return DASH
+    each = plan["gradient_sync"] == GradientSync.micro_batch.value
+    return f"{plan['zero_stage']}{' each' * each}"
 
 
 def schedule_of(plan: dict[str, Any]) -> str:

@@ -194,6 +194,7 @@ def run_of(twin: Twin) -> Any:
         precision=Precision.fp32,
         activation_checkpointing=options.activation_checkpointing,
         zero_stage=options.zero_stage,
+        gradient_sync=options.gradient_sync,
         sequence_parallel=options.sequence_parallel,
         pipeline=options.pipeline,
         device=Device.cpu,
