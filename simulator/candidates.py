@@ -91,6 +91,13 @@ def _precision(cells: Cells) -> tuple[Precision, str]:
     return wide, "fp8" if "fp8" in text else "bf16"
 
 
+def _bytes_of_a_sent_gradient(cells: Cells, precision: Precision) -> int:
+    """Two where all is fp16; in Composer's PURE mode (composer/trainer/mosaic_fsdp_utils.py:
+    get_mixed_precision); and in fms-fsdp (fms_fsdp/policies/mixed_precision.py). Others: fp32."""
+    pure = "pure" in cells.get("dtype", "") or "fms-fsdp" in cells.get("source", "")
+    return 2 if pure or precision == Precision.fp16 else 4
+
+
 def _layout(cells: Cells, kind: str) -> Layout:
     """dp is what the other axes leave of the ranks; a row that says otherwise contradicts itself.
 
@@ -120,7 +127,7 @@ def candidates_of(cells: Cells, model: ModelConfig) -> list[Candidate]:
         "matmul_dtype": dtype,
         "compiled": compiled,
         "messages_a_block": len(model.block_shapes) if program == "deepspeed" else 1,
-        "gradient_bytes": 2 if precision == Precision.fp16 else 4,
+        "gradient_bytes": _bytes_of_a_sent_gradient(cells, precision),
         "shards": None if kind == "ddp" else layout.dp_shard * layout.cp,
         "expert_tp": 1,
         "habits": habits_of(cells, flash, compiled),

@@ -24,8 +24,7 @@ from simulator.work import Work
 BACKWARD_PRODUCTS = 2.0  # gradients of inputs and of weights, each as large as the forward product
 BACKWARD_FLASH = 2.5  # with the scores again (Dao et al. 2022, FlashAttention, appendix B.4)
 BACKWARD_BYTES = 1.5  # of the forward's: each operator reads its input and a gradient, writes one
-# of the element-wise bytes left where torch.compile fuses operators. Fitted, like HIDDEN_GATHERS
-# (simulator/data_seconds.py):
+# of the element-wise bytes left where torch.compile fuses operators. Fitted:
 # `./launch.sh python -m experiments.predict.fit constants` prints the error at other values, which
 # here hardly changes it
 FUSED = 0.6

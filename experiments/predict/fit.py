@@ -2,7 +2,7 @@
 
 Prints each number with its prior, and how far predictions are off. `write` puts the numbers into
 configs/cluster/*.yaml, where the others leave them. `constants` fits nothing, and says how far
-predictions are off at other values of two constants of simulator/estimate.py.
+predictions are off at other values of two constants of the simulator.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import numpy as np
 
 from experiments.predict import clusters
 from experiments.predict.score import ROWS
-from simulator import estimate
+from simulator import data_seconds, estimate
 from simulator.fit import Parameter, Problem, fit, parameters
 from simulator.published import read
 from simulator.score import summary
 
 AS_H100 = ("mi300x", "tpu_v5p")  # no published run of theirs was fitted
-# of simulator/estimate.py, and values at which the error is shown
-CONSTANTS = {"FUSED": (0.4, 0.6, 0.8, 1.0), "HIDDEN_GATHERS": (0.6, 0.7, 0.8, 0.9, 1.0)}
+# where they are, and values at which the error is shown
+CONSTANTS = {
+    "FUSED": (estimate, (0.4, 0.6, 0.8, 1.0)),
+    "SLOWED": (data_seconds, (0.0, 0.1, 0.189, 0.3, 0.4)),
+}
 FP8 = "device.efficiency.matmul_fp8"
 
 
@@ -43,16 +46,15 @@ def main(argv: list[str]) -> int:
 
 
 def errors_at_constants(problem: Problem) -> None:
-    """Print the error of the clusters as they are, with other constants of simulator/estimate.py
-    than it has."""
-    for name, values in CONSTANTS.items():
-        own = getattr(estimate, name)
+    """Print the error of the clusters as they are, with other constants than the simulator has."""
+    for name, (module, values) in CONSTANTS.items():
+        own = getattr(module, name)
         for value in values:
-            setattr(estimate, name, value)
+            setattr(module, name, value)
             errors = summary(problem.predict(), problem.measured, problem.sources.tolist())
             mark = " as it is" if value == own else ""
             print(f"{name}={value}: {100 * errors['macro_mape']:.2f} %{mark}")
-        setattr(estimate, name, own)
+        setattr(module, name, own)
 
 
 def timed_problem() -> Problem:
