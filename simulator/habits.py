@@ -30,7 +30,10 @@ BACKWARD_ONLY = 1 / 3
 FORWARD_ONLY = 1 / 2
 # BigScience's large runs set CUDA_LAUNCH_BLOCKING=1 round a hang (experiments/published/README.md).
 # How large is not said: the hang was looked for on 40 and 48 nodes of 8 GPUs (its
-# train/tr11-176B-ml/hang-debug.md), and this is the smaller
+# train/tr11-176B-ml/hang-debug.md), and this is the smaller. That it costs anything is our reading:
+# its author saw no cost (chronicles-prequel.md). But without it rows of small products (tp=8, two
+# sequences) are predicted 20 to 23 % too fast, of large ones (four) 9 to 13 %, and those from
+# before the hang, of smaller products still, 6 to 10 %
 BLOCKING_GPUS = 320
 # Releases of Megatron-Bridge that launch a block with experts as CUDA graphs on GB200 and GB300,
 # but for the experts (its scripts/performance/configs: cuda_graph_scope)

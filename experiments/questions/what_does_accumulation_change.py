@@ -14,17 +14,21 @@ WORDS = "gradient accumulation micro batches no_sync batch size mean of means gl
 COUNTS = (1, 2, 4, 8)  # micro-batches of a step
 STEPS = "steps=20"
 AXES = {"DDP": "dp_replicate", "FSDP": "dp_shard"}
+# FSDP that scatters the gradients of each micro-batch, and keeps no whole ones
+EACH = "FSDP, each"
 LLAMA = ("model=llama3_8b", "cluster=h100", "seq_len=4096")
 
 
 def answer(evidence: Evidence) -> Answer:
-    runs = {(k, n): measured(evidence, k, n) for k in AXES for n in COUNTS}
+    wanted = [(k, n) for k in (*AXES, EACH) for n in COUNTS if k != EACH or n > 1]
+    runs = {key: measured(evidence, *key) for key in wanted}
     twins = [on_laptop(evidence, run.name, *keys_of(*key)) for key, run in runs.items()]
-    large = {(k, n): simulated(evidence, k, n) for k in AXES for n in COUNTS}
+    large = {key: simulated(evidence, *key) for key in wanted}
     return Answer(
         conclusion=[
             *communication(runs),
             memory(runs),
+            *scattering_each(runs, large),
             loss(runs),
             time(large),
         ],
@@ -54,8 +58,14 @@ def batch(count: int) -> tuple[str, ...]:
     return (f"micro_batch_size={8 // count}", f"gradient_accumulation_steps={count}")
 
 
+def strategy(kind: str, ranks: int) -> tuple[str, ...]:
+    if kind == EACH:
+        return (*strategy("FSDP", ranks), "gradient_sync=micro_batch")
+    return (f"layout.{AXES[kind]}={ranks}",)
+
+
 def keys_of(kind: str, count: int) -> tuple[str, ...]:
-    return (*SHAPE, f"layout.{AXES[kind]}=2", *batch(count))
+    return (*SHAPE, *strategy(kind, 2), *batch(count))
 
 
 def measured(evidence: Evidence, kind: str, count: int) -> Run:
@@ -63,8 +73,8 @@ def measured(evidence: Evidence, kind: str, count: int) -> Run:
 
 
 def simulated(evidence: Evidence, kind: str, count: int) -> Run:
-    axis, full = f"layout.{AXES[kind]}=8", "activation_checkpointing=full"
-    return evidence.simulated(f"8B {kind}, {count}", *LLAMA, axis, *batch(count), full)
+    keys = (*strategy(kind, 8), *batch(count), "activation_checkpointing=full")
+    return evidence.simulated(f"8B {kind}, {count}", *LLAMA, *keys)
 
 
 def grew(runs: dict[tuple[str, int], Run], kind: str) -> Quantity:
@@ -80,7 +90,7 @@ def communication(runs: dict[tuple[str, int], Run]) -> list[Said]:
             text += "step): gradients are added up here and sent once."
         else:
             text = "{kind} sends {times} as much with {n} micro-batches ({bytes} a rank and step): "
-            text += "weights are gathered again for each, and gradients scattered."
+            text += "weights are gathered again for each; gradients are scattered once."
         bytes_sent = runs[kind, COUNTS[-1]].wire()
         said.append(say(text, kind=kind, n=COUNTS[-1], bytes=bytes_sent, times=times))
     return said
@@ -107,9 +117,30 @@ def memory(runs: dict[tuple[str, int], Run]) -> Said:
     )
 
 
+def scattering_each(*measured_and_simulated: dict[tuple[str, int], Run]) -> list[Said]:
+    """What FSDP gains and pays by gradient_sync=micro_batch, here and for Llama 3 8B."""
+    said, most = [], COUNTS[-1]
+    for runs, where in zip(measured_and_simulated, ("here", "Llama 3 8B"), strict=True):
+        once, each = runs["FSDP", most], runs[EACH, most]
+        said.append(
+            say(
+                "With gradient_sync=micro_batch FSDP keeps shards of gradients between "
+                "micro-batches, and no whole ones ({where}, {n} of them): the peak is {after} for "
+                "{before}, and it sends {more} as much.",
+                where=where,
+                n=most,
+                before=once.memory(),
+                after=each.memory(),
+                more=each.wire() / once.wire(),
+            )
+        )
+    return said
+
+
 def loss(runs: dict[tuple[str, int], Run]) -> Said:
     """The largest difference to one micro-batch, over all steps."""
-    differences = {key: apart(run, runs[key[0], 1]) for key, run in runs.items() if key[1] > 1}
+    alone = {kind: runs["FSDP" if kind == EACH else kind, 1] for kind, _ in runs}
+    differences = {key: apart(run, alone[key[0]]) for key, run in runs.items() if key[1] > 1}
     worst = max(differences.values(), key=lambda q: q.value)
     last = runs["DDP", 1].at("training.losses[-1]", "nats", "last loss")
     same = "the same curve" if worst.value < 1e-4 else "another curve"
