@@ -15,7 +15,7 @@ import numpy as np
 from minigpt.config import FFN, ModelConfig
 from simulator.communication import expert_choices
 from simulator.described import Described, score_width
-from simulator.plans import Array, Plans
+from simulator.plans import SELECTIVE, Array, Plans
 
 Sides = tuple[Any, Any, Any, Any]  # rows, inner, columns, how many
 # Over the choices' rows B T k D, forward, each read and write: copied for each choice, sorted by
@@ -167,14 +167,22 @@ class Block:
         mlp = self._experts() if self.moe else self._mlp(self.model.ff_dim, 1)
         return [*self._attention(), *mlp]
 
-    @cached_property
-    def repeated(self) -> list[float | Array]:
-        """Of the products, how many run again under selective checkpointing: those of experts that
-        have a capacity, which are batched (simulator/flops.py)."""
-        first = len(self._attention())
+    def repeated(self, again: Array | float, stops: bool) -> list[Array | float]:
+        """Of the products, how many run again in the backward.
+
+        again: share of the block. stops: once backward has what it needs, before `down`, if no
+        router reads what experts gave. Under selective checkpointing: those of experts that have a
+        capacity, which are batched (simulator/flops.py).
+        """
+        first, products = len(self._attention()), self.products()
         capped = self.moe and self.model.capacity_factor is not None
         experts = range(first, first + 2 * capped)
-        return [count * (i in experts) for i, (*_, count) in enumerate(self.products())]
+        selective = (self.plans.checkpointing == SELECTIVE) & (np.asarray(again) == 0)
+        spared = len(products) - 1 if stops and not self.moe else -1
+        return [
+            np.where(selective, count * (i in experts), again * count * (i != spared))
+            for i, (*_, count) in enumerate(products)
+        ]
 
     # what experts add
 

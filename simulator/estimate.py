@@ -147,8 +147,8 @@ def busy_seconds(work: Work, cluster: Cluster) -> Array:
     summed = (work.micro_batches > 1) / np.where(work.scatters > 1, work.shards, 1)
     added = summed * 2 * work.gradient_bytes * weights / bandwidth
     light = np.where(work.score_heads > 0, kept + SCORE_PASSES * passes, pointwise)
-    light = light + np.sum(work.repeated * each, axis=1)
-    again = work.recomputed * forward + work.selective * light
+    again = work.recomputed * (forward - products) + work.selective * light
+    again = again + np.sum(work.repeated * each, axis=1)
     return forward + backward + added + again
 
 
@@ -186,14 +186,15 @@ def block_messages(work: Work, cluster: Cluster) -> Array:
     """What a block sends over tp, cp and ep for one micro-batch and what compute leaves exposed.
 
     tp: two all_reduces of B T D forward, two backward (Shoeybi et al. 2019, section 3), those of
-    the forward again where it is recomputed; with sequence parallelism in pieces that overlap
-    products (Korthikanti et al. 2022, section 4.2.2; Wang et al. 2023). cp: keys and values round
-    the ring, behind attention (Liu et al. 2023). ep: two all_to_alls each way.
+    the forward again where it is recomputed, or all but the last; with sequence parallelism in
+    pieces that overlap products (Korthikanti et al. 2022, section 4.2.2; Wang et al. 2023). cp:
+    keys and values round the ring, behind attention (Liu et al. 2023). ep: two all_to_alls each
+    way.
     """
     one = np.ones_like(work.tp)
     payload = work.tokens * work.width * work.item
     tp = group(work.tp, one, cluster.node_size)
-    reduces = (4 + 2 * work.recomputed) * collectives.seconds("all_reduce", payload, tp, cluster)
+    reduces = (4 + work.reduced_again) * collectives.seconds("all_reduce", payload, tp, cluster)
     pieces = cluster.tensor_overlap * work.hides_tensor * reduces
     # no more hides than there is to hide behind
     shown = reduces - np.minimum(pieces, block_seconds(work, cluster))

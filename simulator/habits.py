@@ -65,6 +65,9 @@ class Habits:
     # them as the projections leave them
     lays_out_heads: bool = False
     blocking: bool = False  # the host waits for each kernel (CUDA_LAUNCH_BLOCKING=1)
+    # torch's checkpoint without reentrant autograd stops once backward has what it needs, so that
+    # the last product does not run again (from 2.1 on: set_checkpoint_early_stop)
+    stops_early: bool = True
     launches: float = 1.0  # what the host takes for a block, as a share of one operator by operator
 
 
@@ -110,6 +113,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
         hides_gradients=flash,
         copies_shards=program == "torchtitan",
         lays_out_heads=True,
+        stops_early=program == "torchtitan",
         blocking="bigscience" in source and whole(cells, "n_gpus", 1) >= BLOCKING_GPUS,
     )
     if program == "nanotron":  # of a block: qkv, out, gate and up, down, two norms

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from minigpt.config import Positions
 from parallel.layout import PipelineConfig
-from simulator.block_products import ROUTED_PASSES, ROUTED_PASSES_ONCE, Block
+from simulator.block_products import Block
+from simulator.block_values import of_attention, of_backward, of_block
 from simulator.habits import KERNELS, Habits
 from simulator.hardware import DTYPES
-from simulator.plans import NONE, PRECISIONS, SCHEDULES, SELECTIVE, Array, Plans
+from simulator.plans import PRECISIONS, SCHEDULES, Array, Plans
 from simulator.sending import LOW_BYTES
 from simulator.shapes import Rank, most_blocks
 
@@ -31,18 +31,6 @@ SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedul
 # what Work takes from Habits as it is
 HIDES = ("hides_tensor", "hides_stages", "hides_gradients", "hides_updates", "hides_gathers")
 OF_HABITS = (*HIDES, "sends_once", "blocking", "logit_bytes")
-# Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
-# rotations in one kernel read and write
-RESIDUAL_PASSES = 2 * 3
-# the same under autocast, which keeps them and what norms give in fp32: low and wide read, wide
-# written; and a norm's number read and written wide, then cast
-WIDE_RESIDUAL_BYTES, WIDE_NORM_BYTES = 2 * 10, 14
-# Bytes of a number that a norm moves in fp32, operator by operator: cast (6), squared (8), mean
-# (4), scaled (8), cast (6), multiplied by its weight (4); of one that is rotated: cast (6), turned
-# (8), cast (6)
-SEPARATE_NORM, SEPARATE_ROTATION = 36, 20
-OPERATORS = 20  # launched by the forward of a block: products, norms, rotations, residuals
-SCORE_OPERATORS = 10  # more where attention is not one kernel: scale, mask, softmax, dropout
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,8 @@ class Work:
     inner: Array
     columns: Array
     count: Array
-    repeated: Array  # of these, how many run again under selective checkpointing
+    repeated: Array  # of these, how many run again in the backward
+    reduced_again: Array  # all_reduces over tp that do
     dtype: Array  # place in DTYPES of its products
     wide_dtype: Array  # the same of attention and the head
     flash_flops: Array  # of a flash kernel, which skips what the mask hides
@@ -156,7 +145,7 @@ class Work:
         item, own = LOW_BYTES[plans.precision], OWN_DTYPE[plans.precision]
         dtype = own if matmul_dtype is None else np.full_like(own, DTYPES.index(matmul_dtype))
         narrow = dtype >= DTYPES.index("fp8")
-        values = {**_layout(plans), **_block(block, habits, narrow), **_attention(block)}
+        values = {**_layout(plans), **of_block(block, habits, narrow), **of_attention(block)}
         values |= _stages(block)
         values |= {name: getattr(habits, name) for name in OF_HABITS}
         values |= {
@@ -170,15 +159,12 @@ class Work:
             "tokens": _tokens(plans),
             "width": plans.model.d_model,
             "vocabulary": plans.model.vocab_size * block.heads / plans.tp,
-            "recomputed": (plans.checkpointing != NONE) & (plans.checkpointing != SELECTIVE),
-            "selective": plans.checkpointing == SELECTIVE,
         }
+        values |= of_backward(block, recomputed, habits.stops_early)
         given = {"gradient_bytes": gradient_bytes, "shards": shards}
         values |= {name: value for name, value in given.items() if value is not None}
         copies = habits.copied_tensors * (plans.zero_stage == 1) * (values["shards"] > 1)
         values["update_operators"] = copies * values["layers"] * values["shards"]
-        if recomputed is not None:
-            values |= {"recomputed": recomputed, "selective": 0}
         shape = len(plans)
         one_each = {
             name: value if np.ndim(value) == 2 else np.broadcast_to(value, shape)
@@ -209,57 +195,6 @@ def _layout(plans: Plans) -> Values:
         "gathers": gathers * plans.micro_batches * (plans.zero_stage - 1),
         "sequence_parallel": plans.sequence_parallel,
         "splits_backward": SPLITS_BACKWARD[plans.schedule] & (plans.pp > 1),
-    }
-
-
-def _block(block: Block, habits: Habits, narrow: Array) -> Values:
-    """Products and element-wise bytes of a block's forward (Shoeybi et al. 2019, section 3)."""
-    plans, tp, tokens = block.plans, block.plans.tp, block.tokens
-    d, shape = block.model.d_model, np.shape(block.plans.tp)
-    sides = [
-        np.stack([np.broadcast_to(v, shape) for v in side], 1)
-        for side in zip(*block.products(), strict=True)
-    ]
-    item = LOW_BYTES[plans.precision]
-    # q, k, v rotated or laid out anew: read and write; the activation function reads what up (and
-    # gate) wrote
-    mlp = (block.matrices + 1) * block.wide
-    norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
-    autocast = (item == 2) & ~Rank(plans).has_policy
-    norm = np.where(autocast & (not habits.separate), WIDE_NORM_BYTES, norm)
-    residuals = np.where(autocast, WIDE_RESIDUAL_BYTES, RESIDUAL_PASSES * item)
-    rewritten = habits.lays_out_heads or block.model.positions == Positions.rotary
-    heads = rewritten * (block.query + block.keys_and_values)
-    numbers = d + block.latent / 2
-    routed = block.routed_rows * d * item
-    many = OPERATORS + 2 * block.matrices + block.operators
-    if habits.graphs and block.moe:
-        many = 0
-    return {
-        **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
-        "repeated": np.stack([np.broadcast_to(n, shape) for n in block.repeated], 1),
-        "whole_bytes": tokens * (2 * numbers * norm + residuals * d),
-        "cut_bytes": tokens / tp * (turn * heads + item * mlp)
-        + (ROUTED_PASSES_ONCE if habits.sends_once else ROUTED_PASSES) * routed,
-        "operators": habits.launches
-        * (many + block.launched_each(narrow) + (0 if plans.flash else SCORE_OPERATORS)),
-        "kv_bytes": tokens * block.keys_and_values / tp * item,
-        "routed_bytes": (plans.ep > 1) * routed,
-        "choices": block.chosen,
-        "expert_tp": block.expert_tp,
-    }
-
-
-def _attention(block: Block) -> Values:
-    """The flops of scores and values, halved by the causal mask where a flash kernel skips what it
-    hides (Dao 2023, FlashAttention-2, section 3.1.1)."""
-    plans, model = block.plans, block.model
-    return {
-        "flash_flops": block.score_flops / 2 if plans.flash else 0,
-        "score_heads": 0 if plans.flash else plans.micro_batch_size * model.n_head / plans.tp,
-        "queries": plans.seq_len / plans.cp,
-        "keys": plans.seq_len,
-        "head_dim": model.head_dim,
     }
 
 

@@ -41,6 +41,7 @@ def test_a_trace_is_what_ranks_measure(world_size: int, changes: dict[str, Any])
         assert formula in (None, sent), where
 
 
+@pytest.mark.slow
 def test_a_program_says_where_each_event_belongs_and_waits_for_every_message() -> None:
     changes = {"gradient_accumulation_steps": 2, "model.n_layer": 2}
     ddp, pipeline, fsdp = traced(
@@ -73,6 +74,7 @@ def test_a_program_says_where_each_event_belongs_and_waits_for_every_message() -
     assert kinds.index((Message, "backward")) < kinds.index((Wait, "backward"))
 
 
+@pytest.mark.slow
 def test_operators_have_the_flops_bytes_and_shapes_of_their_tensors() -> None:
     config = make_config(Layout(), {"model.n_layer": 1})
     (one,) = traced([(config, 0)])
@@ -104,6 +106,7 @@ def test_what_cannot_be_traced_is_refused(options: Options, said: str) -> None:
         trace(ModelConfig(), Layout(dp_replicate=2), options)
 
 
+@pytest.mark.slow
 def test_free_experts_get_even_shares() -> None:
     """Of B T k rows each rank sends all in dispatch and gets as many: the closed form's average."""
     changes = {"model.ffn": "moe", "model.n_expert": 4, "model.d_ff": 64, "model.n_layer": 2}

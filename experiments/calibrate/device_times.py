@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from experiments.calibrate.operator_times import Sample, line_of
 from experiments.calibrate.spread import Point, Spread, spread_of
+from simulator.block_values import WIDE_NORM_BYTES, WIDE_RESIDUAL_BYTES
 from simulator.estimate import BACKWARD_BYTES
 from simulator.hardware import NARROW, WIDE, OperatorSpeed
-from simulator.work import WIDE_NORM_BYTES, WIDE_RESIDUAL_BYTES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,0 +1,101 @@
+"""What one block asks of a rank, plan by plan: fields of simulator.work.Work.
+
+Letters as there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minigpt.config import Positions
+from simulator.block_products import ROUTED_PASSES, ROUTED_PASSES_ONCE, Block
+from simulator.habits import Habits
+from simulator.plans import NONE, SELECTIVE, Array
+from simulator.sending import LOW_BYTES
+from simulator.shapes import Rank
+
+# Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
+# rotations in one kernel read and write
+RESIDUAL_PASSES = 2 * 3
+# the same under autocast, which keeps them and what norms give in fp32: low and wide read, wide
+# written; and a norm's number read and written wide, then cast
+WIDE_RESIDUAL_BYTES, WIDE_NORM_BYTES = 2 * 10, 14
+# Bytes of a number that a norm moves in fp32, operator by operator: cast (6), squared (8), mean
+# (4), scaled (8), cast (6), multiplied by its weight (4); of one that is rotated: cast (6), turned
+# (8), cast (6)
+SEPARATE_NORM, SEPARATE_ROTATION = 36, 20
+OPERATORS = 20  # launched by the forward of a block: products, norms, rotations, residuals
+SCORE_OPERATORS = 10  # more where attention is not one kernel: scale, mask, softmax, dropout
+
+
+def of_block(block: Block, habits: Habits, narrow: Array) -> dict[str, Any]:
+    """Products and element-wise bytes of a block's forward (Shoeybi et al. 2019, section 3)."""
+    plans, tp, tokens = block.plans, block.plans.tp, block.tokens
+    d, shape = block.model.d_model, np.shape(block.plans.tp)
+    sides = [
+        np.stack([np.broadcast_to(v, shape) for v in side], 1)
+        for side in zip(*block.products(), strict=True)
+    ]
+    item = LOW_BYTES[plans.precision]
+    # q, k, v rotated or laid out anew: read and write; the activation function reads what up (and
+    # gate) wrote
+    mlp = (block.matrices + 1) * block.wide
+    norm, turn = (SEPARATE_NORM, SEPARATE_ROTATION) if habits.separate else (2 * item, 2 * item)
+    autocast = (item == 2) & ~Rank(plans).has_policy
+    norm = np.where(autocast & (not habits.separate), WIDE_NORM_BYTES, norm)
+    residuals = np.where(autocast, WIDE_RESIDUAL_BYTES, RESIDUAL_PASSES * item)
+    rewritten = habits.lays_out_heads or block.model.positions == Positions.rotary
+    heads = rewritten * (block.query + block.keys_and_values)
+    numbers = d + block.latent / 2
+    routed = block.routed_rows * d * item
+    many = OPERATORS + 2 * block.matrices + block.operators
+    if habits.graphs and block.moe:
+        many = 0
+    return {
+        **dict(zip(("rows", "inner", "columns", "count"), sides, strict=True)),
+        "whole_bytes": tokens * (2 * numbers * norm + residuals * d),
+        "cut_bytes": tokens / tp * (turn * heads + item * mlp)
+        + (ROUTED_PASSES_ONCE if habits.sends_once else ROUTED_PASSES) * routed,
+        "operators": habits.launches
+        * (many + block.launched_each(narrow) + (0 if plans.flash else SCORE_OPERATORS)),
+        "kv_bytes": tokens * block.keys_and_values / tp * item,
+        "routed_bytes": (plans.ep > 1) * routed,
+        "choices": block.chosen,
+        "expert_tp": block.expert_tp,
+    }
+
+
+def of_attention(block: Block) -> dict[str, Any]:
+    """The flops of scores and values, halved by the causal mask where a flash kernel skips what it
+    hides (Dao 2023, FlashAttention-2, section 3.1.1)."""
+    plans, model = block.plans, block.model
+    return {
+        "flash_flops": block.score_flops / 2 if plans.flash else 0,
+        "score_heads": 0 if plans.flash else plans.micro_batch_size * model.n_head / plans.tp,
+        "queries": plans.seq_len / plans.cp,
+        "keys": plans.seq_len,
+        "head_dim": model.head_dim,
+    }
+
+
+def of_backward(block: Block, share: float | None, stops_early: bool) -> dict[str, Any]:
+    """What of the forward runs again: a `share` of it, or what the plans' checkpointing says.
+
+    stops_early: without the last product and the all_reduce that follows it, of which sequence
+    parallelism has half in front of the MLP (simulator/communication.py).
+    """
+    plans = block.plans
+    selective = plans.checkpointing == SELECTIVE
+    if share is not None:
+        selective, stops_early = 0 * selective, False
+    recomputed = (plans.checkpointing != NONE) & ~selective if share is None else share
+    sides = block.repeated(recomputed, stops_early)
+    left = np.where(plans.sequence_parallel, 1.5, 1.0) if stops_early else 2.0
+    return {
+        "recomputed": recomputed,
+        "selective": selective,
+        "repeated": np.stack([np.broadcast_to(n, np.shape(plans.tp)) for n in sides], 1),
+        "reduced_again": left * recomputed,
+    }
