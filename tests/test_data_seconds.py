@@ -43,7 +43,7 @@ def test_hsdp_gathers_among_the_shards_and_adds_up_once_among_the_replicas() -> 
     assert exposed(some) == pytest.approx(gathers + scatters + replicas, rel=1e-3)
     over_all, slow = plans(dp_shard=[64], zero_stage=[3], micro_batches=[4]), 5e9
     hybrid, flat = (exposed(p, **{"between_nodes.bandwidth": slow}) for p in (some, over_all))
-    assert hybrid < flat / 3
+    assert hybrid < flat / 2
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
