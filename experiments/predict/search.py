@@ -136,7 +136,8 @@ def plan_of(found: Found, i: int) -> dict[str, Any]:
 
 def _gradient_sync(plans: Plans, i: int) -> str | None:
     """When plan `i` scatters its gradients; None where it has one way to."""
-    several = plans.dp_shard[i] > 1 and plans.zero_stage[i] > 1 and plans.micro_batches[i] > 1
+    several = plans.micro_batches[i] > 1 and plans.pp[i] == 1
+    several &= plans.dp_shard[i] > 1 and plans.zero_stage[i] > 1
     return options_at(plans, i).gradient_sync.value if several else None
 
 
