@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo
+from torch.utils._python_dispatch import _disable_current_modes
 
 from costs.messages import Call, CommunicationMeter, meter, tensors_in
 from costs.standing import Kind, Tally
@@ -67,6 +68,17 @@ def describe(collective: str, group: RecordingGroup, argument: Any, start: float
     return Call(collective, ranks, group.axis, dtype, size, start, phase=phase)
 
 
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Nobody looks at operators inside. gloo copies the result of a reduce_scatter out of a buffer
+    of its own, which its thread gives up at some time after."""
+    if not torch._C._len_torch_dispatch_stack():
+        yield
+        return
+    with _disable_current_modes():
+        yield
+
+
 class RecordedWork(dist.Work):
     """A gloo work whose wait() is timed. Its future is gloo's own: DDP waits for that in C++."""
 
@@ -85,7 +97,8 @@ class RecordedWork(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         start = time.perf_counter()
-        self.work.wait(timeout) if timeout else self.work.wait()
+        with unseen():
+            self.work.wait(timeout) if timeout else self.work.wait()
         end = time.perf_counter()
         if self.call.end is None:
             self.call.end = end

@@ -14,7 +14,7 @@ from experiments.config import TrainConfig
 from experiments.figures.matrix import PLANS
 from experiments.figures.parity import Plan, make_config
 from experiments.ranks import run_ranks
-from parallel.layout import ActivationCheckpointing, Impl
+from parallel.layout import ActivationCheckpointing, Impl, Layout
 from tests.on_ranks import memory_bytes
 from tests.test_memory_formula import closed_form
 
@@ -135,3 +135,12 @@ def test_activations_and_peak_are_near(plan: Plan, part: str, bound: float) -> N
 def test_parts_of_the_closed_form_add_up_to_its_peak(plan: Plan) -> None:
     for wanted, _ in pairs(plan):
         assert sum(wanted[part] for part in MEMORY_PARTS) == wanted["peak"]
+
+
+@pytest.mark.slow
+def test_a_buffer_that_gloo_gives_up_when_it_likes_is_nobodys() -> None:
+    """Of a reduce_scatter: it was in the peak of every second run (costs/communication.py)."""
+    short = {**SIZE, "model.d_model": 256, "seq_len": 16, "model.context": 16}
+    config = make_config(Layout(dp_shard=2), short)
+    first, *others = run_ranks(2, memory_bytes, [config] * 8)[0]
+    assert all(again == first for again in others)
