@@ -64,6 +64,8 @@ class HoldsTensors(Protocol):
 class MemoryMeter(TorchDispatchMode):
     """Follows every storage between entering and leaving. Enter before gradients are zeroed."""
 
+    following = False  # whether one of them is between entering and leaving
+
     def __init__(self, model: HoldsTensors, optimizer_state: Mapping[Any, Any]) -> None:
         super().__init__()
         self.model, self.optimizer_state = model, optimizer_state
@@ -81,9 +83,11 @@ class MemoryMeter(TorchDispatchMode):
         self._resize = torch.UntypedStorage.resize_
         torch.UntypedStorage.resize_ = self._patched_resize()  # type: ignore[method-assign]
         super().__enter__()
+        MemoryMeter.following = True
         return self
 
     def __exit__(self, *error: Any) -> None:
+        MemoryMeter.following = False
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self.look()
