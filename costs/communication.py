@@ -54,7 +54,7 @@ METHODS = {
     "barrier": ("barrier", None),
     "monitored_barrier": ("barrier", None),
 }
-LETS_GO_S = 2e-3  # after a message: without it every fourth peak had a buffer of one in it
+LETS_GO_S = 2e-3  # after a message of a step whose memory is followed
 AXIS = "mesh_"  # how DeviceMesh describes the groups that it makes, before the axis's name
 
 
@@ -73,15 +73,12 @@ def describe(collective: str, group: RecordingGroup, argument: Any, start: float
 @contextmanager
 def unseen() -> Iterator[None]:
     """Nobody looks at operators inside: gloo copies the result of a reduce_scatter out of a buffer
-    of its own. And where memory is followed, in a step whose time is left out, its thread gets a
-    moment to let go of what it has sent."""
+    of its own."""
     if not torch._C._len_torch_dispatch_stack():
         yield
-    else:
-        with _disable_current_modes():
-            yield
-    if MemoryMeter.following:
-        time.sleep(LETS_GO_S)
+        return
+    with _disable_current_modes():
+        yield
 
 
 class RecordedWork(dist.Work):
@@ -107,6 +104,8 @@ class RecordedWork(dist.Work):
         end = time.perf_counter()
         if self.call.end is None:
             self.call.end = end
+        if MemoryMeter.following:  # a step whose time is left out
+            time.sleep(LETS_GO_S)  # gloo's thread lets go of what it has sent, or peaks would vary
         if meter.recording and threading.current_thread() is threading.main_thread():
             meter.waits.append((start, end, self.call))
         return True

@@ -232,3 +232,8 @@ class Options:
     seq_len: int = 1
     micro_batches: int = 1  # of one optimiser step
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def may_scatter_each(self, layout: Layout) -> bool:
+        """Whether gradient_sync makes a difference: gradients are sharded, and wait for others."""
+        sharded = layout.dp_shard > 1 and self.zero_stage > 1
+        return sharded and layout.pp == 1 and self.micro_batches > 1

@@ -15,7 +15,7 @@ import numpy as np
 from minigpt.config import FFN, ModelConfig
 from simulator.communication import expert_choices
 from simulator.described import Described, score_width
-from simulator.plans import SELECTIVE, Array, Plans
+from simulator.plans import Array, Plans
 
 Sides = tuple[Any, Any, Any, Any]  # rows, inner, columns, how many
 # Over the choices' rows B T k D, forward, each read and write: copied for each choice, sorted by
@@ -167,20 +167,19 @@ class Block:
         mlp = self._experts() if self.moe else self._mlp(self.model.ff_dim, 1)
         return [*self._attention(), *mlp]
 
-    def repeated(self, again: Array | float, stops: bool) -> list[Array | float]:
-        """Of the products, how many run again in the backward.
+    def repeated(self, again: Array | float, selective: Array, stops: bool) -> list[Array]:
+        """Of the products, how many run again in the backward: a share of them, `again`, or those
+        that `selective` checkpointing does not keep, of experts that have a capacity and are
+        batched (simulator/flops.py).
 
-        again: share of the block. stops: once backward has what it needs, before `down`, if no
-        router reads what experts gave. Under selective checkpointing: those of experts that have a
-        capacity, which are batched (simulator/flops.py).
+        stops: once backward has what it needs, before `down`, if no router reads what experts gave.
         """
         first, products = len(self._attention()), self.products()
         capped = self.moe and self.model.capacity_factor is not None
         experts = range(first, first + 2 * capped)
-        selective = (self.plans.checkpointing == SELECTIVE) & (np.asarray(again) == 0)
-        spared = len(products) - 1 if stops and not self.moe else -1
+        spared = len(products) - 1 if stops and not self.moe else None
         return [
-            np.where(selective, count * (i in experts), again * count * (i != spared))
+            selective * count * (i in experts) + again * count * (i != spared)
             for i, (*_, count) in enumerate(products)
         ]
 

@@ -83,16 +83,14 @@ def of_attention(block: Block) -> dict[str, Any]:
 def of_backward(block: Block, share: float | None, stops_early: bool) -> dict[str, Any]:
     """What of the forward runs again: a `share` of it, or what the plans' checkpointing says.
 
-    stops_early: without the last product and the all_reduce that follows it, of which sequence
-    parallelism has half in front of the MLP (simulator/communication.py).
+    stops_early: without the last product and the message behind it: one of two all_reduces, or with
+    sequence parallelism, which makes two messages of each, half of one (tensor_messages).
     """
-    plans = block.plans
-    selective = plans.checkpointing == SELECTIVE
-    if share is not None:
-        selective, stops_early = 0 * selective, False
+    plans, stops = block.plans, stops_early and share is None
+    selective = (plans.checkpointing == SELECTIVE) & (share is None)
     recomputed = (plans.checkpointing != NONE) & ~selective if share is None else share
-    sides = block.repeated(recomputed, stops_early)
-    left = np.where(plans.sequence_parallel, 1.5, 1.0) if stops_early else 2.0
+    sides = block.repeated(recomputed, selective, stops)
+    left = np.where(plans.sequence_parallel, 1.5, 1.0) if stops else 2.0
     return {
         "recomputed": recomputed,
         "selective": selective,

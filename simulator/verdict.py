@@ -44,17 +44,11 @@ def _fullest(step: dict[str, Any], layout: Layout, options: Options) -> str:
         change = "layout.dp_shard in the place of layout.dp_replicate"
     elif layout.dp_shard > 1 and options.zero_stage < 3:
         change = "zero_stage=3"
-    elif keeps_whole_gradients(layout, options):
+    elif options.gradient_sync == GradientSync.step and options.may_scatter_each(layout):
         change = "gradient_sync=micro_batch, which keeps no whole gradients"
     else:
         change = "more layout.dp_shard, layout.tp or layout.pp"
     return f"{share}; first try {change}"
-
-
-def keeps_whole_gradients(layout: Layout, options: Options) -> bool:
-    """Whether sharded gradients wait whole for the last micro-batch, and need not."""
-    waits = options.gradient_sync == GradientSync.step and options.micro_batches > 1
-    return waits and layout.dp_shard > 1 and options.zero_stage > 1 and layout.pp == 1
 
 
 def _slowest(step: dict[str, Any], layout: Layout, options: Options, filled: float) -> str:

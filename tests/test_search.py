@@ -16,6 +16,7 @@ from experiments.predict.search_picture import draw
 from experiments.predict.search_tables import broken, thinned
 from experiments.predict.verify import compare_bytes, options_at_twin, twin_of
 from minigpt.config import ModelConfig
+from parallel.layout import ActivationCheckpointing, GradientSync
 from simulator.hardware import Cluster
 from simulator.memory import memory
 from simulator.search import LOSSES, OUT_OF_MEMORY, RECOMPUTES, SMALL_TILES, Found, search
@@ -25,6 +26,7 @@ MODEL = ModelConfig(
     n_layer=16, n_head=16, n_kv_head=8, d_model=2048, vocab_size=32000, context=2048
 )
 SPACE = Space(MODEL, 2048, 16, 64, micro_batch_sizes=(1, 2, 4))
+NONE = ActivationCheckpointing.none
 SMALL = ["search", "model=llama3_8b", "cluster=h100", "gpus=16", "global_batch_tokens=512k"]
 LLAMA = ["search", "model=llama3_405b", "cluster=h100", "gpus=16384", "global_batch_tokens=16M"]
 
@@ -51,6 +53,16 @@ def test_the_winner_is_the_fastest_that_fits(found: Found) -> None:
     assert 100 < len(fitting) < len(time)
     assert fastest(found) <= min(time[i] for i in fitting) * 1.001
     assert sorted(found.order.tolist()) == fitting
+
+
+def test_shards_of_gradients_let_a_faster_plan_fit() -> None:
+    """FSDP alone on little memory: whole gradients of several micro-batches leave no room."""
+    fixed = {"pp": 1, "tp": 1, "cp": 1}
+    both = replace(SPACE, fixed=fixed, batch_size=256, checkpointing=(NONE,))
+    once = replace(both, gradient_syncs=(GradientSync.step,))
+    found, without = (search(space, cluster(10e9), 0.1) for space in (both, once))
+    assert found.predicted.plans.syncs_each[found.order[0]]
+    assert fastest(found) < fastest(without)
 
 
 def test_what_is_shown_fits_on_every_rank(found: Found) -> None:

@@ -13,7 +13,7 @@ from experiments.__main__ import main
 from experiments.compare.comparison import compared
 from experiments.predict.clusters import load
 from minigpt.config import ModelConfig
-from parallel.layout import ActivationCheckpointing, Layout, Options
+from parallel.layout import ActivationCheckpointing, GradientSync, Layout, Options
 from simulator.communication import payload_bytes
 from simulator.formula_ledger import formula_steps, stride
 from simulator.verdict import verdict
@@ -93,10 +93,10 @@ def test_the_verdict_names_what_to_change_first() -> None:
     )
     h100 = load("h100")
 
-    def of(layout: Layout, **options: Any) -> str:
+    def of(layout: Layout, memory: float = h100.device.memory_bytes, **options: Any) -> str:
         made = Options(micro_batch_size=1, seq_len=8192, **options)
         steps = formula_steps(model, layout, made, h100)
-        return verdict(steps, layout, made, h100.device.memory_bytes)
+        return verdict(steps, layout, made, memory)
 
     overflows = of(Layout(dp_shard=64), micro_batches=1)
     assert "does not fit" in overflows and "activations" in overflows
@@ -104,6 +104,10 @@ def test_the_verdict_names_what_to_change_first() -> None:
     full = ActivationCheckpointing.full
     bubbles = of(Layout(pp=8, tp=4), micro_batches=8, activation_checkpointing=full)
     assert "bubble takes" in bubbles and "gradient_accumulation_steps" in bubbles
+    several = {"memory": 25e9, "micro_batches": 4, "activation_checkpointing": full}
+    whole, shards = (of(Layout(dp_shard=64), gradient_sync=s, **several) for s in GradientSync)
+    assert "does not fit" in whole and "first try gradient_sync=micro_batch" in whole
+    assert shards.startswith("fits"), "what the verdict says first is enough"
 
 
 @pytest.mark.parametrize(

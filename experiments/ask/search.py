@@ -9,8 +9,7 @@ from experiments.ask.evidence import Evidence, Run
 from experiments.ask.quantity import COUNT, SHARE, Quantity, formula
 from experiments.ask.runs import SECONDS
 from experiments.ask.words import Wanted, models
-from experiments.predict.search_tables import schedule_of, zero_of
-from parallel.layout import GradientSync
+from experiments.predict.search_tables import scatters_each, schedule_of, zero_of
 
 TOP = 5  # plans that are shown
 HEAD = ["layout", "how", "step", "MFU", "memory", "exposed", "bubble"]  # of cells_of
@@ -127,7 +126,7 @@ def described(plan: dict[str, Any]) -> str:
         how.append(schedule_of(plan))
     if plan["zero_stage"]:
         how.append(f"zero_stage={plan['zero_stage']}")
-    if plan["gradient_sync"] == GradientSync.micro_batch.value:
+    if scatters_each(plan):
         how.append("gradient_sync=micro_batch")
     count = plan["gradient_accumulation_steps"]
     how.append(f"{count} micro-batch{'es' * (count > 1)} of {plan['micro_batch_size']}")

@@ -22,7 +22,7 @@ from experiments.predict.scale import run_to_the_end
 from experiments.predict.search_tables import show
 from experiments.refused import Refused
 from simulator.at_scale import HOUR
-from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES, Plans
+from simulator.plans import CHECKPOINTING, PRECISIONS, SCHEDULES
 from simulator.search import BEST, Found, search
 from simulator.space import Space, layout_at, options_at
 
@@ -109,8 +109,8 @@ def cost_of(config: SearchConfig, time_s: float) -> float:
 def plan_of(found: Found, i: int) -> dict[str, Any]:
     """One plan, with what it takes: seconds of a step and bytes of the fullest rank, by part."""
     predicted, plans = found.predicted, found.predicted.plans
-    layout = layout_at(plans, i)
-    staged = layout.pp > 1
+    layout, options = layout_at(plans, i), options_at(plans, i)
+    staged, sync = layout.pp > 1, options.gradient_sync.value
     time = {key: float(value[i]) for key, value in predicted.time_s.items()}
     memory = {key: int(value[i]) for key, value in predicted.memory_bytes.items()}
     return {
@@ -122,7 +122,7 @@ def plan_of(found: Found, i: int) -> dict[str, Any]:
         "gradient_accumulation_steps": int(plans.micro_batches[i]),
         "activation_checkpointing": CHECKPOINTING[plans.checkpointing[i]].value,
         "zero_stage": int(plans.zero_stage[i]) if layout.dp_shard > 1 else None,
-        "gradient_sync": _gradient_sync(plans, i),
+        "gradient_sync": sync if options.may_scatter_each(layout) else None,
         "sequence_parallel": bool(plans.sequence_parallel[i]),
         "precision": PRECISIONS[plans.precision[i]].value,
         "fits": bool(found.fits[i]),
@@ -132,13 +132,6 @@ def plan_of(found: Found, i: int) -> dict[str, Any]:
         "memory_bytes": memory.pop("peak"),
         "memory_parts": memory,
     }
-
-
-def _gradient_sync(plans: Plans, i: int) -> str | None:
-    """When plan `i` scatters its gradients; None where it has one way to."""
-    several = plans.micro_batches[i] > 1 and plans.pp[i] == 1
-    several &= plans.dp_shard[i] > 1 and plans.zero_stage[i] > 1
-    return options_at(plans, i).gradient_sync.value if several else None
 
 
 def explain(config: SearchConfig, found: Found) -> dict[str, Any]:

@@ -107,12 +107,16 @@ def plans_table(title: str, plans: list[dict[str, Any]]) -> Table:
     return table
 
 
+def scatters_each(plan: dict[str, Any]) -> bool:
+    """Whether each micro-batch scatters its gradients."""
+    return bool(plan["gradient_sync"] == GradientSync.micro_batch.value)
+
+
 def zero_of(plan: dict[str, Any]) -> str:
     """The ZeRO stage, as "3 each" where each micro-batch scatters its gradients."""
     if plan["zero_stage"] is None:
         return DASH
-    each = plan["gradient_sync"] == GradientSync.micro_batch.value
-    return f"{plan['zero_stage']}{' each' * each}"
+    return f"{plan['zero_stage']}{' each' * scatters_each(plan)}"
 
 
 def schedule_of(plan: dict[str, Any]) -> str:

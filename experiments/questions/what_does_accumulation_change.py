@@ -28,7 +28,7 @@ def answer(evidence: Evidence) -> Answer:
         conclusion=[
             *communication(runs),
             memory(runs),
-            *scattering_each(runs, large),
+            scattering_each(runs, large),
             loss(runs),
             time(large),
         ],
@@ -117,24 +117,23 @@ def memory(runs: dict[tuple[str, int], Run]) -> Said:
     )
 
 
-def scattering_each(*measured_and_simulated: dict[tuple[str, int], Run]) -> list[Said]:
+def scattering_each(runs: dict[tuple[str, int], Run], large: dict[tuple[str, int], Run]) -> Said:
     """What FSDP gains and pays by gradient_sync=micro_batch, here and for Llama 3 8B."""
-    said, most = [], COUNTS[-1]
-    for runs, where in zip(measured_and_simulated, ("here", "Llama 3 8B"), strict=True):
-        once, each = runs["FSDP", most], runs[EACH, most]
-        said.append(
-            say(
-                "With gradient_sync=micro_batch FSDP keeps shards of gradients between "
-                "micro-batches, and no whole ones ({where}, {n} of them): the peak is {after} for "
-                "{before}, and it sends {more} as much.",
-                where=where,
-                n=most,
-                before=once.memory(),
-                after=each.memory(),
-                more=each.wire() / once.wire(),
-            )
-        )
-    return said
+    most = COUNTS[-1]
+    once, each = runs["FSDP", most], runs[EACH, most]
+    large_once, large_each = large["FSDP", most], large[EACH, most]
+    return say(
+        "With gradient_sync=micro_batch FSDP keeps shards of gradients from one micro-batch to the "
+        "next, and no whole ones: with {n} the peak is {after} for {before} here, and it sends "
+        "{more} as much; {large_after} for {large_before} and {large_more} for Llama 3 8B.",
+        n=most,
+        after=each.memory(),
+        before=once.memory(),
+        more=each.wire() / once.wire(),
+        large_after=large_each.memory(),
+        large_before=large_once.memory(),
+        large_more=large_each.wire() / large_once.wire(),
+    )
 
 
 def loss(runs: dict[tuple[str, int], Run]) -> Said:
