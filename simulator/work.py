@@ -93,7 +93,7 @@ class Work:
     # stages
     messages_a_block: Array  # of weights or gradients over the data axes
     layers: Array  # blocks of the rank that has most
-    last_layers: Array
+    last_layers: Array  # of the rank that has the head
     mean_layers: Array
     # weights of that rank before data axes cut them, and bytes of each
     parameters: Array  # but for experts
@@ -199,10 +199,11 @@ def _layout(plans: Plans) -> Values:
 
 
 def _stages(block: Block) -> Values:
-    """Blocks of the fullest and of the last pp rank; weights as if the fullest had the embedding
-    too, and no block without experts that another rank can have."""
+    """Blocks of the fullest pp rank and of that with the head; weights as if the fullest had the
+    embedding too, and no block without experts that another rank can have."""
     plans = block.plans
-    first, last, layers = Rank(plans), Rank(plans, plans.pp - 1), most_blocks(plans)
+    first, layers = Rank(plans), most_blocks(plans)
+    last = Rank(plans, np.where(first.v_shaped, 0, plans.pp - 1))  # has the head
     whole = np.ones_like(plans.pp)
     more, kept = block.more, plans.numerics
     dense = np.where(plans.pp > 1, 0, more.dense_layers) if more else 0 * whole
