@@ -15,10 +15,8 @@ from experiments.playground.plan import Controls, View, choices, view
 from experiments.playground.results import results_of
 from experiments.playground.speed import moves_of, started
 from experiments.playground.svg import joined, passes_of
-from simulator.coarse_programs import coarse_programs
-from simulator.event_times import EventTimes
-from simulator.plan_programs import programs_of
-from simulator.replay import replay
+from simulator.coarse_programs import coarse_timeline
+from simulator.plan_times import timeline_of
 from tests.browser import opened
 
 START = Controls()
@@ -29,6 +27,7 @@ PLACES = [
     replace(START, cp=2, dp_shard=2, precision="fp32", sequence_parallel=False),
     replace(START, model="llama3_70b", cluster="a100_80g", tp=8, dp_shard=1, dp_replicate=2),
     replace(START, model="gpt2", cluster="laptop", pp=1, tp=1, seq_len=1024),
+    replace(START, pp=1, gradient_sync="micro_batch"),
 ]
 
 
@@ -48,11 +47,7 @@ def test_a_pass_at_a_time_ends_when_all_events_do(controls: Controls) -> None:
     """The coarse timeline against the one that has every operator and message."""
     config = controls.config()
     plan = (config.model, config.layout, config.options)
-    times = EventTimes(config.cluster)
-    fine, coarse = (
-        replay(programs, times.work, times.message, like)
-        for programs, like in (programs_of(*plan), coarse_programs(*plan, config.cluster))
-    )
+    fine, coarse = (made(*plan, config.cluster) for made in (timeline_of, coarse_timeline))
     assert coarse.total == pytest.approx(fine.total, rel=0.05)
     assert coarse.programs.keys() == fine.programs.keys()
 
@@ -84,6 +79,8 @@ def test_what_the_rules_refuse_is_shown() -> None:
     shown = view(replace(START, tp=16))
     assert shown.refused and "n_kv_head" in shown.refused and shown.step is None
     assert shown.refused.split(":")[0] in results_of(shown)["verdict"]
+    shown = view(replace(START, gradient_sync="micro_batch"))
+    assert shown.refused and "pp" in shown.refused
     many = view(replace(START, gradient_accumulation_steps=256, pp=32, tp=1))
     assert many.timeline is None and many.step
 

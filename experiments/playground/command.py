@@ -37,6 +37,7 @@ LISTS = {
     "precision": "precision",
     "activation_checkpointing": "activation checkpointing",
     "zero_stage": "ZeRO stage of the shards",
+    "gradient_sync": "gradients are sent every",
 }
 STYLE = Path(__file__).resolve().parents[1] / "templates" / "playground.css"
 # a control's key and value, to the server; what stands beside its label, at once
@@ -158,10 +159,10 @@ DETAILS = {
 def controls_html(controls: Controls) -> str:
     """The form: each control with its label, by the browser's own elements."""
     offered = choices()
-    made = [_list(key, offered[key], controls) for key in ("model", "cluster")]
+    first = ("model", "cluster")
+    made = [_list(key, offered[key], controls) for key in first]
     made += [_slider(key, controls) for key in SLIDERS]
-    after = ("schedule", "precision", "activation_checkpointing", "zero_stage")
-    made += [_list(key, offered[key], controls) for key in after]
+    made += [_list(key, offered[key], controls) for key in LISTS if key not in first]
     checked = " checked" if controls.sequence_parallel else ""
     box = f'<input type="checkbox" id="sequence_parallel"{checked}>'
     label = f'<label for="sequence_parallel">{box}<span>sequence parallel with tp</span></label>'

@@ -19,6 +19,7 @@ from minigpt.config import DataConfig
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
+    GradientSync,
     Layout,
     PipelineConfig,
     PipelineSchedule,
@@ -50,6 +51,7 @@ class Controls:
     precision: str = "bf16"
     activation_checkpointing: str = "none"
     zero_stage: int = 2
+    gradient_sync: str = "step"
     sequence_parallel: bool = True
 
     @property
@@ -60,6 +62,8 @@ class Controls:
         keys += [f"layout.{axis}={size}" for axis, size in sizes if size > 1]
         if self.dp_shard > 1:
             keys.append(f"zero_stage={self.zero_stage}")
+        if self.gradient_sync != GradientSync.step.value:
+            keys.append(f"gradient_sync={self.gradient_sync}")
         if self.sequence:
             keys.append("sequence_parallel=true")
         if self.pp > 1:
@@ -95,6 +99,7 @@ class Controls:
             layout=self.layout,
             pipeline=staged if self.pp > 1 else PipelineConfig(),
             zero_stage=self.zero_stage if self.dp_shard > 1 else SimulateConfig.zero_stage,
+            gradient_sync=GradientSync(self.gradient_sync),
             sequence_parallel=self.sequence,
             precision=Precision(self.precision),
             activation_checkpointing=ActivationCheckpointing(self.activation_checkpointing),
@@ -133,6 +138,7 @@ def choices() -> dict[str, list[str]]:
         "precision": [precision.value for precision in Precision],
         "activation_checkpointing": [kind.value for kind in ActivationCheckpointing],
         "zero_stage": ["1", "2", "3"],
+        "gradient_sync": [each.value for each in GradientSync],
     }
 
 
