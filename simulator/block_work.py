@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from costs.program import Program, Work
+from costs.program import Work
 from minigpt.config import FFN, Attention, ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options
 from simulator.communication import expert_choices
@@ -16,6 +16,7 @@ from simulator.sending import DTYPE_NAMES, ITEM_BYTES
 # Bytes that a backward moves for each of the forward's: it reads what was kept and a gradient, and
 # writes a gradient
 BACKWARD_BYTES = 1.5
+HEAD = "head"
 
 
 @dataclass
@@ -67,7 +68,7 @@ class BlockWork:
         gated = m.ffn != FFN.gelu
         return self.item * (whole + (3 if gated else 2) * batch * rows * inner)
 
-    def block(self, kind: str, stage: int, i: int) -> Program:
+    def works(self, kind: str, stage: int, i: int) -> list[Work]:
         """The products and the element-wise operators of one block."""
         full = self.options.activation_checkpointing in (
             ActivationCheckpointing.full,
@@ -76,7 +77,7 @@ class BlockWork:
         again = full and kind in "BI"
         times = {"F": 1, "B": 2, "I": 1, "W": 1}[kind]
         moved = {"F": 1.0, "B": BACKWARD_BYTES, "I": BACKWARD_BYTES, "W": 0.0}[kind] + again
-        made: Program = []
+        made = []
         for name, batch, *shape in self.products:
             # a block that runs again stops before its last product (simulator/flops.py)
             spared = name == "down" and self.model.ffn != FFN.moe
@@ -93,7 +94,7 @@ class BlockWork:
         tokens = self.activation // m.d_model
         times = 2 if kind == "B" else 1
         shape = (times, tokens, m.d_model, m.vocab_size // self.layout.tp)
-        return self._product("head", kind, shape, stage, i)
+        return self._product(HEAD, kind, shape, stage, i)
 
     def _product(self, name: str, kind: str, shape: tuple[int, ...], stage: int, i: int) -> Work:
         batch, rows, inner, columns = shape

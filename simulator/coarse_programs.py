@@ -13,11 +13,11 @@ from collections.abc import Callable
 from costs.program import Program, Work
 from minigpt.config import ModelConfig
 from parallel.layout import Layout, Options
-from simulator.event_times import EventTimes
+from simulator.event_times import EventTimes, replay_on
 from simulator.hardware import Cluster
 from simulator.plan_programs import Writer
+from simulator.plan_times import PlanTimes
 from simulator.programs import PHASE_OF_KIND, pipeline_programs
-from simulator.replay import replay
 from simulator.timeline import Timeline
 
 Known = dict[tuple, float]
@@ -34,7 +34,7 @@ def coarse_programs(
     """
     stride = layout.world_size // layout.pp
     ranks = [place * stride for place in range(layout.pp)]
-    times = EventTimes(cluster)
+    times = PlanTimes(model, layout, options, cluster)
     known: Known = {}
     places = [
         Place(Writer(model, layout, options, clipped, place), rank, times, known)
@@ -63,8 +63,7 @@ def coarse_timeline(
 ) -> Timeline:
     """When each pass runs."""
     programs, like = coarse_programs(model, layout, options, cluster)
-    times = EventTimes(cluster)
-    return replay(programs, times.work, times.message, like)
+    return replay_on(programs, EventTimes(cluster), like)
 
 
 class Place:
@@ -113,6 +112,4 @@ class Place:
 
     def _alone(self, program: Program) -> float:
         """Seconds of events with no other rank: its groups are as fast as it is."""
-        one = {self.rank: program}
-        found = replay(one, self.times.work, self.times.message, lambda _: self.rank)
-        return found.total
+        return replay_on({self.rank: program}, self.times, lambda _: self.rank).total

@@ -43,11 +43,8 @@ TRITON_SHARE = 1 / 1.6  # of FlashAttention-2's speed: it is 1.3 to 2.5 times as
 def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     """Seconds of each part of a step (of costs.ledger.TIME_PARTS; `other` is not modelled), and
     `total`."""
-    crowded = cluster.crowded(work.pp * work.tp * work.cp * work.dp)
-    slow = straggling(work, cluster) * crowded
-    block, head = slow * block_seconds(work, cluster), slow * head_seconds(work, cluster)
-    lead = np.minimum(head, slow * late_seconds(work, cluster))
-    head, hiding = head - lead, block - lead / np.maximum(1, work.last_layers)
+    block, head, lead = computing(work, cluster)
+    hiding = block - lead / np.maximum(1, work.last_layers)
     hiding = hiding - ring_seconds(work, cluster)[1]  # the network does one thing at a time
     sent = block_messages(work, cluster)
     m, pp = work.micro_batches, work.pp
@@ -63,9 +60,22 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
         "compute": m * mean + copy_seconds(work, cluster),
         "exposed_communication": m * messages + exposed_data(work, cluster, hiding),
         "bubble": np.where(pp > 1, waits, 0.0),
-        "optimizer": crowded * optimizer_seconds(work, cluster),
+        "optimizer": crowded(work, cluster) * optimizer_seconds(work, cluster),
     }
     return {"total": sum(parts.values()), **parts}
+
+
+def computing(work: Work, cluster: Cluster) -> tuple[Array, Array, Array]:
+    """One micro-batch: a block, the head, and what of the head goes by while the host launches."""
+    slow = straggling(work, cluster) * crowded(work, cluster)
+    head = slow * head_seconds(work, cluster)
+    lead = np.minimum(head, slow * late_seconds(work, cluster))
+    return slow * block_seconds(work, cluster), head - lead, lead
+
+
+def crowded(work: Work, cluster: Cluster) -> Array:
+    slower: Array = cluster.crowded(work.pp * work.tp * work.cp * work.dp)
+    return slower
 
 
 def straggling(work: Work, cluster: Cluster) -> Array:

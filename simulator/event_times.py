@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
-from costs.program import Message, Work
+from costs.program import Message, Program, Work
 from simulator import collectives
+from simulator.data_seconds import SLOWED
 from simulator.hardware import Cluster
+from simulator.programs import sent_by_the_device
 from simulator.reached import narrower
+from simulator.replay import replay
+from simulator.timeline import Timeline
 
 # Names of costs/program.py -> of a device's peaks; fp16 is as fast as bf16
 PEAKS = {"float32": "fp32", "float64": "fp32", "bfloat16": "bf16", "float16": "bf16"}
@@ -71,6 +76,17 @@ class EventTimes:
             )
             self.messages[key] = float(priced)
         return self.messages[key]
+
+
+def replay_on(
+    programs: dict[int, Program], times: EventTimes, like: Callable[[int], int]
+) -> Timeline:
+    """Programs that nobody ran, on the cluster of `times`: a core sends by itself, and what others
+    send while they compute slows that."""
+    if times.cluster.device.asynchronous:
+        return replay(programs, times.work, times.message, like, hidden_slows=SLOWED)
+    programs = {rank: sent_by_the_device(program) for rank, program in programs.items()}
+    return replay(programs, times.work, times.message, like)
 
 
 def measured_work(work: Work) -> float:

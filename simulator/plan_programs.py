@@ -134,7 +134,7 @@ class Writer:
         last = kind in "BW" and self.backwards[stage] == self.options.micro_batches
         made: Program = []
         for block in range(self.blocks[stage]):
-            computed = self.computing.block(kind, stage, i)
+            computed: Program = [*self.computing.works(kind, stage, i)]
             if self._is_head(kind, stage, block):
                 computed.append(self.computing.head(kind, stage, i))
             ahead, inside = ([], []) if kind == "W" else self._messages(phase, stage, i)

@@ -65,17 +65,20 @@ def replay(
     message_seconds: Callable[[Message], float],
     like: Callable[[int], int] | None = None,
     queued: bool = True,
+    hidden_slows: float = 0.0,
 ) -> Timeline:
     """Run the programs of all ranks, or of one rank of each kind, where `like` maps a rank of the
     world to the one whose program stands for its own.
 
     `message_seconds` is asked by each member for its own end: a measured message is not over on all
     ranks at once. `queued` False: its seconds count from when the last member handed it over, as
-    measured ones do, so that they hold any wait for the message before it.
+    measured ones do, so that they hold any wait for the message before it. `hidden_slows`: of a
+    collective's time behind compute, the share by which that compute takes longer, where it was
+    not measured so; it is paid where the message is waited for, as exposed communication.
 
     Raises Mismatch where members of a group hand over different messages, or wait for ever.
     """
-    return _Replay(programs, work_seconds, message_seconds, like, queued).run()
+    return _Replay(programs, work_seconds, message_seconds, like, queued, hidden_slows).run()
 
 
 class _Replay:
@@ -86,8 +89,9 @@ class _Replay:
         message_seconds: Callable[[Message], float],
         like: Callable[[int], int] | None,
         queued: bool,
+        hidden_slows: float,
     ) -> None:
-        self.queued = queued
+        self.queued, self.hidden_slows = queued, hidden_slows
         self.programs, self.like = programs, like or (lambda rank: rank)
         self.work_seconds, self.message_seconds = work_seconds, message_seconds
         self.channels: dict[tuple, Channel] = {}
@@ -139,13 +143,21 @@ class _Replay:
                 if flight.start is None:
                     flight.waiting.append(rank)
                     break
-                end = max(now, flight.start + seconds) + event.seconds
+                over = flight.start + seconds
+                end = max(now, over) + event.seconds + self._slowed(flight, min(now, over))
                 if end > now:
                     self.idle[rank][place] = self._count_wait(parts, flight, now, end)
                 times.append((now, end))
                 now = end
             place += 1
         self.clock[rank], self.place[rank] = now, place
+
+    def _slowed(self, flight: Flight, until: float) -> float:
+        """What compute took longer for a message that was under way beside it."""
+        if not self.hidden_slows or flight.message.collective in ("send", "recv"):
+            return 0.0
+        assert flight.start is not None
+        return self.hidden_slows * max(0.0, until - flight.start)
 
     def _count_wait(self, parts: dict[str, float], flight: Flight, now: float, end: float) -> float:
         """A wait is bubble as long as another stage has not come, and else exposed. Returns the

@@ -76,12 +76,11 @@ def simulate(config: SimulateConfig, folder: Path) -> dict[str, Any]:
         config.model, config.layout, config.options, config.cluster, config.clip is not None
     )
     if config.trace:
-        from experiments.predict.simulate_traced import draw, timeline_of
-        from simulator.plan_programs import programs_of
+        from experiments.predict.simulate_traced import draw
+        from simulator.plan_times import timeline_of
 
-        clipped = config.clip is not None
-        programs, like = programs_of(config.model, config.layout, config.options, clipped)
-        draw(config, folder, timeline_of(config, programs, like))
+        plan = (config.model, config.layout, config.options)
+        draw(config, folder, timeline_of(*plan, config.cluster, config.clip is not None))
     return ledger_of(config, "formula", steps)
 
 

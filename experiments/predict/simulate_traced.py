@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,14 +12,11 @@ import numpy as np
 
 from costs import trace as traces
 from costs.ledger import TIME_PARTS
-from costs.program import Program
 from costs.trace import Trace
 from experiments.metering import flops_per_token, utilisation
 from experiments.predict.plan_config import SimulateConfig
-from simulator.event_times import EventTimes
+from simulator.event_times import EventTimes, replay_on
 from simulator.plans import PRECISIONS
-from simulator.programs import sent_by_the_device
-from simulator.replay import replay
 from simulator.search import peak_flops
 from simulator.timeline import Timeline
 from simulator.trace import Traced, trace
@@ -38,11 +34,12 @@ def traced_steps(config: SimulateConfig, folder: Path) -> tuple[str, list[Step]]
     if config.rank is not None:
         return "traced", [step(config, found[config.rank], dict.fromkeys(("total", *TIME_PARTS)))]
     programs = {rank: one.program for rank, one in found.items()}
-    timeline = timeline_of(config, programs, lambda rank: rank // stride * stride)
+    times = EventTimes(config.cluster, layout.world_size)
+    timeline = replay_on(programs, times, lambda rank: rank // stride * stride)
     if config.trace:
         draw(config, folder, timeline)
-    times: dict[int, dict[str, Any]] = {**timeline.time_s}
-    return "traced", [step(config, found[rank], times[rank]) for rank in ranks]
+    parts: dict[int, dict[str, Any]] = {**timeline.time_s}
+    return "traced", [step(config, found[rank], parts[rank]) for rank in ranks]
 
 
 def trace_ranks(config: SimulateConfig, ranks: list[int]) -> list[Traced]:
@@ -77,16 +74,6 @@ def step(config: SimulateConfig, one: Traced, time_s: dict[str, Any]) -> Step:
         "mfu": utilisation(model, total, peak),
         "hfu": utilisation(one.flops, total, peak),
     }
-
-
-def timeline_of(
-    config: SimulateConfig, programs: dict[int, Program], like: Callable[[int], int]
-) -> Timeline:
-    """The programs, event by event, on the cluster."""
-    times = EventTimes(config.cluster, config.layout.world_size)
-    if not config.cluster.device.asynchronous:
-        programs = {rank: sent_by_the_device(program) for rank, program in programs.items()}
-    return replay(programs, times.work, times.message, like)
 
 
 def draw(config: SimulateConfig, folder: Path, timeline: Timeline) -> None:

@@ -1,0 +1,66 @@
+"""A plan's timeline: its events have the closed form's price, so it ends when the step's table
+says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from experiments.playground.plan import Controls
+from parallel.layout import PipelineSchedule
+from simulator import data_seconds, plan_times
+from simulator.formula_ledger import formula_steps
+from simulator.plan_times import timeline_of
+from simulator.timeline import Timeline
+
+START = Controls()  # Llama 3 8B on H100, pp4 dp_shard4 tp2
+FLAT = replace(START, pp=1, tp=1, zero_stage=3)
+# the table's pipeline is an equation, its timeline an order; the ring of cp takes turns with tp
+PLANS = [
+    *(replace(START, schedule=schedule.value) for schedule in PipelineSchedule),
+    replace(START, pp=1, tp=8, dp_shard=2),
+    replace(START, cp=4, dp_shard=2),
+    replace(START, model="mixtral_8x7b", tp=1, dp_shard=8),
+    replace(START, model="gpt2", cluster="laptop", pp=2, dp_shard=1, tp=1, seq_len=1024),
+    replace(START, activation_checkpointing="full", gradient_accumulation_steps=32),
+    replace(START, model="llama3_70b", tp=8, pp=8, activation_checkpointing="selective"),
+    FLAT,
+    replace(FLAT, dp_replicate=2, gradient_sync="micro_batch"),
+    replace(FLAT, dp_shard=32, gradient_accumulation_steps=1, activation_checkpointing="full"),
+]
+
+
+def both(controls: Controls) -> tuple[dict[str, float], Timeline]:
+    config = controls.config()
+    plan = (config.model, config.layout, config.options, config.cluster)
+    return formula_steps(*plan)[0]["time_s"], timeline_of(*plan)
+
+
+@pytest.mark.parametrize("controls", PLANS, ids=lambda controls: controls.command[19:])
+def test_the_timeline_ends_when_the_table_says(controls: Controls) -> None:
+    table, timeline = both(controls)
+    assert timeline.total == pytest.approx(table["total"], rel=0.06)
+    computing = [parts["compute"] for parts in timeline.time_s.values()]
+    assert sum(computing) / len(computing) == pytest.approx(table["compute"], rel=0.02)
+
+
+def test_hidden_messages_slow_the_timeline_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed = both(FLAT)[1].total
+    monkeypatch.setattr(data_seconds, "SLOWED", 0.0)
+    monkeypatch.setattr("simulator.event_times.SLOWED", 0.0)
+    table, timeline = both(FLAT)
+    assert timeline.total == pytest.approx(table["total"], rel=0.02)
+    assert slowed > 1.01 * timeline.total
+
+
+def test_the_rest_of_a_block_is_shared_by_its_events() -> None:
+    """Each takes as much longer as all do together."""
+    config = START.config()
+    plan = (config.model, config.layout, config.options)
+    times = plan_times.PlanTimes(*plan, config.cluster)
+    plain = plan_times.EventTimes(config.cluster, config.layout.world_size)
+    program = plan_times.programs_of(*plan)[0][0]
+    works = [e for e in program if isinstance(e, plan_times.Work) and e.phase != "optimizer"]
+    ratios = {round(times.work(e) / plain.work(e), 9) for e in works}
+    assert len(ratios) == 1 and ratios.pop() > 1
