@@ -21,7 +21,7 @@ class Work:
     `bytes` (read and written) take on the device."""
 
     phase: str
-    name: str = ""
+    name: str = ""  # of the operator
     seconds: float | None = None
     flops: int = 0
     bytes: int = 0
@@ -30,6 +30,7 @@ class Work:
     operators: float = 1  # launched by the host, in those of plain tensors
     stage: int | None = None
     micro_batch: int | None = None
+    action: str = ""  # of a pipeline, where it says more than the phase: backward_weight
 
 
 @dataclass(slots=True)

@@ -207,9 +207,10 @@ def program_of(rank: int, record: StepRecord, own: Sequence[Transfer]) -> Progra
     for moment, _, goes_on, event in sorted(points, key=lambda point: point[:2]):
         if moment > now:
             phase, action = labels.at((now + moment) / 2)
-            work = Work(phase, action.kind if action else "", round(moment - now, 9))
+            work = Work(phase, seconds=round(moment - now, 9))
             if action:
                 work.stage, work.micro_batch = action.stage, action.micro_batch
+                work.action = action.kind
             program.append(work)
         if event:
             program.append(event)

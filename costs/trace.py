@@ -13,8 +13,8 @@ programs      {rank: [event, ...]}, a rank's step as costs/program.py has it; an
               and "event": "work" | "message" | "wait". Fields at their defaults are left out.
 about         what else is known: the step's number, seconds by phase, how memory was followed
 
-Slices of a track nest: a wait lies in the forward or backward that waits, or in none.
-Standard library only, so that simulated steps are written and read by the same functions.
+Slices of a track nest: a wait lies in the forward or backward that waits, or in none; so does an
+operator. Standard library only, so that simulated steps are written and read by the same functions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Slice:
 
     rank: int
     track: str  # COMPUTE | COMMUNICATION
-    kind: str  # step, wait, a phase of costs/program.py, an action of a pipeline, or a collective
+    kind: str  # step, wait, a phase of costs/program.py, an action of a pipeline, an operator, or a
+    # collective
     start: float
     end: float
     stage: int | None = None

@@ -6,6 +6,9 @@ Exit status: 0 done, 1 the run failed, 2 the input was refused.
 from __future__ import annotations
 
 import importlib
+import os
+import select
+import signal
 import sys
 
 from experiments.refused import Refused
@@ -45,15 +48,29 @@ def main(argv: list[str]) -> int:
         if verb and verb not in COMPOSED and {"--help", "-h"} & set(rest):
             print((module.__doc__ or "").strip())
             return 0
-        return getattr(module, function)(rest)
+        status: int = getattr(module, function)(rest)
+        sys.stdout.flush()
+        return status
     except (Refused, ValueError) as error:
         print(f"launch.sh: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return 128 + signal.SIGPIPE
         print(f"launch.sh: {error.filename or 'this machine'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def reader_left() -> bool:
+    """Whether nobody reads what is printed any more (`| head`); then nothing more is."""
+    out, looking = sys.stdout.fileno(), select.poll()
+    looking.register(out, 0)
+    left = any(seen & select.POLLERR for _, seen in looking.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return left
 
 
 if __name__ == "__main__":

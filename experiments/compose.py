@@ -32,6 +32,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
 PROMPTS = ("prompt", "sample.prompt")
 PATHS = ("run", "run.dir", "data.path", "data.cache", "resume", "init", "out")
+ALL_KEYS = "--help lists all that there are"
 # what each command takes: configs/NAME.yaml and its schema
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
@@ -176,7 +177,8 @@ def one_line(error: Exception, argv: list[str], schema: type) -> str:
     key = getattr(cause, "full_key", None) or _key_in(text)
     if isinstance(cause, MissingMandatoryValue):
         return f"{key} is not set: give it as {key}=..."
-    given = next((a for a in reversed(argv) if a.lstrip("+~").partition("=")[0] == key), key)
+    names = [(a, a.lstrip("+~").partition("=")[0]) for a in reversed(argv)]
+    given = next((a for a, name in names if name == key or name.startswith(f"{key}.")), key)
     if not given and len(argv) == 1:
         given = argv[0]
     said = str(cause).splitlines()
@@ -189,8 +191,9 @@ def one_line(error: Exception, argv: list[str], schema: type) -> str:
 
 def no_such_key(given: str, key: str, schema: type) -> str:
     """Name the keys that the user may have meant."""
-    near = difflib.get_close_matches(key, keys_of(schema), n=3)
-    return f"{given}: no such key" + (f"; did you mean {', '.join(near)}?" if near else "")
+    keys, leaf = keys_of(schema), key.rpartition(".")[2]
+    near = [k for k in keys if k.endswith(f".{leaf}")] or difflib.get_close_matches(key, keys, n=3)
+    return f"{given}: no such key; " + (f"did you mean {', '.join(near)}?" if near else ALL_KEYS)
 
 
 def _key_in(text: str) -> str | None:

@@ -10,7 +10,7 @@ from costs.program import Work
 from minigpt.config import FFN, Attention, ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options
 from simulator.communication import expert_choices
-from simulator.programs import PHASE_OF_KIND
+from simulator.programs import ACTION_OF_KIND, PHASE_OF_KIND
 from simulator.sending import DTYPE_NAMES, ITEM_BYTES
 
 # Bytes that a backward moves for each of the forward's: it reads what was kept and a gradient, and
@@ -51,7 +51,7 @@ class BlockWork:
         attention = "attention" if m.attention == Attention.sdpa else "scores and values"
         heads = o.micro_batch_size * m.n_head // tp
         return [
-            ("q, k, v", 1, tokens, d, (d + 2 * kv) // tp),
+            ("qkv", 1, tokens, d, (d + 2 * kv) // tp),
             (attention, 2 * heads, part, m.head_dim, sequence),
             ("out", 1, tokens, d // tp, d),
             ("up", batch, rows, d, up // tp),
@@ -83,9 +83,8 @@ class BlockWork:
             spared = name == "down" and self.model.ffn != FFN.moe
             count = (times + (again and not spared)) * batch
             made.append(self._product(name, kind, (count, *shape), stage, i))
-        phase = PHASE_OF_KIND[kind]
         size = round(moved * self.elementwise_bytes)
-        made.append(Work(phase, "elementwise", bytes=size, stage=stage, micro_batch=i))
+        made.append(self._of(kind, stage, i, Work("", "elementwise", bytes=size)))
         return made
 
     def head(self, kind: str, stage: int, i: int) -> Work:
@@ -100,13 +99,17 @@ class BlockWork:
         batch, rows, inner, columns = shape
         # a flash kernel keeps its T x T scores on the chip
         given = 0 if name == "attention" else rows * columns
-        return Work(
-            PHASE_OF_KIND[kind],
+        made = Work(
+            "",
             name,
             flops=2 * math.prod(shape),
             bytes=self.item * batch * (rows * inner + inner * columns + given),
             dtype=DTYPE_NAMES[self.options.precision],
             shape=shape,
-            stage=stage,
-            micro_batch=i,
         )
+        return self._of(kind, stage, i, made)
+
+    def _of(self, kind: str, stage: int, i: int, work: Work) -> Work:
+        work.phase, work.action = PHASE_OF_KIND[kind], ACTION_OF_KIND[kind]
+        work.stage, work.micro_batch = stage, i
+        return work

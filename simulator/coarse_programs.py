@@ -17,12 +17,10 @@ from simulator.event_times import EventTimes, replay_on
 from simulator.hardware import Cluster
 from simulator.plan_programs import Writer
 from simulator.plan_times import PlanTimes
-from simulator.programs import PHASE_OF_KIND, pipeline_programs
+from simulator.programs import ACTION_OF_KIND, PHASE_OF_KIND, pipeline_programs
 from simulator.timeline import Timeline
 
 Known = dict[tuple, float]
-# what a pass is called: the actions of a pipeline, as costs/trace.py has them
-NAMES = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
 
 
 def coarse_programs(
@@ -85,8 +83,9 @@ class Place:
         key = (kind, self.holds[stage])
         if key not in self.known:
             self.known[key] = self._alone(self._events(kind, stage))
-        phase = PHASE_OF_KIND[kind]
-        return [Work(phase, NAMES[kind], self.known[key], stage=stage, micro_batch=i)]
+        own = Work(PHASE_OF_KIND[kind], seconds=self.known[key], stage=stage, micro_batch=i)
+        own.action = ACTION_OF_KIND[kind]
+        return [own]
 
     def end(self) -> Work:
         """What the last backward of each stage leaves to wait for, and the optimizer."""

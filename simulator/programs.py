@@ -8,6 +8,8 @@ from costs.program import Message, Program, Wait
 from parallel.layout import PipelineConfig
 from simulator.pipeline_messages import Step, steps_of
 
+# what a pipeline calls its actions (costs/trace.py)
+ACTION_OF_KIND = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
 PHASE_OF_KIND = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
 
 

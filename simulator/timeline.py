@@ -32,9 +32,12 @@ class Timeline:
         """Of the slowest rank."""
         return max(parts["total"] for parts in self.time_s.values())
 
-    def slices(self, rank: int) -> Iterator[Slice]:
-        """What to draw of one rank: its work, its waits, its messages; nothing of no length."""
+    def slices(self, rank: int) -> list[Slice]:
+        """What to draw of one rank: passes and other phases, in them operators and waits; messages.
+        Nothing of no length."""
         messages: dict[int, Message] = {}
+        made: list[Slice] = []
+        current = Slice(rank, COMPUTE, "", 0.0, 0.0)  # the phase that goes on
         both = zip(self.programs[rank], self.times[rank], strict=True)
         for place, (event, (start, end)) in enumerate(both):
             if isinstance(event, Message):
@@ -43,17 +46,24 @@ class Timeline:
                 continue
             span = (start, end)
             if isinstance(event, Work):
-                kind = event.name or event.phase
-                yield Slice(rank, COMPUTE, kind, *span, event.stage, event.micro_batch)
+                kind = event.action or event.phase
+                key = (kind, event.stage, event.micro_batch)
+                if key != (current.kind, current.stage, current.micro_batch):
+                    current = Slice(rank, COMPUTE, kind, *span, event.stage, event.micro_batch)
+                    made.append(current)
+                current.end = end
+                if event.name not in ("", kind):
+                    made.append(Slice(rank, COMPUTE, event.name, *span))
             elif isinstance(event, Message):
-                made = Slice(rank, COMMUNICATION, event.collective, *span, args=_args(event))
-                made.stage, made.micro_batch = event.stage, event.micro_batch
-                yield made
+                sent = Slice(rank, COMMUNICATION, event.collective, *span, args=_args(event))
+                sent.stage, sent.micro_batch = event.stage, event.micro_batch
+                made.append(sent)
             else:
                 waited = messages[event.number]
                 args: dict[str, Any] = {"collective": waited.collective, "axis": waited.axis}
                 args |= {"number": waited.number, "bubble_s": self.idle[rank][place]}
-                yield Slice(rank, COMPUTE, WAIT, *span, args=args)
+                made.append(Slice(rank, COMPUTE, WAIT, *span, args=args))
+        return made
 
     def in_flight(self, rank: int) -> Iterator[tuple[Message, float]]:
         """Each message of a rank, and how long after it was handed over it was over."""

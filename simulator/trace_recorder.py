@@ -32,6 +32,7 @@ FUNCTIONAL = {
     functional.all_to_all_single.default: ("all_to_all", False),
     functional.broadcast.default: ("broadcast", False),
 }
+HALVES = ("backward_input", "backward_weight")
 Label = tuple[str, int | None, int | None]  # phase, stage, micro-batch
 # What an operator of DTensors takes the host besides its local one, in operators of plain tensors,
 # as `./launch.sh python -m experiments.figures.dispatch` measures it (two cores, torch 2.13)
@@ -58,6 +59,7 @@ class Recorder(TorchDispatchMode):
         self.last_key: dict[tuple, float] = {}  # by group: of its last message
         self.calls: list[Call] = []
         self.label: Label = ("other", None, None)
+        self.half = ""  # of a backward that a pipeline runs in two
         self.labels: dict[int, Label] = {}  # of tensors that pipeline stages send or receive
         self.arriving: dict[int, int] = {}  # storage of a functional collective -> its message
         self.in_flight: list[int] = []  # messages for which C++ will wait
@@ -100,6 +102,7 @@ class Recorder(TorchDispatchMode):
         name = str(func._overloadpacket)
         work = Work(phase, name, None, cost.flops, cost.bytes, cost.dtype, cost.shape)
         work.stage, work.micro_batch = stage, micro_batch
+        work.action = self.half
         work.operators += DISPATCH * self.dispatched
         self.dispatched = 0
         self._add(work)
@@ -173,6 +176,7 @@ class Recorder(TorchDispatchMode):
         """Around a part of the step: data, forward_backward, optimizer."""
         inside = ("forward", 0, 0) if name == "forward_backward" else (name, None, None)
         self.label, outside = inside, self.label
+        self.half = ""
         with self.meter.phase(name):
             yield
             self._wait_for_all()
@@ -208,6 +212,7 @@ class Recorder(TorchDispatchMode):
             phase = "forward" if kind in ("forward", "loss") else "backward"
             # it stays: the loss, computed when this is over, belongs to it
             self.label = (phase, stage, micro_batch)
+            self.half = kind if kind in HALVES else ""
         yield
 
     def patches(self) -> Iterator[tuple[type, str, Callable]]:

@@ -30,10 +30,12 @@ NEEDED = {
 }
 
 MISTAKES = [
-    (["lr=1"], "lr=1: no such key"),
+    (["lr=1"], "lr=1: no such key; did you mean optimizer.lr?"),
+    (["run.folder=x"], "run.folder=x: no such key; did you mean run.dir"),
     (["stepz=1"], "stepz=1: no such key; did you mean steps"),
     (["optimizer.learning_rate=1"], "optimizer.learning_rate=1: no such key; did you mean"),
     (["+extra=1"], "extra: no such key"),
+    (["zyx.wv=1"], "zyx.wv=1: no such key; --help lists all that there are"),
     (["steps=abc"], "steps=abc: Value 'abc'"),
     (["steps=4", "steps=abc"], "steps=abc: Value 'abc'"),
     (["hydra.run.dir=x"], "hydra.run.dir=x: the folder of a run is run.dir="),

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from minigpt.config import ModelConfig
 from parallel.layout import Layout
 from simulator.published import read as read_table
 from tests.configs import compose
+from tests.launching import ROOT
 from tests.odd_input import NASTY, as_bytes, few, json_values, many, one_line, values
 
 CONFIG = make_config(Layout(), {"steps": 9})
@@ -37,6 +41,17 @@ KEYS = [key for key in keys_of(TrainConfig) if not key.startswith(LEFT_OUT)]
 
 
 # --- what a user types
+
+
+@pytest.mark.parametrize("verb", ["compare", "search"])
+def test_a_reader_who_has_enough_ends_the_command_without_a_word(verb: str) -> None:
+    """As `| head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "experiments", verb, "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.slow

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from costs import ledger as ledgers
+from costs import trace as traces
+from costs.trace import COMPUTE
 from experiments.__main__ import main
 from experiments.compare.comparison import compared
+from experiments.pictures import COLOURS, NAMES
 from experiments.predict.clusters import load
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, GradientSync, Layout, Options
@@ -131,6 +135,28 @@ def test_bad_input_is_one_line(
     assert status == 2 and out == "" and says in err and err.count("\n") == 1
 
 
+def drawn(folder: Path) -> dict[str, float]:
+    """Seconds of each kind on rank 0 that the timeline of a simulation draws and names."""
+    svg, seconds = (folder / "timeline.svg").read_text(), Counter[str]()
+    for piece in traces.read(folder / "trace.json.gz").slices:
+        if piece.rank == 0 and piece.track == COMPUTE and piece.kind in COLOURS:
+            seconds[piece.kind] += piece.end - piece.start
+            assert COLOURS[piece.kind] in svg and f">{NAMES.get(piece.kind, piece.kind)}<" in svg
+    return dict(seconds)
+
+
+def test_a_timeline_is_drawn_of_what_is_computed(tmp_path: Path) -> None:
+    plan = ["layout.pp=2", "gradient_accumulation_steps=4", "pipeline.schedule=zbv_zero_bubble"]
+    argv = [*plan, "model=gpt2", "cluster=h100", "trace=true", f"run.dir={tmp_path}", "--json"]
+    assert main(["simulate", *argv]) == 0
+    step = ledgers.read(tmp_path / "ledger.json")["step"]["time_s"]
+    seconds = drawn(tmp_path)
+    assert seconds.keys() == {"forward", "backward_input", "backward_weight", "optimizer"}
+    assert sum(seconds.values()) == pytest.approx(step["compute"] + step["optimizer"], rel=0.1)
+    kinds = {p.kind for p in traces.read(tmp_path / "trace.json.gz").slices}
+    assert {"qkv", "attention", "elementwise", "head"} <= kinds, "operators lie in the passes"
+
+
 @pytest.mark.slow
 def test_a_traced_step_has_the_same_bytes_and_times(tmp_path: Path) -> None:
     """Both methods, one plan: messages equal, and times that a replay gives."""
@@ -138,7 +164,9 @@ def test_a_traced_step_has_the_same_bytes_and_times(tmp_path: Path) -> None:
     found = {}
     for method in ("formula", "trace"):
         folder = tmp_path / method
-        assert main(["simulate", *plan, f"method={method}", f"run.dir={folder}", "--json"]) == 0
+        argv = [*plan, f"method={method}", f"run.dir={folder}", "trace=true", "--json"]
+        assert main(["simulate", *argv]) == 0
+        assert drawn(folder).keys() >= {"forward", "backward", "optimizer"}
         found[method] = ledgers.read(folder / "ledger.json")
     rows = {
         method: {
