@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ from simulator.replay import Mismatch, replay
 from simulator.timeline import Timeline
 from tests.random_programs import programs, seconds_of
 from tests.simpy_model import simulate
+from tests.test_timeline import nesting_fault
 
 
 def run(given_programs: dict[int, Program], **options: object) -> Timeline:
@@ -31,24 +31,11 @@ def test_parts_add_up(drawn: dict[int, Program]) -> None:
     timeline = run(drawn)
     for rank, parts in timeline.time_s.items():
         assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
-        busy = sorted(spans(timeline, rank), key=lambda span: (span[0], -span[1]))
-        assert parts["total"] == sum(end - start for start, end in outermost(busy))
-
-
-def spans(timeline: Timeline, rank: int) -> Iterator[tuple[float, float]]:
-    """Of what a rank computes and waits for."""
-    return ((s.start, s.end) for s in timeline.slices(rank) if s.track == COMPUTE)
-
-
-def outermost(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of sorted ones that lie in no other; all others lie wholly in one."""
-    found = spans[:1]
-    for start, end in spans[1:]:
-        if start >= found[-1][1]:
-            found.append((start, end))
-        else:
-            assert end <= found[-1][1]
-    return found
+        busy = [s for s in timeline.slices(rank) if s.track == COMPUTE]
+        assert nesting_fault(busy) is None
+        inside = [s for s in busy if any(o.start <= s.start and s.end < o.end for o in busy)]
+        outside = sum(s.end - s.start for s in busy if s not in inside)
+        assert parts["total"] == outside
 
 
 SLOWS = st.sampled_from([0.0, 0.25])  # exact in binary

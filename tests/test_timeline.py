@@ -133,7 +133,7 @@ def test_a_program_is_what_happened_in_order() -> None:
     records = a_pipeline()
     known = transfers(records)
     assert program_of(0, records[0], known[0]) == [
-        Work("forward", "forward", 2.0, stage=0, micro_batch=0),
+        Work("forward", "", 2.0, stage=0, micro_batch=0, action="forward"),
         Message(0, "send", "pp", (0, 1), "float32", 400, "forward", 0.5, 0, 0),
         Work("forward", "", 0.25),
         Message(1, "recv", "pp", (1, 0), "float32", 400, "backward", 0.5, 0, 0),
