@@ -53,9 +53,10 @@ def step_seconds(work: Work, cluster: Cluster) -> dict[str, Array]:
     slowest = np.where(pp > 1, np.maximum(work.layers * block, last), last)
     stages = stage_messages(work, cluster)
     messages = work.mean_layers * sent + np.where(work.hides_stages > 0, 0.0, stages)
-    # (p-1)/v idle slots (Narayanan et al. 2021, section 2.2), and what uneven stages wait for
+    # (p-1)/v idle slots (Narayanan et al. 2021, section 2.2), and what uneven stages wait for: the
+    # first micro-batch goes through all of them, and then one comes out each time of the slowest
     slot = mean + work.mean_layers * sent + stages
-    waits = bubble_slots(work) * slot + m * (slowest - mean)
+    waits = bubble_slots(work) * slot + (m - 1) * (slowest - mean)
     parts = {
         "compute": m * mean + copy_seconds(work, cluster),
         "exposed_communication": m * messages + exposed_data(work, cluster, hiding),
