@@ -5,6 +5,7 @@ experiments/figures/simulator.py makes a table of it, and tests hold it to its b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from simulator.plans import Plans
 from simulator.trace import Traced, trace
 
 PATIENCE_S = 1800.0  # of all plans of a world size
+JOBS_OF_A_PROCESS = 4  # at the least: it imports torch, which takes as long as a few traces
 # Long enough for activations to be a part of the memory
 CHANGES: dict[str, Any] = {"steps": 3, "clip": 0.5, "seq_len": 128, "model.context": 128}
 CHANGES["data.tokens"] = 30_000
@@ -124,10 +126,12 @@ def ranks_of(config: TrainConfig) -> list[int]:
 
 
 def traced(jobs: Sequence[tuple[TrainConfig, int]], gpu: bool = False) -> list[Traced]:
-    """A trace of each (config, rank), in a process of its own: the world it makes is global."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_trace_all, list(jobs), gpu).result()
+    """A trace of each (config, rank), in processes of their own: the world it makes is global."""
+    count = max(1, min(len(jobs) // JOBS_OF_A_PROCESS, os.cpu_count() or 1))
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as processes:
+        return list(processes.map(_trace_one, jobs, [gpu] * len(jobs)))
 
 
-def _trace_all(jobs: list[tuple[TrainConfig, int]], gpu: bool) -> list[Traced]:
-    return [trace(c.model, c.layout, c.options, rank, c.optimizer, c.clip, gpu) for c, rank in jobs]
+def _trace_one(job: tuple[TrainConfig, int], gpu: bool) -> Traced:
+    c, rank = job
+    return trace(c.model, c.layout, c.options, rank, c.optimizer, c.clip, gpu)
