@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import os
 import re
@@ -18,9 +19,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -61,19 +63,33 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     """
     store_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
-    entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
     schema = SCHEMAS[name]
     argv = [quoted(argument) for argument in argv]
-    check_options(argv)
+    given = check_options(argv)
+    plain = given.overrides == argv and not any("hydra" in override for override in argv)
     saved, sys.argv = sys.argv, ["launch.sh", *argv]
     try:
-        entry()
+        if plain:
+            job(compose_once(name, argv))
+        else:
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise Refused(one_line(error, argv, schema)) from error
     except YAMLError as error:
         raise Refused(f"configs/: {' '.join(str(error).split())}") from error
     finally:
         sys.argv = saved
+
+
+def compose_once(name: str, overrides: list[str]) -> DictConfig:
+    """What Hydra's own door gives to a single job; for its modes and options that composes twice."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = hydra.compose(name, overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    job = copy.copy(composed)  # HydraConfig holds the other
+    with open_dict(job):
+        del job["hydra"]
+    return job
 
 
 def configs_of(name: str, argv: list[str]) -> list[Any]:

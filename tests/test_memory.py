@@ -46,6 +46,7 @@ def test_checkpointing_keeps_less_and_full_keeps_least() -> None:
     assert kept[0] > 1.3 * kept[1] > 1.3 * 1.3 * kept[2]
 
 
+@pytest.mark.slow
 def test_full_checkpointing_adds_one_block_input_a_layer() -> None:
     """Chen 2016: four layers more are four block inputs more, where those outweigh gradients."""
     long = {"seq_len": 256, "model.context": 256, "data.tokens": 20_000}

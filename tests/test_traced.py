@@ -117,6 +117,7 @@ def test_free_experts_get_even_shares() -> None:
     assert payloads(one.rows) == formula
 
 
+@pytest.mark.slow
 def test_seventy_billion_parameters_on_a_thousand_ranks() -> None:
     """Two blocks of them: weights, gradients and moments are this rank's share of each."""
     model = ModelConfig(
