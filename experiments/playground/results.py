@@ -73,7 +73,7 @@ def timeline_of(shown: View) -> str:
     if shown.timeline is None:
         return '<p class="note">too many passes to draw: fewer micro-batches or stages would do</p>'
     found, ranks = shown.timeline, len(shown.timeline.programs)
-    about = f"{ranks} rank{'s' * (ranks > 1)}; replayed pass by pass it takes {human_seconds(found.total)}"
+    about = f"{ranks} rank{'s' * (ranks > 1)}; replayed, it takes {human_seconds(found.total)}"
     kinds = {piece.kind for rank in found.programs for piece in passes_of(found, rank)}
     keys = legend((kind for kind in COLOURS if kind in kinds), COLOURS)
     drawn = f'<div class="wide" tabindex="0" aria-label="timeline">{timeline(found, about)}</div>'
