@@ -82,7 +82,7 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
 
 
 def compose_once(name: str, overrides: list[str]) -> DictConfig:
-    """What Hydra's own door gives to a single job. That one composes twice, to look for its modes."""
+    """What Hydra's own door gives to a single job. That one composes twice, to know its mode."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = hydra.compose(name, overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(composed)
