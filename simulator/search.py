@@ -24,6 +24,9 @@ LOSSES = ("exposed_communication", "bubble", "optimizer")
 PARTS = ("compute", *LOSSES)
 RECOMPUTES, SMALL_TILES = "recomputation", "tiles too small"
 BEST = 100  # plans of which memory is known exactly, as many as are shown at least
+# of a step: plans of one model on one cluster that are nearer than that no prediction tells apart
+# (docs/score.md: what rows of one source are off)
+CLOSE = 0.05
 CHUNK = 20_000  # plans at a time: arrays that stay in the caches
 
 
@@ -141,8 +144,19 @@ class Found:
         plans = self.predicted.plans[fitting]
         time = np.round(1e3 * np.log(self.predicted.time_s["total"][fitting]))
         peak = self.predicted.memory_bytes["peak"][fitting]
-        axes = sum((getattr(plans, axis) > 1).astype(int) for axis in (*MESH_AXES, "ep"))
-        return fitting[np.lexsort((peak, axes, time))]
+        return fitting[np.lexsort((peak, count_axes(plans), time))]
+
+    def simplest(self) -> int | None:
+        """The plan with fewest axes of those that take at most CLOSE longer than the fastest, and of
+        several the fastest. None where nothing fits."""
+        while len(order := self.order):
+            time = self.predicted.time_s["total"][order]
+            near = order[time <= (1 + CLOSE) * time.min()]
+            chosen = int(near[np.argmin(count_axes(self.predicted.plans[near]))])
+            if self.exact[chosen]:
+                return chosen
+            self.look_at([chosen])
+        return None
 
     def front(self) -> Array:
         """Places of the plans that no other beats in both time and memory, the fastest first."""
@@ -189,6 +203,12 @@ class Found:
         names = np.array([part.replace("_", " ") for part in PARTS], dtype=object)
         worst = np.argmax(excess, axis=0)
         return np.where(worst == 0, computing, names[worst])
+
+
+def count_axes(plans: Plans) -> Array:
+    """How many axes each plan has."""
+    counted = [(getattr(plans, axis) > 1).astype(np.int64) for axis in (*MESH_AXES, "ep")]
+    return np.sum(counted, axis=0)
 
 
 def search(

@@ -19,7 +19,16 @@ from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, GradientSync
 from simulator.hardware import Cluster
 from simulator.memory import memory
-from simulator.search import LOSSES, OUT_OF_MEMORY, RECOMPUTES, SMALL_TILES, Found, search
+from simulator.search import (
+    CLOSE,
+    LOSSES,
+    OUT_OF_MEMORY,
+    RECOMPUTES,
+    SMALL_TILES,
+    Found,
+    count_axes,
+    search,
+)
 from simulator.space import Space, layout_at
 
 MODEL = ModelConfig(
@@ -53,6 +62,18 @@ def test_the_winner_is_the_fastest_that_fits(found: Found) -> None:
     assert 100 < len(fitting) < len(time)
     assert fastest(found) <= min(time[i] for i in fitting) * 1.001
     assert sorted(found.order.tolist()) == fitting
+
+
+def test_the_simplest_has_fewest_axes_of_what_is_nearly_as_fast(found: Found) -> None:
+    plans, time = found.predicted.plans, found.predicted.time_s["total"]
+    chosen = found.simplest()
+    assert chosen is not None and found.fits[chosen]
+    near = np.flatnonzero(found.fits & (time <= (1 + CLOSE) * fastest(found)))
+    fewest = count_axes(plans[near]).min()
+    assert count_axes(plans[[chosen]]) == fewest < count_axes(plans[near]).max()
+    as_few = near[count_axes(plans[near]) == fewest]
+    assert time[chosen] <= 1.001 * time[as_few].min()
+    assert search(SPACE, cluster(1e9), 0.1).simplest() is None
 
 
 def test_shards_of_gradients_let_a_faster_plan_fit() -> None:

@@ -10,6 +10,7 @@ from experiments.ask.quantity import COUNT, SHARE, Quantity, formula
 from experiments.ask.runs import SECONDS
 from experiments.ask.words import Wanted, models
 from experiments.predict.search_tables import scatters_each, schedule_of, zero_of
+from simulator.search import CLOSE
 
 TOP = 5  # plans that are shown
 HEAD = ["layout", "how", "step", "MFU", "memory", "exposed", "bubble"]  # of cells_of
@@ -76,7 +77,8 @@ def best_of(found: Run) -> list[Said]:
             n=found.at("predicted", COUNT, "plans"),
             how=described(best),
             **headline(found, 0),
-        )
+        ),
+        *simplest_of(found),
     ]
     lost = ("exposed_communication", "bubble", "optimizer")
     worst = max(lost, key=lambda name: part(found, 0, name).value)
@@ -98,6 +100,28 @@ def best_of(found: Run) -> list[Said]:
             say("What the other plans lose by, and how many of them: {all}.", all=listed(each))
         )
     return said
+
+
+def simplest_of(found: Run) -> list[Said]:
+    """The plan with fewest axes, where it is not the fastest."""
+    ledger = found.ledger
+    if ledger["simplest"] == ledger["plans"][0]:
+        return []
+
+    def number(where: str, unit: str) -> Quantity:
+        label = f"simplest plan, {ledger['simplest']['label']}: {where.replace('_', ' ')}"
+        return found.at(f"simplest.{where}", unit).named(label)
+
+    return [
+        say(
+            "A model of a cluster does not tell plans within {close} apart. With fewest axes of "
+            "these: {how}, {times} the step and {memory} a device.",
+            close=f"{100 * CLOSE:g} %",
+            how=described(ledger["simplest"]),
+            times=number("time_s", "s") / plan_number(found, 0, "time_s", "s"),
+            memory=number("memory_bytes", "B"),
+        )
+    ]
 
 
 def nothing(found: Run) -> list[Said]:

@@ -86,6 +86,9 @@ def said_of(config: SearchConfig, found: Found) -> dict[str, Any]:
     if config.scale.price is not None:
         for plan in said["plans"] + said["front"]:
             plan["cost_per_million_tokens"] = cost_of(config, plan["time_s"])
+    simplest = found.simplest()
+    if simplest is not None:
+        said["simplest"] = plan_of(found, simplest)
     if config.explain is not None:
         said["explained"] = explain(config, found)
     if len(order):

@@ -12,7 +12,7 @@ from experiments.console import DASH, human_bytes, human_seconds, make_console, 
 from experiments.predict.plan_config import SearchConfig
 from experiments.predict.scale import say_scale
 from parallel.layout import GradientSync, PipelineConfig, PipelineSchedule
-from simulator.search import OUT_OF_MEMORY, Found
+from simulator.search import CLOSE, OUT_OF_MEMORY, Found
 
 SHORT = {  # names of schedules, for a column; "x2" behind one is two stages a rank
     "interleaved_1f1b": "1f1b",
@@ -39,6 +39,11 @@ def show(config: SearchConfig, found: Found, said: dict[str, Any]) -> None:
         console.print("no plan fits: more devices, or a smaller micro-batch, would be needed")
     else:
         console.print(plans_table("the fastest plans that fit", said["plans"]))
+        if said["simplest"] != said["plans"][0]:
+            title = (
+                f"fewest axes of those within {100 * CLOSE:g} %, which no prediction tells apart"
+            )
+            console.print(plans_table(title, [said["simplest"]]))
         less = thinned(said["front"])[1:]
         if less:
             console.print(plans_table("less memory, more time", less))

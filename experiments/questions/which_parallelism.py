@@ -26,6 +26,7 @@ from experiments.ask.search import (
     part,
     plan_number,
     plans_table,
+    simplest_of,
 )
 
 QUESTION = "Train a large language model across hundreds of GPUs: which parallelism, and why?"
@@ -163,6 +164,7 @@ def winner(families: dict[str, Run]) -> list[Said]:
             bubble=lost["bubble"],
             hidden=hidden.format(tokens=tokens),
         ),
+        *simplest_of(best),
     ]
 
 
