@@ -147,7 +147,7 @@ class Found:
         return fitting[np.lexsort((peak, count_axes(plans), time))]
 
     def simplest(self) -> int | None:
-        """The plan with fewest axes of those that take at most CLOSE longer than the fastest, and of
+        """The plan with fewest axes of those that take at most CLOSE longer than the fastest; of
         several the fastest. None where nothing fits."""
         while len(order := self.order):
             time = self.predicted.time_s["total"][order]
