@@ -184,7 +184,7 @@ def test_memory_over_the_step_reaches_the_peak_of_the_ledger(runs: Runs, name: s
 def test_work_of_a_program_says_what_it_is(runs: Runs) -> None:
     work = [e for e in runs["1f1b"][0].programs[1] if isinstance(e, Work)]
     assert {e.phase for e in work} == {"data", "forward", "backward", "optimizer", "other"}
-    assert {e.micro_batch for e in work if e.name == "backward"} == {0, 1, 2, 3}
+    assert {e.micro_batch for e in work if e.action == "backward"} == {0, 1, 2, 3}
 
 
 def test_the_clock_of_another_machine_is_found() -> None:
