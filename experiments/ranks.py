@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import RLock
 from typing import Any, ClassVar
 
 from experiments.environment import of_a_rank
@@ -69,8 +70,8 @@ def run_ranks(
             module = spec.name
         name_in_it, given = function.__qualname__, pickle.dumps(args)
         task = Task(folder, world_size, backend, module, name_in_it, given)
-        server = Server.of(of_a_rank() if variables is None else variables)
-        statuses = server.run(task, timeout_s)
+        with Server.lent(of_a_rank() if variables is None else variables) as server:
+            statuses = server.run(task, timeout_s)
         if any(statuses.values()):
             raise RankFailed(_why(statuses, folder))
         return [pickle.loads((folder / f"result{i}").read_bytes()) for i in range(world_size)]
@@ -84,20 +85,36 @@ def _why(statuses: dict[int, int], folder: Path) -> str:
 
 
 class Server:
-    """A process that forks ranks, from here; it ends when this process does."""
+    """A process that forks ranks, from here, for one task at a time; it ends when this process
+    does."""
 
-    running: ClassVar[dict[str, Server]] = {}  # by the variables that were set when torch came
+    running: ClassVar[list[Server]] = []
+    choosing: ClassVar[RLock] = RLock()  # threads may want ranks at the same time
 
     @classmethod
     def of(cls, variables: dict[str, str]) -> Server:
-        """The one that has these."""
-        key = str(sorted(variables.items()))
-        if key not in cls.running:
-            cls.running[key] = cls(variables)
-        return cls.running[key]
+        """One that had these variables when torch came, and is not at work."""
+        with cls.choosing:
+            free = (one for one in cls.running if one.variables == variables and not one.busy)
+            found = next(free, None) or cls(variables)
+            if found not in cls.running:
+                cls.running.append(found)
+            return found
+
+    @classmethod
+    @contextmanager
+    def lent(cls, variables: dict[str, str]) -> Iterator[Server]:
+        """The same, and nobody else's inside."""
+        with cls.choosing:
+            server = cls.of(variables)
+            server.busy = True
+        try:
+            yield server
+        finally:
+            server.busy = False
 
     def __init__(self, variables: dict[str, str]) -> None:
-        self.variables = variables
+        self.variables, self.busy = dict(variables), False
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self.connection, theirs = Pipe()
         number = theirs.fileno()
@@ -132,7 +149,8 @@ class Server:
         """End it, and the ranks that are still there."""
         self.connection.close()
         self.process.wait()
-        Server.running = {key: one for key, one in self.running.items() if one is not self}
+        with self.choosing:
+            self.running.remove(self)
 
 
 def serve(parent: Connection) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,19 @@ def test_every_call_has_new_ranks_of_the_same_server(
     assert Server.of(ranks.of_a_rank()) is server
     other = run_ranks(2, add_one, "OWN", variables={"OWN": "set"})
     assert [seen[2] for seen in other] == ["set", "set"]
+
+
+def meet(folder: str, number: int) -> int:
+    """Come back once another call's rank is at work too."""
+    (Path(folder) / str(number)).touch()
+    wait_until("the other call's rank", lambda: (Path(folder) / str(1 - number)).exists())
+    return number
+
+
+def test_calls_of_several_threads_are_at_work_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(run_ranks, 1, meet, str(tmp_path), n, timeout_s=60) for n in (0, 1)]
+        assert [call.result() for call in calls] == [[0], [1]]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,8 @@ def our_config(
 class NoMeters(NoMarks):
     """In the place of Meters, which then measure nothing."""
 
+    last_step_s = 0.0
+
     def __init__(self, _config: TrainConfig, _trainer: Trainer) -> None: ...
 
     def step(self, _index: int) -> AbstractContextManager:
@@ -158,12 +160,15 @@ class Baton:
 
     def __init__(self, file: Path, number: int, contestants: int) -> None:
         self.file, self.number, self.contestants = file, number, contestants
+        self.over = file.with_suffix(".over")
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for this contestant's turn; afterwards it is the next one's. For all its ranks."""
         if dist.get_rank() == 0:
             while int(self.file.read_text()) != self.number:
+                if self.over.exists():
+                    raise RuntimeError("another contestant has failed")
                 time.sleep(POLL_S)
         dist.barrier()
         yield
@@ -197,7 +202,8 @@ def perform(kind: str, shape: Shape, rounds: int, baton: Baton) -> list[float]:
 
 
 def hold(kinds: list[str], world_size: int, shape: Shape, rounds: int) -> dict[str, list[float]]:
-    """The contest: seconds of each step of each kind, of its slowest rank."""
+    """The contest: seconds of each step of each kind, of its slowest rank. What one of them raises
+    ends it."""
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(kinds)) as pool:
         file = Path(name) / "turn"
         file.write_text("0")
@@ -211,5 +217,10 @@ def hold(kinds: list[str], world_size: int, shape: Shape, rounds: int) -> dict[s
                 limits["backend"] = "gloo"  # itself: the meter's backend stands before it
             job = pool.submit(run_ranks, world_size, perform, kind, shape, rounds, baton, **limits)
             running.append(job)
+        done, _ = wait(running, return_when=FIRST_EXCEPTION)
+        failed = next((error for job in done if (error := job.exception())), None)
+        if failed:
+            batons[0].over.touch()  # or the others would wait for its turn to end
+            raise failed
         ranks = [run.result() for run in running]
     return {k: [max(s) for s in zip(*r, strict=True)] for k, r in zip(kinds, ranks, strict=True)}
