@@ -30,7 +30,7 @@ class Work:
     operators: float = 1  # launched by the host, in those of plain tensors
     stage: int | None = None
     micro_batch: int | None = None
-    action: str = ""  # of a pipeline, where it says more than the phase: backward_weight
+    action: str = ""  # of a pipeline (costs/timing.py), where one is known
 
 
 @dataclass(slots=True)

@@ -66,6 +66,7 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     schema = SCHEMAS[name]
     argv = [quoted(argument) for argument in argv]
     given = check_options(argv)
+    # nothing that Hydra itself is asked for
     plain = given.overrides == argv and not any("hydra" in override for override in argv)
     saved, sys.argv = sys.argv, ["launch.sh", *argv]
     try:

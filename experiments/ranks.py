@@ -96,10 +96,7 @@ class Server:
         """One that had these variables when torch came, and is not at work."""
         with cls.choosing:
             free = (one for one in cls.running if one.variables == variables and not one.busy)
-            found = next(free, None) or cls(variables)
-            if found not in cls.running:
-                cls.running.append(found)
-            return found
+            return next(free, None) or cls(variables)
 
     @classmethod
     @contextmanager
@@ -124,6 +121,7 @@ class Server:
             pass_fds=[number],
         )
         theirs.close()
+        self.running.append(self)
 
     def run(self, task: Task, timeout_s: float) -> dict[int, int]:
         """The exit status of every rank, in the order in which they ended; negative: by a signal.

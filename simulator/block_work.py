@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from costs.program import Work
 from minigpt.config import FFN, Attention, ModelConfig
@@ -84,7 +85,7 @@ class BlockWork:
             count = (times + (again and not spared)) * batch
             made.append(self._product(name, kind, (count, *shape), stage, i))
         size = round(moved * self.elementwise_bytes)
-        made.append(self._of(kind, stage, i, Work("", "elementwise", bytes=size)))
+        made.append(self._work("elementwise", kind, stage, i, bytes=size))
         return made
 
     def head(self, kind: str, stage: int, i: int) -> Work:
@@ -99,17 +100,17 @@ class BlockWork:
         batch, rows, inner, columns = shape
         # a flash kernel keeps its T x T scores on the chip
         given = 0 if name == "attention" else rows * columns
-        made = Work(
-            "",
+        return self._work(
             name,
+            kind,
+            stage,
+            i,
             flops=2 * math.prod(shape),
             bytes=self.item * batch * (rows * inner + inner * columns + given),
             dtype=DTYPE_NAMES[self.options.precision],
             shape=shape,
         )
-        return self._of(kind, stage, i, made)
 
-    def _of(self, kind: str, stage: int, i: int, work: Work) -> Work:
-        work.phase, work.action = PHASE_OF_KIND[kind], ACTION_OF_KIND[kind]
-        work.stage, work.micro_batch = stage, i
-        return work
+    def _work(self, name: str, kind: str, stage: int, i: int, **costs: Any) -> Work:
+        phase, action = PHASE_OF_KIND[kind], ACTION_OF_KIND[kind]
+        return Work(phase, name, stage=stage, micro_batch=i, action=action, **costs)

@@ -83,9 +83,9 @@ class Place:
         key = (kind, self.holds[stage])
         if key not in self.known:
             self.known[key] = self._alone(self._events(kind, stage))
-        own = Work(PHASE_OF_KIND[kind], seconds=self.known[key], stage=stage, micro_batch=i)
-        own.action = ACTION_OF_KIND[kind]
-        return [own]
+        phase, action = PHASE_OF_KIND[kind], ACTION_OF_KIND[kind]
+        seconds = self.known[key]
+        return [Work(phase, seconds=seconds, stage=stage, micro_batch=i, action=action)]
 
     def end(self) -> Work:
         """What the last backward of each stage leaves to wait for, and the optimizer."""

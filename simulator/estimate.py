@@ -75,6 +75,7 @@ def computing(work: Work, cluster: Cluster) -> tuple[Array, Array, Array]:
 
 
 def crowded(work: Work, cluster: Cluster) -> Array:
+    """How much slower all is where a node has as many ranks as the plan puts there."""
     slower: Array = cluster.crowded(work.pp * work.tp * work.cp * work.dp)
     return slower
 

@@ -132,6 +132,12 @@ def test_a_path_may_hold_what_hydras_grammar_does_not_take() -> None:
     assert compose("data=text", f"data.path={path}").data.path == path
 
 
+def test_hydras_own_door_composes_the_same() -> None:
+    """It is taken where Hydra itself is asked for something."""
+    keys = ("strategy=3d", "model=small", "optimizer.lr=1e-3", "experiment=smoke")
+    assert compose(*keys) == compose(*keys, "hydra.verbose=false")
+
+
 def test_the_schema_and_tiny_agree() -> None:
     """ModelConfig() is what ./launch.sh trains, so that a test and a user mean the same model."""
     assert compose().model == ModelConfig()

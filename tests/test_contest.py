@@ -6,6 +6,7 @@ import pytest
 
 from experiments.figures.contest import KINDS, METERS, OFF, TURN, hold
 from experiments.figures.yardstick import Shape
+from experiments.ranks import RankFailed
 
 pytestmark = pytest.mark.slow
 
@@ -22,5 +23,5 @@ def test_every_way_of_metering_takes_its_turn() -> None:
 
 def test_one_that_fails_ends_the_contest() -> None:
     assert "fp33" not in KINDS
-    with pytest.raises(Exception, match="fp33"):
+    with pytest.raises(RankFailed, match="fp33"):
         hold(["fp32", "fp33"], 1, TINY, 1)

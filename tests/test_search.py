@@ -150,7 +150,7 @@ def test_json_has_what_scripts_read(capsys: pytest.CaptureFixture[str]) -> None:
     said = json.loads(capsys.readouterr().out)
     plans = said["plans"]
     assert len(plans) == 3 and said["considered"] >= said["predicted"] > 1000
-    for plan in [*plans, *said["front"], said["explained"]["plan"]]:
+    for plan in [*plans, said["simplest"], *said["front"], said["explained"]["plan"]]:
         assert plan["fits"] and plan["micro_batch_size"] >= 1 and 0 < plan["mfu"] < 1
         assert plan["time_s"] == pytest.approx(sum(plan["time_parts"].values()))
         assert plan["memory_bytes"] == sum(plan["memory_parts"].values())
@@ -159,7 +159,7 @@ def test_json_has_what_scripts_read(capsys: pytest.CaptureFixture[str]) -> None:
         assert plan.get("cost_per_million_tokens", 2 * 16 * plan["time_s"] / 3600 * tokens) == (
             pytest.approx(2 * 16 * plan["time_s"] / 3600 * tokens)
         )
-    assert "cost_per_million_tokens" in plans[0]
+    assert "cost_per_million_tokens" in plans[0] and "cost_per_million_tokens" in said["simplest"]
     assert sum(said["rejected"].values()) == said["considered"] - 1
     lost = {name for name in said["rejected"] if not name.startswith("refused: ")}
     assert set(said["lost_by"]) == lost and all(by > 0 for by in said["lost_by"].values())
@@ -168,6 +168,16 @@ def test_json_has_what_scripts_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert end["steps"] == pytest.approx(steps) and 0.9 < end["goodput"] < 1
     assert end["time_s"] == pytest.approx(steps * plans[0]["time_s"] / end["goodput"])
     assert end["cost"] == pytest.approx(2 * 16 * end["time_s"] / 3600)
+
+
+def test_a_winner_that_is_the_simplest_is_not_named_twice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    alone = ["model=gpt2", "cluster=h100", "gpus=1", "global_batch_tokens=64k", "scale.price=2"]
+    large = ["model=llama3_70b", "cluster=h100", "gpus=512", "global_batch_tokens=4M"]
+    for argv, named in ((alone, False), (large, True)):
+        assert main(["search", *argv]) == 0
+        assert ("fewest axes" in capsys.readouterr().out) == named
 
 
 def test_tables_fit_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:

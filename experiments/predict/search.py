@@ -74,21 +74,20 @@ def find(config: SearchConfig) -> Found:
 
 def said_of(config: SearchConfig, found: Found) -> dict[str, Any]:
     """For --json."""
+    simplest = found.simplest()  # first: it may look at more plans' memory
     order = found.order
     said: dict[str, Any] = {
         "considered": len(found.predicted) + sum(found.refused.values()),
         "predicted": len(found.predicted),
         "plans": [plan_of(found, int(i)) for i in order[: config.top]],
+        "simplest": None if simplest is None else plan_of(found, simplest),
         "front": [plan_of(found, int(i)) for i in found.front()],
         "rejected": dict(found.reasons().most_common()),
         "lost_by": found.margins(),
     }
     if config.scale.price is not None:
-        for plan in said["plans"] + said["front"]:
+        for plan in [*said["plans"], *said["front"], *filter(None, [said["simplest"]])]:
             plan["cost_per_million_tokens"] = cost_of(config, plan["time_s"])
-    simplest = found.simplest()
-    if simplest is not None:
-        said["simplest"] = plan_of(found, simplest)
     if config.explain is not None:
         said["explained"] = explain(config, found)
     if len(order):
