@@ -40,9 +40,7 @@ def show(config: SearchConfig, found: Found, said: dict[str, Any]) -> None:
     else:
         console.print(plans_table("the fastest plans that fit", said["plans"]))
         if said["simplest"] != said["plans"][0]:
-            title = (
-                f"fewest axes of those within {100 * CLOSE:g} %, which no prediction tells apart"
-            )
+            title = f"fewest axes of those within {100 * CLOSE:g} % of the fastest"
             console.print(plans_table(title, [said["simplest"]]))
         less = thinned(said["front"])[1:]
         if less:
