@@ -114,8 +114,8 @@ def simplest_of(found: Run) -> list[Said]:
 
     return [
         say(
-            "Of the plans within {close} of the fastest this has fewest axes: {how}, {times} the step "
-            "and {memory} a device.",
+            "Of the plans within {close} of the fastest this has fewest axes: {how}, {times} the "
+            "step and {memory} a device.",
             close=f"{100 * CLOSE:g} %",
             how=described(ledger["simplest"]),
             times=number("time_s", "s") / plan_number(found, 0, "time_s", "s"),
