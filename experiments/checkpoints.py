@@ -152,20 +152,24 @@ def check(folder: Path) -> Checkpoint:
     """Read every byte. Raises Damaged, one line with the file, unless all is as it was written."""
     manifest = read_manifest(folder)
     for name, facts in manifest["files"].items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != facts["bytes"]:
-                raise Damaged(f"{path}: has {size} bytes, and had {facts['bytes']}")
-            with open(path, "rb") as file:
-                digest = _digest(file)
-        except FileNotFoundError:
-            raise Damaged(f"{path}: is missing") from None
-        except OSError as error:
-            raise Damaged(f"{path}: {error.strerror}") from error
-        if digest != facts["sha256"]:
-            raise Damaged(f"{path}: is damaged: its SHA-256 is not the manifest's")
+        check_file(folder / name, facts)
     return Checkpoint(folder, manifest)
+
+
+def check_file(path: Path, facts: dict[str, Any]) -> None:
+    """Raise Damaged, one line, unless the file has the size and SHA-256 of `facts`."""
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise Damaged(f"{path}: is damaged: it has {size} bytes, and had {facts['bytes']}")
+        with open(path, "rb") as file:
+            digest = _digest(file)
+    except FileNotFoundError:
+        raise Damaged(f"{path}: is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path}: {error.strerror}") from error
+    if digest != facts["sha256"]:
+        raise Damaged(f"{path}: is damaged: its SHA-256 is not what was written")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _are_files(value: Any) -> bool:
+def are_files(value: Any) -> bool:
     """Plain names of this folder, each with its size and its SHA-256."""
     return isinstance(value, dict) and all(
         Path(name).name == name
@@ -212,7 +216,7 @@ def _are_files(value: Any) -> bool:
 # what a manifest must have, and how it is known; experiments/saving.py says what it means
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
-    "files": _are_files,
+    "files": are_files,
     "batch_size": _is_count,
     "config": lambda value: isinstance(value, dict),
     "corpus": lambda value: isinstance(value, str),

@@ -32,7 +32,8 @@ from experiments.run_folder import Launched
 from experiments.sweep_points import Points, folder_of
 from experiments.tracking import make_tracker
 from experiments.verdict import failure
-from experiments.warn import warn
+from experiments.warn import warn, warning
+from experiments.weights_file import check_init
 from experiments.worker import last_act
 from minigpt.corpus import prepare_for
 
@@ -224,6 +225,8 @@ def train_as_rank(argv: list[str]) -> int:
     config = environment.settle(wanted, rank.world_size, gpus, nodes)
     if rank.rank == 0:
         warn(config, nodes)
+        for line in check_init(Path(config.init), config.model) if config.init else []:
+            warning(line)
     environment.check_memory(config, rank.world_size // nodes)
     corpus = prepare_for(config.data, config.model.vocab_size, config.seq_len)
     launched = Launched(argv, str(corpus.folder), psutil.Process().create_time())

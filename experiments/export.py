@@ -18,9 +18,8 @@ from omegaconf import DictConfig
 from experiments.compose import run_hydra, to_config
 from experiments.config import ExportConfig
 from experiments.refused import Refused
-from experiments.resume import run_of
-from experiments.run_folder import read_config, settings_of
-from experiments.run_weights import weights_of
+from experiments.run_weights import check_source, weights_of
+from experiments.warn import warning
 from experiments.weights_file import write
 
 
@@ -41,8 +40,10 @@ def run(config: ExportConfig) -> dict[str, Any]:
     given, out = Path(config.run), Path(config.out)
     if not out.parent.is_dir():
         raise Refused(f"out={out}: {out.parent} is no folder")
+    model, warnings = check_source(given, "run")
+    for line in warnings:
+        warning(line)
     weights, source = weights_of(given, "run")
-    settings = settings_of(read_config(run_of(given)))
-    write(out, weights, settings["model"])
+    write(out, weights, {"model": model})
     numbers = sum(weight.numel() for weight in weights.values())
     return {"out": str(out), "from": str(source), "tensors": len(weights), "parameters": numbers}

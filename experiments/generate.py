@@ -12,8 +12,10 @@ from pathlib import Path
 from experiments.compose import configs_of
 from experiments.config import GenerateConfig, TrainConfig
 from experiments.environment import gpu_count, pick_device
+from experiments.model_file import check_model_file
 from experiments.refused import Refused
 from experiments.run_folder import read_config
+from experiments.warn import warning
 from minigpt.corpus import kind_of_tokens
 from minigpt.tokenizer import BPE_FILE, TRAINED, make_tokenizer
 
@@ -32,6 +34,8 @@ def run(config: GenerateConfig) -> str:
     """Load the run's weights on one device and continue the prompt."""
     folder = Path(config.run)
     trained = check_run(config, folder)
+    for line in check_model_file(folder, trained.model):
+        warning(line)
     # after the checks: torch takes seconds
     from experiments.sample import continue_text, read_model
 

@@ -18,8 +18,8 @@ from experiments.resume import check_fits, choose, goes_on_in
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
 from experiments.run_weights import check_base, is_base
 from experiments.verdict import was_stopped
-from experiments.warn import warn
-from experiments.weights_file import check_init
+from experiments.warn import warn, warning
+from experiments.weights_file import check_bytes, check_init
 from minigpt.corpus import prepare_for
 
 NUMBERS = {  # of torchrun's options: the least and the most
@@ -111,13 +111,16 @@ def prepare_job(
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
     found, only_weights = None, is_base(config)
     if only_weights:
-        check_base(config)
+        for line in check_base(config):
+            warning(line)
     else:
         found = choose(config.resume, folder)
     if found:
         check_fits(found, settings_of(config), config.batch_size)
     if config.init:
-        check_init(Path(config.init), config.model)
+        for line in check_init(Path(config.init), config.model):
+            warning(line)
+        check_bytes(Path(config.init))
     again = goes_on_in(config.resume, folder) and not only_weights
     folder = make_folder(folder, config.layout, not torchrun.is_first_node, again)
     if torchrun.is_first_node:

@@ -1,11 +1,10 @@
-"""The files of a run: metrics.jsonl while it trains, ledger.json and model.pt when it is done."""
+"""The files of a run: metrics.jsonl while it trains, and ledger.json when it is done."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,6 @@ from experiments.metering import Meters
 from experiments.run_folder import settings_of
 from experiments.step_log import read_metrics
 from minigpt.corpus import Corpus
-from minigpt.tokenizer import BPE_FILE
 from parallel.mesh import Mesh
 from parallel.stages import ideal_bubble
 from parallel.step import Result
@@ -189,21 +187,6 @@ def pipeline_of(config: TrainConfig, ranks: list[dict[str, Any]]) -> dict[str, A
         "ideal_bubble": ideal_bubble(pipeline, pp, micro_batches),
         "stages": stages,
     }
-
-
-def save_model(folder: Path, weights: dict[str, torch.Tensor], corpus: Corpus) -> None:
-    """What `generate` reads: model.pt, whole or not at all, and the tokenizer where it was trained.
-
-    model.pt holds tensors only, and is read with weights_only.
-    """
-    part = folder / "model.pt.part"
-    try:
-        if (corpus.folder / BPE_FILE).exists():
-            shutil.copyfile(corpus.folder / BPE_FILE, folder / BPE_FILE)
-        torch.save(weights, part)
-        part.rename(folder / "model.pt")
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

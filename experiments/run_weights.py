@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.checkpoints import check, steps_of
 from experiments.config import TrainConfig
-from experiments.resume import AUTO, HOW_ONLY, named_checkpoint, run_of
+from experiments.model_file import MODEL, check_model_file, read_about
+from experiments.resume import AUTO, named_checkpoint, run_of
 from experiments.run_folder import read_config, settings_of
+from experiments.same_model import HOW_ONLY, check_same, override, unverified
 from minigpt.config import require
 from parallel.damaged import Damaged
 
@@ -22,29 +24,48 @@ def source_of(given: Path, key: str) -> Path:
     Raises ValueError, one line that begins with `key`.
     """
     if given == run_of(given) and not steps_of(given):
-        source = given / "model.pt"
+        source = given / MODEL
         require(source.is_file(), f"{key}={given}: no checkpoint and no model.pt there")
         return source
     return named_checkpoint(given, key)
 
 
-def weights_of(given: Path, key: str) -> tuple[dict[str, Tensor], Path]:
-    """A plain model's weights on the CPU, adapters merged, and where they come from.
+def check_source(given: Path, key: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of the model that a run's weights were trained in, and warnings.
 
-    Raises ValueError, one line, where a checkpoint is damaged.
+    Reads every byte of what source_of names. Raises ValueError, one line, if one is not what was
+    written, or if config.yaml of the run is another's than the weights'.
+    """
+    source, config = source_of(given, key), read_config(run_of(given))
+    settings = settings_of(config)
+    if source.name == MODEL:
+        warnings = check_model_file(source.parent, config.model)
+        about = read_about(source.parent)
+        return about["model"] if about else settings["model"], warnings
+    try:
+        theirs = check(source).manifest["config"]
+    except Damaged as error:
+        raise ValueError(f"{key}={given}: {error}") from error
+    said = f"{key}={given}: config.yaml is not of {source.name}"
+    missing = check_same(said, theirs.get("model", {}), config.model)
+    require(theirs.get("finetune") == settings["finetune"], f"{said}: finetune differs")
+    return theirs["model"], unverified(f"{key}={given}", missing)
+
+
+def weights_of(given: Path, key: str) -> tuple[dict[str, Tensor], Path]:
+    """Return a plain model's weights on the CPU, adapters merged, and where they come from.
+
+    Raises ValueError, one line, where they are damaged.
     """
     from minigpt.lora import merged  # torch takes seconds
 
+    check_source(given, key)
     source, config = source_of(given, key), read_config(run_of(given))
-    if source.name == "model.pt":  # which is merged
+    if source.name == MODEL:  # which is merged
         from experiments.sample import read_model
 
-        named = read_model(given, config.model, "cpu").named_parameters()
+        named = read_model(source.parent, config.model, "cpu").named_parameters()
         return {name: weight.detach() for name, weight in named}, source
-    try:
-        check(source)
-    except Damaged as error:
-        raise ValueError(f"{key}={given}: {error}") from error
     from parallel.checkpoint_reader import read_whole
 
     return merged(read_whole(source, "model"), config.finetune), source
@@ -58,17 +79,17 @@ def is_base(config: TrainConfig) -> bool:
     return (run / "config.yaml").is_file() and not read_config(run).finetune.on
 
 
-def check_base(config: TrainConfig) -> None:
-    """Raise ValueError, one line, where the base's weights are not there or of another model."""
+def check_base(config: TrainConfig) -> list[str]:
+    """Return warnings about the base's weights, one line each.
+
+    Raises ValueError, one line, where they are not there, damaged, or of another model.
+    """
     base = Path(str(config.resume))
-    source_of(base, "resume")
-    ours, theirs = (_model(c) for c in (config, read_config(run_of(base))))
-    for key, value in ours.items():
+    theirs, warnings = check_source(base, "resume")
+    for key, value in settings_of(config)["model"].items():
         require(
-            theirs.get(key) == value or f"model.{key}" in (*HOW_ONLY, "model.dropout"),
-            f"model.{key}={value}: resume={base} was trained with {theirs.get(key)}",
+            theirs.get(key) == value or key in HOW_ONLY,
+            f"model.{key}={value}: resume={base} was trained with {theirs.get(key)}; "
+            f"model.{key}={override(theirs.get(key))} would do",
         )
-
-
-def _model(config: TrainConfig) -> dict[str, Any]:
-    return settings_of(config)["model"]
+    return warnings

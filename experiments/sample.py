@@ -25,7 +25,10 @@ def load_model(config: ModelConfig, weights: dict[str, Tensor], device: torch.de
 
 
 def read_model(folder: Path, config: ModelConfig, device: str) -> GPT:
-    """The GPT of a run folder. Raises ValueError, one line, where model.pt is damaged."""
+    """Return the GPT of a run folder whose model.pt was checked (experiments/model_file.py).
+
+    Raises ValueError, one line, where it is damaged all the same or does not fit `config`.
+    """
     path = folder / "model.pt"
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # runs nothing of it

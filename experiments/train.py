@@ -26,7 +26,8 @@ from experiments.console import Reporter
 from experiments.environment import Rank
 from experiments.explain import explain
 from experiments.metering import Meters
-from experiments.record import Record, save_model
+from experiments.model_file import save_model
+from experiments.record import Record
 from experiments.run_folder import Launched
 from experiments.sample import sample_text
 from experiments.saving import Saver, is_saved, listen
@@ -104,7 +105,7 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     if ledger:  # rank 0
         tracker.finish(ledger)
         if config.run.save:
-            save_model(folder, weights, corpus)
+            save_model(folder, weights, corpus, {"model": record.settings["model"]})
         if config.sample.tokens:
             tokenizer = make_tokenizer(corpus.tokenizer, corpus.vocab_size, corpus.folder)
             reporter.say(sample_text(config, weights, tokenizer))

@@ -107,6 +107,7 @@ def test_a_run_is_not_written_over_and_its_damaged_weights_are_one_line(tmp_path
     done = launch("generate", "run=mine", cwd=tmp_path)
     assert done.returncode == 2 and "is damaged" in done.stderr and done.stderr.count("\n") == 1
     torch.save({name: tensor[:1] for name, tensor in weights.items()}, path)
+    (tmp_path / "mine" / "model.json").unlink()
     done = launch("generate", "run=mine", cwd=tmp_path)
     assert done.returncode == 2 and "does not fit" in done.stderr
 

@@ -18,7 +18,7 @@ class Trial:
 
     group: str  # the heading that the case stands under
     case: str  # what is done, in one line
-    run: Callable[[Path], str]  # takes an empty folder, returns what happened, raises if it is wrong
+    run: Callable[[Path], str]  # takes an empty folder, returns what happened, raises if wrong
 
     @property
     def name(self) -> str:

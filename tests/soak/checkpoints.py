@@ -1,0 +1,195 @@
+"""Trials of checkpoints and weights: what was lost, silently wrong, or let in."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.launching import launch
+from tests.soak.trial import trial
+
+LOST, WRONG, LET_IN = "No work is lost", "Silent and wrong", "Let in"
+SMALL = (
+    "data=generated",
+    "data.tokens=200000",
+    "model.n_layer=2",
+    "model.d_model=32",
+    "model.context=32",
+    "micro_batch_size=2",
+    "validation.batches=1",
+    "sample.tokens=0",
+)
+ONE = (*SMALL, "strategy=single")
+
+
+def done(result: CompletedProcess) -> CompletedProcess:
+    """Return a launch that ended well; raises what it said otherwise."""
+    assert result.returncode == 0, f"exit {result.returncode}: {result.stderr}"
+    return result
+
+
+def refused(result: CompletedProcess, said: str) -> str:
+    """Return the one line of a launch whose input was refused, which must hold `said`."""
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2 and len(lines) == 1, f"exit {result.returncode}: {result.stderr}"
+    assert said in lines[0], lines[0]
+    return f"exit 2: {shown(lines[0])}"
+
+
+def warnings_of(result: CompletedProcess) -> list[str]:
+    return [line for line in result.stderr.splitlines() if "warning: " in line]
+
+
+def shown(line: str) -> str:
+    """Return a line without the folder that the trial ran in."""
+    return re.sub(r"/\S*?/(?=run/|other/|\w+\.safetensors)", "", line)
+
+
+def flipped(path: Path, stream: random.Random) -> bytes:
+    """Flip one bit of a file; return what it held before."""
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    content[stream.randrange(len(whole))] ^= 1 << stream.randrange(8)
+    path.write_bytes(content)
+    return whole
+
+
+# --- bytes
+
+
+@trial(LOST, "one bit of model.pt flipped, 150 times, and read by generate and export")
+def flips_in_model_pt(folder: Path) -> str:
+    from experiments.model_file import check_model_file
+    from experiments.run_folder import read_config
+
+    done(launch(*ONE, "steps=2", "run.dir=run", cwd=folder))
+    run, stream, noticed = folder / "run", random.Random(0), 0
+    model = read_config(run).model
+    for _ in range(150):
+        whole = flipped(run / "model.pt", stream)
+        try:
+            check_model_file(run, model)
+        except ValueError:
+            noticed += 1
+        (run / "model.pt").write_bytes(whole)
+    assert noticed == 150
+    flipped(run / "model.pt", stream)
+    said = [
+        refused(launch(*verb, "run=run", cwd=folder), "is damaged")
+        for verb in (("generate",), ("export", "out=out.safetensors"))
+    ]
+    assert said[0] == said[1] and not (folder / "out.safetensors").exists()
+    return f"{noticed} of 150 noticed; generate and export: {said[0]}"
+
+
+@trial(LOST, "one bit of an exported file flipped, 150 times, and given to init=")
+def flips_in_an_exported_file(folder: Path) -> str:
+    from experiments.run_folder import read_config
+    from experiments.weights_file import check_bytes, check_init
+
+    done(launch(*ONE, "steps=2", "run.dir=run", cwd=folder))
+    done(launch("export", "run=run", "out=a.safetensors", cwd=folder))
+    path, stream = folder / "a.safetensors", random.Random(0)
+    model, silent, warned = read_config(folder / "run").model, 0, 0
+    for _ in range(150):
+        whole = flipped(path, stream)
+        try:
+            warnings = check_init(path, model)
+            check_bytes(path)
+            warned += bool(warnings)
+            silent += not warnings
+        except ValueError:
+            pass
+        path.write_bytes(whole)
+    assert silent == 0
+    with open(path, "r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"?")
+    line = refused(launch(*ONE, "steps=2", "init=a.safetensors", cwd=folder), "is damaged")
+    return f"{150 - warned} of 150 refused, {warned} warned of; {line}"
+
+
+@trial(LOST, "init= of a truncated, an overlapping and an integer-typed .safetensors")
+def bad_files_for_init(folder: Path) -> str:
+    done(launch(*ONE, "steps=1", "run.dir=run", cwd=folder))
+    done(launch("export", "run=run", "out=a.safetensors", cwd=folder))
+    whole = (folder / "a.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    last = max(
+        (e for n, e in header.items() if n != "__metadata__"), key=lambda e: e["data_offsets"]
+    )
+    last["data_offsets"] = [n - 4 for n in last["data_offsets"]]
+    text = json.dumps(header).encode()
+    (folder / "truncated.safetensors").write_bytes(whole[:-7])
+    overlapping = len(text).to_bytes(8, "little") + text + whole[8 + length :]
+    (folder / "overlapping.safetensors").write_bytes(overlapping)
+    with safe_open(folder / "a.safetensors", framework="pt") as file:
+        integers = {name: file.get_tensor(name).to(torch.int32) for name in file.keys()}  # noqa: SIM118
+    save_file(integers, folder / "integers.safetensors")
+    said = []
+    for name in ("truncated", "overlapping", "integers"):
+        result = launch(*ONE, "steps=1", f"init={name}.safetensors", cwd=folder)
+        said.append(refused(result, f"init={name}.safetensors: "))
+    assert not (folder / "runs").exists(), "nothing was started"
+    return "; ".join(said)
+
+
+# --- the model that weights belong to
+
+OTHERS = {
+    "model.rope_theta=500000": (),
+    "model.norm_eps=0.01": (),
+    "model.experts_per_token=1": ("model.ffn=moe",),
+    "model.capacity_factor=1.0": ("model.ffn=moe",),
+}
+
+
+@trial(WRONG, "export, then init with another rope_theta, norm_eps, experts or capacity")
+def init_with_another_model(folder: Path) -> str:
+    said = []
+    for number, (change, base) in enumerate(OTHERS.items()):
+        run, out = f"run{number}", f"out=w{number}.safetensors"
+        done(launch(*ONE, *base, "steps=1", f"run.dir={run}", cwd=folder))
+        done(launch("export", f"run={run}", out, cwd=folder))
+        init = f"init=w{number}.safetensors"
+        key = change.partition("=")[0]
+        said.append(refused(launch(*ONE, *base, change, init, cwd=folder), f"{key} is"))
+        same = done(launch(*ONE, *base, "steps=1", init, cwd=folder))
+        assert not warnings_of(same), same.stderr
+    return "; ".join(said)
+
+
+@trial(WRONG, "generate, resume, finetune and export of a run with another rope_theta")
+def siblings_with_another_model(folder: Path) -> str:
+    said = []
+    done(launch(*ONE, "steps=2", "checkpoint.every=1", "run.dir=run", cwd=folder))
+    other = "model.rope_theta=500000"
+    said.append(refused(launch(*ONE, "steps=4", other, "resume=run", cwd=folder), "rope_theta"))
+    lora = (*ONE, "steps=1", "finetune=lora", "resume=run")
+    said.append(refused(launch(*lora, other, cwd=folder), "rope_theta"))
+    config = folder / "run" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("rope_theta: 10000.0", "rope_theta: 500000.0"))
+    said.append(refused(launch("generate", "run=run", cwd=folder), "rope_theta"))
+    said.append(refused(launch("export", "run=run", cwd=folder), "rope_theta"))
+    return "; ".join(said)
+
+
+@trial(WRONG, "init= of a foreign file, which names no model and has no digests")
+def init_of_a_foreign_file(folder: Path) -> str:
+    done(launch(*ONE, "steps=1", "run.dir=run", cwd=folder))
+    done(launch("export", "run=run", "out=a.safetensors", cwd=folder))
+    with safe_open(folder / "a.safetensors", framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(weights, folder / "b.safetensors")
+    lines = warnings_of(done(launch(*ONE, "steps=1", "init=b.safetensors", cwd=folder)))
+    assert "model.rope_theta" in lines[0] and "no digests" in lines[1], lines
+    return "; ".join(lines)
