@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
@@ -68,6 +69,8 @@ def counted() -> Iterator[FlopCounterMode]:
     An operator of DTensors has the shapes of the whole; its local operators come one by one, and
     those are what ran. An operator with a kernel of its own is left whole: torch's counter would
     run silu's backward in pieces, which round otherwise, and a run that goes on would differ.
+    Fake tensors compute nothing, so their operators are not counted: DTensor runs each operator on
+    some of them, of the whole shapes, the first time that it meets it (sharding propagation).
     """
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()  # type: ignore[assignment]
@@ -80,6 +83,8 @@ def counted() -> Iterator[FlopCounterMode]:
             ) -> Any:
                 if any(issubclass(kind, DTensor) for kind in types):
                     return NotImplemented
+                if any(issubclass(kind, FakeTensor) for kind in types):
+                    return func(*args, **(kwargs or {}))
                 if func._overloadpacket not in counter.flop_registry and _has_kernel(func):
                     return func(*args, **(kwargs or {}))
                 return super().__torch_dispatch__(func, types, args, kwargs)
@@ -89,9 +94,13 @@ def counted() -> Iterator[FlopCounterMode]:
 
 
 def _has_kernel(func: torch._ops.OpOverload) -> bool:
-    """Whether an operator runs as itself on a CPU or a GPU, and is not always made of others."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return any(has(func.name(), device) for device in ("CPU", "CUDA"))
+    """Return whether an operator runs as itself on a CPU or a GPU, and is not made of others.
+
+    Some operators of TorchScript (prim::device) are unknown to the dispatcher and have no kernel.
+    """
+    name, has = func.name(), torch._C._dispatch_has_kernel_for_dispatch_key
+    known = torch._C._dispatch_has_kernel(name)
+    return known and any(has(name, device) for device in ("CPU", "CUDA"))
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

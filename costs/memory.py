@@ -25,6 +25,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,8 +79,10 @@ class MemoryMeter(TorchDispatchMode):
         self._size: list[int] = []  # by storage number
         self._alive: dict[int, weakref.ref] = {}  # by storage number
         self._is_message: dict[Any, bool] = {}  # by operator
+        self.fake_mode: FakeTensorMode | None = None  # of a traced step; a real one has none
 
     def __enter__(self) -> MemoryMeter:
+        self.fake_mode = detect_fake_mode()
         self.look()
         self._resize = torch.UntypedStorage.resize_
         torch.UntypedStorage.resize_ = self._patched_resize()  # type: ignore[method-assign]
@@ -177,6 +181,9 @@ class MemoryMeter(TorchDispatchMode):
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.elem
         if tensor.layout != torch.strided or tensor.is_meta:
+            return
+        # DTensor runs an operator that is new to it on fake tensors of its own, to learn shapes
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is not self.fake_mode:
             return
         self._see(tensor.untyped_storage(), category)
 

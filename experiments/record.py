@@ -36,6 +36,7 @@ class Record:
         self.config, self.folder, self.mesh, self.corpus = config, folder, mesh, corpus
         self.settings = settings_of(config)
         self.losses: list[float | None] = []
+        self.first = 0  # the step with which this process begins
         self.earlier: list[str] = []  # lines of the steps before this process
         self.skipped_steps = 0
         self.validation_loss: float | None = None  # null on a line: none was taken after that step
@@ -60,6 +61,7 @@ class Record:
         A run may have gone beyond its checkpoint: those lines are dropped, for their steps come
         again. A line that is lost leaves a null among the losses.
         """
+        self.first = first
         lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
         kept = [lines.get(step) for step in range(first)]
         self.losses = [line["loss"] if line else None for line in kept]
@@ -85,7 +87,7 @@ class Record:
         self.losses.append(result.loss)
         self.skipped_steps += result.skipped
         speed = result.tokens / step_s
-        blend = SMOOTHING if step > 1 else 0.0  # the first step is warm-up
+        blend = SMOOTHING if step > self.first + 1 else 0.0  # the first step is warm-up
         self.tokens_per_s = blend * self.tokens_per_s + (1 - blend) * speed
         self.last = {
             "step": step,

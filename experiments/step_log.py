@@ -16,16 +16,18 @@ SECONDS = re.compile(rb'"step_s": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)[,}]')
 
 
 def followed_steps(steps: int, first: int = 0) -> tuple[int, int]:
-    """Of a run of so many steps, the one that is looked at operator by operator for flops, and the
-    one for memory. `first`: where a run goes on. One of a single step does not count its flops."""
+    """Return the step that is looked at operator by operator for flops, and the one for memory.
+
+    `first` is the step with which this process begins. If a single step is left it is the one for
+    memory, and no step counts flops: the first number is then below `first`."""
     memory = first + min(MEMORY_STEP, steps - first - 1)
     return memory - 1, memory
 
 
 def untimed_steps(steps: int, compiled: bool, first: int = 0) -> set[int]:
-    """Those of a run of so many that do not count for times: they warm up, or are followed, which
-    slows them."""
-    cold = set(range(first, first + min(WARMUP_STEPS, (steps - first) // 2)))
+    """Return the steps that do not count for times: they warm up, or are followed, which slows
+    them. The first step always warms up: a compiled run of a single step has no time."""
+    cold = set(range(first, first + max(1, min(WARMUP_STEPS, (steps - first) // 2))))
     return cold if compiled else cold | set(followed_steps(steps, first))
 
 

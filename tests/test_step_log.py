@@ -58,6 +58,13 @@ def test_warm_up_and_followed_steps_are_not_timed() -> None:
     assert untimed_steps(4, compiled=True) == {0, 1}
 
 
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_step_is_never_timed_however_few_are_left(first: int, compiled: bool) -> None:
+    for left in range(1, 5):
+        assert first in untimed_steps(first + left, compiled, first)
+
+
 def test_quartiles_are_numpys() -> None:
     values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
     low, high = np.percentile(values, (25, 75))

@@ -1,0 +1,46 @@
+"""What people type first, and what they type wrong: short runs, paths, other tools' settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.compose import CONFIGS
+from tests.launching import SMALL, launch
+from tests.soak.trial import trial
+from tests.whole_runs import check_short, settled, whole_run
+
+STARTS = "It starts, or says why not"
+SILENT = "Silent and wrong"
+TYPED = "Input that people type"
+STRATEGIES = sorted(path.stem for path in (CONFIGS / "strategy").glob("*.yaml"))
+MORE = {"single": ("micro_batch_size=16",), "ep": ("model=tiny_moe", "model.d_ff=32")}
+BOUND = 5e-6  # nats: what a strategy's loss may differ from that of a single process
+
+
+@trial(STARTS, "every strategy, `steps=0` to `4`, and a resume with 1 to 4 steps left")
+def short_runs(folder: Path) -> str:
+    longest, runs = {}, 0
+    for strategy in sorted(STRATEGIES, key="single".__ne__):
+        ask = (f"strategy={strategy}", *MORE.get(strategy, ()), "checkpoint.every=2")
+        for steps in range(1, 5):
+            ledger = whole_run(folder / strategy / f"{steps}", *ask, f"steps={steps}")
+            check_short(settled(*ask, f"steps={steps}"), ledger, steps)
+            longest[strategy] = ledger["training"]["losses"]
+            runs += 1
+        begin = f"resume={folder / strategy / '2'}"
+        for left in range(1, 5):
+            path = folder / strategy / f"2+{left}"
+            ledger = whole_run(path, *ask, begin, f"steps={2 + left}")
+            check_short(settled(*ask, f"steps={2 + left}"), ledger, left)
+            assert len(ledger["training"]["losses"]) == 2 + left
+            runs += 1
+    alike = [s for s in STRATEGIES if s != "ep"]  # ep has another model
+    off = max(abs(a - b) for s in alike for a, b in zip(longest[s], longest["single"], strict=True))
+    assert off < BOUND, off
+    refused = launch("strategy=tp", "steps=0", *SMALL[:-3], cwd=folder)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    return (
+        f"{runs} runs of {len(STRATEGIES)} strategies end well; flops equal the closed form, "
+        f"what was not measured is null, losses are single's within {off:.0e}; "
+        f"steps=0: exit 2: {refused.stderr.strip()}"
+    )
