@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from costs import ledger as ledgers
-from experiments import console, environment, launch
+from experiments import accelerate_launch, console, environment, launch
 from experiments.compose import jobs_of, run_hydra, to_config
 from experiments.config import Launch, LoggingConfig, TrainConfig
 from experiments.process import end
@@ -223,6 +223,7 @@ def train_as_rank(argv: list[str]) -> int:
     # a scheduler that says RANK and WORLD_SIZE may not say how many nodes there are
     nodes = max(rank.nodes, -(-rank.world_size // gpus) if gpus else 1)
     config = environment.settle(wanted, rank.world_size, gpus, nodes)
+    accelerate_launch.check(config)
     if rank.rank == 0:
         warn(config, nodes)
         for line in check_init(Path(config.init), config.model) if config.init else []:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from experiments import environment
+from experiments import accelerate_launch, environment
 from experiments.config import TrainConfig
 from experiments.process import ON_LOOPBACK, RANK, TORCHRUN, Forwarding, die_with_parent
 from experiments.resume import check_fits, choose, goes_on_in
@@ -99,6 +99,7 @@ def prepare_job(
     """
     nodes, here = torchrun.nodes, torchrun.on_one_machine
     config = settle(config, torchrun)
+    accelerate_launch.check(config)
     world_size = config.layout.world_size
     if world_size % nodes:
         key = "nodes" if here else "--nnodes"

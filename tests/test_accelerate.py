@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from costs import ledger as ledgers
+from experiments import accelerate_launch
 from experiments import environment as machine
+from experiments.__main__ import main
 from experiments.config import TrainConfig
 from experiments.figures.parity import VARIANTS, Trajectory, compare, make_config, trajectories
 from experiments.ranks import run_ranks
@@ -84,6 +86,107 @@ def test_accelerate_launch_is_understood(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert machine.gpu_count() == 0, "--cpu"
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+FSDP1 = {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}
+HYBRID = {**FSDP1, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}
+MESH = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+MEGATRON = {"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
+# what `accelerate launch` sets where nobody has asked for anything
+DEFAULTS = {
+    "ACCELERATE_USE_CPU": "True",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "keys", "way"),
+    [
+        (FSDP, [], "give strategy=fsdp"),
+        (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, ["strategy=fsdp"], "give strategy=zero2"),
+        (FSDP1, ["strategy=accelerate"], "give strategy=zero2"),
+        (HYBRID, ["strategy=fsdp"], "give strategy=hsdp zero_stage=3"),
+        (FSDP | {"FSDP_SHARDING_STRATEGY": "NO_SHARD", "FSDP_VERSION": "1"}, ["strategy=fsdp"],
+         "give strategy=ddp"),
+        (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, ["strategy=fsdp"], "take FSDP_OFFLOAD_PARAMS=tr"),
+        (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, [],
+         "give strategy=fsdp activation_checkpointing=full"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "give precision=bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["precision=fp16"], "give precision=bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ["strategy=accelerate"],
+         "give impl=torch precision=fp16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_FP8_BACKEND": "TE"}, [],
+         "give precision=fp8, and take ACCELERATE_FP8_BACKEND=TE out"),
+        (DEEPSPEED, ["strategy=zero1"], "give strategy=zero1, and take ACCELERATE_USE_DEEPSPEED=t"),
+        (MEGATRON, [], "give layout.tp=2 layout.pp=1, and take ACCELERATE_USE_MEGATRON_LM=true"),
+        (MESH, ["layout.dp_replicate=1"], "give layout.tp=2"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, [], "give compile=true"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "eager"}, [], "take ACCELERATE_DYNAMO_BACKEND=eager out"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, [], "give gradient_accumulation_steps=4"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, [], "give clip=0.5"),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda:0"}, [], "give device=cuda"),
+        ({"ACCELERATE_CPU_AFFINITY": "1"}, [], "take ACCELERATE_CPU_AFFINITY=1 out"),
+        ({"ACCELERATE_USE_NEWER": "true"}, [], "take ACCELERATE_USE_NEWER=true out"),
+    ],
+)  # fmt: skip
+def test_what_accelerate_launch_asks_for_and_the_run_is_not_is_refused(
+    variables: dict[str, str], keys: list[str], way: str
+) -> None:
+    config = machine.settle(compose(*keys), None, gpus=0)
+    with pytest.raises(ValueError) as refused:
+        accelerate_launch.check(config, {**DEFAULTS, **variables})
+    said = str(refused.value)
+    assert said.startswith("accelerate launch asks for ") and "\n" not in said
+    assert f": {way}" in said, said
+
+
+@pytest.mark.parametrize(
+    ("variables", "keys"),
+    [
+        ({}, []),
+        ({}, ["precision=bf16", "gradient_accumulation_steps=4", "clip=null"]),
+        (FSDP, ["strategy=fsdp"]),
+        (FSDP, ["strategy=single"]),
+        (FSDP1, ["strategy=zero2"]),
+        (HYBRID, ["strategy=hsdp"]),
+        (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+         ["strategy=fsdp", "activation_checkpointing=full"]),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["precision=bf16"]),
+        (MESH, ["strategy=tp"]),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["compile=true"]),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1"}, []),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, ["gradient_accumulation_steps=2"]),
+    ],
+)  # fmt: skip
+def test_what_agrees_with_accelerate_launch_is_taken(
+    variables: dict[str, str], keys: list[str]
+) -> None:
+    config = machine.settle(compose(*keys), None, gpus=0)
+    accelerate_launch.check(config, {**DEFAULTS, **variables})
+
+
+@pytest.mark.parametrize("started", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}])
+def test_both_launchers_hold_it_against_the_run(
+    started: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {**FSDP, **started}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["data=generated", "launch=dry"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("launch.sh: accelerate launch asks for") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def train_and_send(configs: list[TrainConfig]) -> tuple[list[Trajectory], list[dict[Key, int]]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from experiments.compose import CONFIGS
-from tests.launching import SMALL, launch
+from experiments.run_folder import read_config
+from tests.launching import PATIENCE_S, ROOT, SMALL, environment, launch
 from tests.soak.trial import trial
 from tests.whole_runs import check_short, settled, whole_run
 
@@ -44,3 +47,40 @@ def short_runs(folder: Path) -> str:
         f"what was not measured is null, losses are single's within {off:.0e}; "
         f"steps=0: exit 2: {refused.stderr.strip()}"
     )
+
+
+ACCELERATE_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2, fsdp_reshard_after_forward: true}
+mixed_precision: bf16
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+"""
+
+
+@trial(SILENT, "`accelerate launch` with a configuration file that asks for FSDP2 and bf16")
+def accelerate_config(folder: Path) -> str:
+    (folder / "fsdp.yaml").write_text(ACCELERATE_CONFIG)
+
+    def start(*keys: str) -> subprocess.CompletedProcess:
+        module = ("--module", "experiments", *keys, *SMALL, "device=cpu", "run.dir=run")
+        options = ("--config_file", "fsdp.yaml")
+        return subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *options, *module],
+            cwd=folder,
+            env={**environment(), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+
+    other = start("strategy=accelerate")
+    lines = {line for line in other.stderr.splitlines() if line.startswith("launch.sh: ")}
+    assert other.returncode and len(lines) == 1 and not (folder / "run").exists(), other.stderr
+    same = start("strategy=fsdp", "precision=bf16")
+    assert same.returncode == 0, same.stderr
+    config = read_config(folder / "run")
+    assert config.layout.dp_shard == 2 and config.precision.value == "bf16"
+    return f"exit {other.returncode}: {lines.pop()}; with those keys: exit 0, dp_shard2 in bf16"
