@@ -10,6 +10,7 @@ one before. A Wait holds the rank up until that message has arrived.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 PHASES = ("data", "forward", "backward", "optimizer", "other")
@@ -40,7 +41,9 @@ class Message:
     number: int  # its own within this rank's step; a Wait names it
     collective: str
     axis: str
-    ranks: tuple[int, ...]  # global, of the group; (source, destination) of a send or recv
+    # global, of the group, a RankGrid where nobody listed them; (source, destination) of a send
+    # or recv
+    ranks: Sequence[int]
     dtype: str
     payload_bytes: int
     phase: str

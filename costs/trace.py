@@ -6,7 +6,8 @@ keys of our own that they pass over:
 traceEvents   ph "X": a slice, ts and dur in microseconds. pid: the rank. tid 0: what it computes;
               tid 1, 2 ...: its messages, as many tracks as it has in flight at once.
               cat: "compute,KIND" or "communication,COLLECTIVE". args: stage, micro_batch, and of a
-              message number, axis, ranks, dtype, payload_bytes, wire_bytes, phase.
+              message number, axis, ranks, dtype, payload_bytes, wire_bytes, phase; the ranks
+              of a group of more than 64 as {first, axes: [[size, stride], ...]}.
               ph "C": the rank's bytes by category of memory.
               ph "M": names.
 programs      {rank: [event, ...]}, a rank's step as costs/program.py has it; an event is its fields
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from costs.program import Event, Message, Program, Wait, Work
+from costs.rank_grid import RankGrid, ranks_from_json
 
 COMPUTE, COMMUNICATION = "compute", "communication"  # tracks
 # kinds of slices of the compute track
@@ -185,9 +187,13 @@ def _to_json(event: Event) -> dict[str, Any]:
     kind = next(name for name, made in EVENTS.items() if isinstance(event, made))
     values = {f.name: (getattr(event, f.name), f.default) for f in fields(event)}
     kept = {k: v for k, (v, default) in values.items() if default is MISSING or v != default}
+    if isinstance(event, Message) and isinstance(event.ranks, RankGrid):
+        kept["ranks"] = event.ranks.to_json()
     return {"event": kind, **kept}
 
 
 def _from_json(event: dict[str, Any]) -> Event:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in event.items()}
+    if "ranks" in values:
+        values["ranks"] = ranks_from_json(values["ranks"])
     return EVENTS[str(values.pop("event"))](**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 
 from costs.program import Message, Program, Work
 from simulator import collectives
@@ -16,6 +17,7 @@ from simulator.timeline import Timeline
 
 # Names of costs/program.py -> of a device's peaks; fp16 is as fast as bf16
 PEAKS = {"float32": "fp32", "float64": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+SEEN = 4096  # ranks of a group whose nodes are counted; how they lie in nodes repeats long before
 LOW = ("bfloat16", "float16")  # a cluster's table of operators was measured without them
 
 
@@ -69,7 +71,8 @@ class EventTimes:
         """Of the model (simulator/collectives.py), whatever was measured on another network."""
         key = (message.collective, message.payload_bytes, message.ranks)
         if key not in self.messages:
-            nodes = Counter(rank // self.cluster.node_size for rank in message.ranks)
+            first = islice(message.ranks, SEEN)
+            nodes = Counter(rank // self.cluster.node_size for rank in first)
             group = collectives.Group(len(message.ranks), max(nodes.values()))
             priced = collectives.seconds(
                 message.collective, message.payload_bytes, group, self.cluster

@@ -10,12 +10,14 @@ head count with the blocks beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from costs.program import Message, Program, Wait, Work
+from costs.rank_grid import RankGrid
 from minigpt.config import ModelConfig
 from parallel.layout import MESH_AXES, Layout, Options
 from simulator.block_work import BlockWork
@@ -98,7 +100,7 @@ class Writer:
         self.model, self.layout, self.options, self.place = model, layout, options, place
         self.rank = Rank(Plans.of(model, layout, options, clipped=clipped), place)
         self.number = -1  # counts down: pipeline_programs counts up
-        self.groups: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self.groups: dict[tuple[str, bool], RankGrid] = {}
         self.pending: list[int] = []  # gradients under way
         self.shares = [
             Share(collective, axis, dtype, phase, int(sent.calls[0]), int(sent.payload_bytes[0]))
@@ -212,37 +214,37 @@ class Writer:
         each = 2 * numerics.optimizer + 2 * numerics.weights + numerics.gradients
         return int(held[0]) * each
 
-    def group(self, axis: str, tied: bool = False) -> tuple[int, ...]:
-        """Global ranks of this rank's group on an axis, or on joined ones."""
+    def group(self, axis: str, tied: bool = False) -> RankGrid:
+        """Return the global ranks of this rank's group on an axis, or on joined ones."""
         if (axis, tied) not in self.groups:
             self.groups[axis, tied] = self._group(axis, tied)
         return self.groups[axis, tied]
 
-    def _group(self, axis: str, tied: bool) -> tuple[int, ...]:
+    def _group(self, axis: str, tied: bool) -> RankGrid:
         layout, name = self.layout, axis
-        mesh = np.arange(layout.world_size).reshape(layout.sizes)
         if axis == "ep" or axis.endswith("/ep"):
             name = "dp_shard" if layout.dp_shard > 1 else "dp_replicate"
-        joined = name.split("*")
-        line = mesh[
-            tuple(
-                slice(None) if a in joined else (self.place if a == "pp" else 0) for a in MESH_AXES
-            )
-        ].ravel()
+        strides = [prod(layout.sizes[i + 1 :]) for i in range(len(MESH_AXES))]
+        lines = dict(zip(MESH_AXES, zip(layout.sizes, strides, strict=True), strict=True))
         if name != axis:  # ep takes neighbours out of a data axis
-            line = line[: layout.ep] if axis == "ep" else line[:: layout.ep]
+            size, stride = lines[name]
+            inside = (layout.ep, stride), (size // layout.ep, stride * layout.ep)
+            lines[name] = inside[axis != "ep"]
         if tied:  # first and last stage
-            line = line[[0, layout.pp - 1]]
-        return tuple(line.tolist())
+            lines["pp"] = 2, (layout.pp - 1) * strides[0]
+        joined = name.split("*")
+        first = 0 if "pp" in joined else self.place * strides[0]
+        return RankGrid(first, tuple(line for a, line in lines.items() if a in joined))
 
     def _message(
         self, share: Share, size: int, stage: int | None = None, i: int | None = None
     ) -> Message:
         self.number -= 1
-        ranks = self.group(share.axis, share.axis == "pp" and share.phase == "backward")
+        group = self.group(share.axis, share.axis == "pp" and share.phase == "backward")
+        ranks: Sequence[int] = group
         if share.collective in ("send", "recv"):  # round the ring of cp
-            other = ranks[1] if share.collective == "send" else ranks[-1]
-            ranks = (ranks[0], other) if share.collective == "send" else (other, ranks[0])
+            other = group[1] if share.collective == "send" else group[-1]
+            ranks = (group[0], other) if share.collective == "send" else (other, group[0])
         return Message(
             self.number,
             share.collective,

@@ -13,11 +13,12 @@ Ranks that behave alike need one program: `like` names the rank whose program st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from costs.ledger import TIME_PARTS
 from costs.program import Message, Program, Work
+from costs.rank_grid import RankGrid
 from simulator.timeline import Timeline
 
 PARTS = {  # where the seconds of a Work are counted
@@ -68,7 +69,7 @@ def replay(
     hidden_slows: float = 0.0,
 ) -> Timeline:
     """Run the programs of all ranks, or of one rank of each kind, where `like` maps a rank of the
-    world to the one whose program stands for its own.
+    world to the one whose program stands for its own, and never decreases with the rank.
 
     `message_seconds` is asked by each member for its own end: a measured message is not over on all
     ranks at once. `queued` False: its seconds count from when the last member handed it over, as
@@ -206,21 +207,29 @@ class _Replay:
             member: object = collective
         else:
             own = rank if rank in ranks else None
-            key, member = (message.axis, *sorted(ranks)), rank
+            grid = isinstance(ranks, RankGrid)
+            key, member = (message.axis, ranks if grid else tuple(sorted(ranks))), rank
         if own != rank:
             raise Mismatch(
                 f"rank {rank}, event {place}: {_said(message)} is not a message of its own"
             )
         channel = self.channels.get(key)
         if channel is None:
-            members = frozenset(("send", "recv")) if pair else frozenset(map(self.like, ranks))
-            self._check_members(rank, place, message)
+            standing = self._standing_for(ranks)
+            self._check_members(rank, place, message, standing)
+            members = frozenset(("send", "recv")) if pair else frozenset(standing)
             channel = self.channels[key] = Channel(members)
         return channel, member
 
-    def _check_members(self, rank: int, place: int, message: Message) -> None:
-        for other in message.ranks:
-            if self.like(other) not in self.programs:
+    def _standing_for(self, ranks: Sequence[int]) -> set[int]:
+        """Return the ranks whose programs stand for those of a group."""
+        return (
+            ranks.images(self.like) if isinstance(ranks, RankGrid) else set(map(self.like, ranks))
+        )
+
+    def _check_members(self, rank: int, place: int, message: Message, standing: set[int]) -> None:
+        for other in sorted(standing):
+            if other not in self.programs:
                 raise Mismatch(
                     f"rank {rank}, event {place}: {_said(message)} needs rank {other}, which has "
                     "no program"

@@ -8,6 +8,7 @@ from typing import Any
 
 from costs.ledger import wire_bytes
 from costs.program import Message, Program, Work
+from costs.rank_grid import RankGrid
 from costs.trace import COMMUNICATION, COMPUTE, WAIT, Slice
 
 Interval = tuple[float, float]
@@ -78,10 +79,11 @@ class Timeline:
 def _args(message: Message) -> dict[str, Any]:
     """What a viewer shows of a message."""
     size, n = message.payload_bytes, len(message.ranks)
+    listed = message.ranks.to_json() if isinstance(message.ranks, RankGrid) else list(message.ranks)
     return {
         "number": message.number,
         "axis": message.axis,
-        "ranks": list(message.ranks),
+        "ranks": listed,
         "dtype": message.dtype,
         "payload_bytes": size,
         "wire_bytes": wire_bytes(message.collective, size, n),

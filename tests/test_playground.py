@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments.ask.evidence import Evidence
 from experiments.overrides import composed
-from experiments.playground.command import LISTS, SLIDERS, moved_to
+from experiments.playground.answers import Answers, Newest, Results
+from experiments.playground.command import LISTS, SLIDERS, moved_by, moved_to
+from experiments.playground.guard import OwnPagesOnly
 from experiments.playground.plan import Controls, View, choices, view
 from experiments.playground.results import results_of
 from experiments.playground.speed import moves_of, started
@@ -105,6 +113,129 @@ def test_only_what_a_control_can_say_is_taken() -> None:
     for key, value in (("tp", 3), ("pp", 2**30), ("model", "tiny"), ("command", "x"), ("tp", "8")):
         with pytest.raises(ValueError, match=key):
             moved_to(START, key, value)
+    # equal to a number that is allowed, and not one
+    for key, value in (("tp", True), ("tp", 8.0), ("zero_stage", 3), ("sequence_parallel", 1)):
+        with pytest.raises(ValueError, match=key):
+            moved_to(START, key, value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = (*SLIDERS, *LISTS, "sequence_parallel")
+
+
+@given(JSON | st.tuples(st.sampled_from(KEYS), JSON).map(list))
+def test_an_event_from_outside_is_a_move_or_is_refused(args: Any) -> None:
+    try:
+        moved = moved_by(START, args)
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+    else:
+        key, value = args
+        assert type(getattr(moved, key)) is type(getattr(START, key))
+        assert str(getattr(moved, key)) == str(value)
+
+
+# the position that listed four million ranks: pp 32, cp 8, tp 4, dp 256 x 512
+WHOLE_WORLD = replace(
+    START,
+    model="llama3_70b",
+    cluster="b300",
+    pp=32,
+    cp=8,
+    tp=4,
+    dp_replicate=256,
+    dp_shard=512,
+    seq_len=128,
+    micro_batch_size=8,
+    gradient_accumulation_steps=32,
+    activation_checkpointing="full",
+)
+
+
+def test_a_picture_lists_one_rank_of_each_stage_whatever_the_world() -> None:
+    shown = view(WHOLE_WORLD)
+    assert shown.devices == 2**27 and shown.timeline
+    stride = shown.devices // 32
+    assert sorted(shown.timeline.programs) == list(range(0, shown.devices, stride))
+    ledger = Evidence().simulated("whole world", *WHOLE_WORLD.overrides).ledger
+    assert shown.step and shown.step["time_s"] == ledger["step"]["time_s"]
+
+
+def test_a_newer_position_replaces_the_one_that_waits() -> None:
+    begun: list[Controls] = []
+    shown: list[Results] = []
+
+    class Slow(Answers):
+        def __init__(self) -> None: ...
+
+        async def answer(self, controls: Controls) -> Results:
+            begun.append(controls)
+            await asyncio.sleep(0)
+            return {"command": controls.command}
+
+    async def visit() -> None:
+        newest = Newest(Slow(), shown.append)
+        await asyncio.gather(*(newest.ask(replace(START, tp=2**i)) for i in range(5)))
+
+    asyncio.run(visit())
+    assert [controls.tp for controls in begun] == [1, 16]  # one in work, and the newest
+    assert shown[-1] == {"command": replace(START, tp=16).command}
+
+
+@pytest.mark.slow
+def test_a_position_that_fails_is_said_and_the_next_is_answered() -> None:
+    answers = Answers()
+
+    async def visit() -> tuple[Results, Results]:
+        bad = replace(START, model="no such model")
+        return await answers.answer(bad), await answers.answer(START)
+
+    try:
+        failed, good = asyncio.run(visit())
+    finally:
+        answers.close()
+    assert "could not be computed: KeyError" in failed["verdict"]
+    assert good == results_of(view(START))
+
+
+PORT = 8642
+OURS = [f"{name}:{PORT}" for name in ("localhost", "127.0.0.1", "[::1]", "LOCALHOST")]
+FOREIGN = ["evil.example:8642", "127.0.0.1", "127.0.0.1:80", "127.0.0.1.evil.example:8642", ""]
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_only_the_page_of_this_server_is_answered(kind: str) -> None:
+    async def sent(*headers: tuple[str, str]) -> list[str]:
+        seen: list[str] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            seen.append("answered")
+
+        async def send(message: Any) -> None:
+            seen.append(f"{message['type']} {message.get('status', '')}".strip())
+
+        pairs = [(name.encode(), value.encode()) for name, value in headers]
+        scope = {"type": kind, "headers": pairs}
+        await OwnPagesOnly(app, PORT)(scope, send, send)
+        return seen
+
+    def status(*headers: tuple[str, str]) -> str:
+        return asyncio.run(sent(*headers))[0]
+
+    refused = {"http": "http.response.start 403", "websocket": "websocket.close"}[kind]
+    for host in OURS:
+        assert status(("host", host)) == "answered"
+        assert status(("host", host), ("origin", f"http://{host}")) == "answered"
+    for host in FOREIGN:
+        assert status(("host", host)) == refused, host
+        assert status(("host", OURS[0]), ("origin", f"http://{host}")) == refused, host
+    for origin in ("null", f"https://{OURS[0]}", "file://"):
+        assert status(("host", OURS[0]), ("origin", origin)) == refused, origin
+    assert status() == refused and status(("host", OURS[0]), ("host", OURS[1])) == refused
 
 
 # what is written on the page: its text, its size in pixels, its contrast with white (WCAG 2, 1.4.3)
@@ -171,3 +302,59 @@ def test_the_page_in_a_browser(address: str, width: int) -> None:
         assert not found.errors
         own = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")
         assert not [url for url in found.requests if not url.startswith(own)]
+
+
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport="
+
+
+def status_of(address: str, path: str, headers: dict[str, str]) -> int:
+    """Return the status with which the server answers a request with these headers."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    try:
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_another_sites_page_reaches_neither_page_nor_socket(address: str) -> None:
+    own = urlsplit(address).netloc
+    websocket = (SOCKET + "websocket", UPGRADE, 101)
+    for path, headers, good in (("/", {}, 200), (SOCKET + "polling", {}, 200), websocket):
+        assert status_of(address, path, headers) == good
+        assert status_of(address, path, {**headers, "Origin": f"http://{own}"}) == good
+        assert status_of(address, path, {**headers, "Host": "evil.example"}) == 403
+        assert status_of(address, path, {**headers, "Origin": "http://evil.example"}) == 403
+
+
+# sends what the page sends for a move, with other arguments
+SEND = """(args) => {
+  const emit = window.socket.emit.bind(window.socket);
+  let seen = null;
+  window.socket.emit = (name, message) => { if (name === "event") seen = message; };
+  const slider = document.getElementById("tp");
+  slider.dispatchEvent(new Event("input", {bubbles: true}));
+  window.socket.emit = emit;
+  for (const one of args) emit("event", {...seen, args: [JSON.stringify(one)]});
+}"""
+
+
+@pytest.mark.slow
+def test_no_event_breaks_a_visitor(address: str) -> None:
+    with opened(address, 1400) as found:
+        page = found.page
+        page.locator("#n-memory").wait_for()
+        bad = [["tp", True], ["tp", None], [["tp"], 1], ["tp"], {"tp": 1}, ["model", {}], 7, None]
+        page.evaluate(SEND, [*bad, ["tp", 4]])
+        text = "document.querySelector('#result-command').innerText"
+        page.wait_for_function(f"{text}.includes('layout.tp=4')")
+        page.evaluate(SEND, [["tp", 2 ** (i % 5)] for i in range(60)] + [["tp", 8]])
+        page.wait_for_function(f"{text}.includes('layout.tp=8')")
+        assert not found.errors

@@ -1,7 +1,8 @@
 """./launch.sh playground [port=8642]: a local page with sliders; memory, time and timeline follow.
 
-It listens on 127.0.0.1 only, and calls the simulator of this process: nothing leaves the machine.
-The controls are the browser's own, so that keyboard and screen reader know them.
+It listens on 127.0.0.1 only, answers no page but its own, and runs the simulator in processes of
+its own: nothing leaves the machine. The controls are the browser's own, so that keyboard and screen
+reader know them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.arguments import key_values
-from experiments.playground.plan import Controls, choices, read_all, view
-from experiments.playground.results import results_of
+from experiments.console import progress
+from experiments.playground.answers import Answers, Newest, Results, answer
+from experiments.playground.guard import OwnPagesOnly
+from experiments.playground.plan import Controls, choices, read_all
 from experiments.refused import Refused
 
 PORT = 8642
@@ -69,7 +72,7 @@ def command(argv: list[str]) -> int:
 def serve(port: int) -> None:
     """The page at http://127.0.0.1:`port`/."""
     try:
-        from nicegui import ui
+        from nicegui import app, ui
     except ImportError:
         raise Refused(
             "playground: the package nicegui is not installed; pip install 'nicegui>=3,<4', or "
@@ -77,7 +80,10 @@ def serve(port: int) -> None:
         ) from None
 
     read_all()  # compose and import now, not at the first visit
-    ui.page("/")(lambda: build(ui))
+    first, answers = answer(Controls()), Answers()
+    ui.page("/")(lambda: build(ui, answers, first))
+    app.add_middleware(OwnPagesOnly, port=port)
+    app.on_shutdown(answers.close)
     print(f"http://{HOST}:{port}/   (Ctrl-C ends it)", flush=True)
     ui.run(
         host=HOST,
@@ -90,21 +96,29 @@ def serve(port: int) -> None:
     )
 
 
-def build(ui: Any) -> None:
-    """One visitor's page. It holds where the controls of this visitor stand."""
+def build(ui: Any, answers: Answers, first: Results) -> None:
+    """Build one visitor's page, which holds this visitor's controls. `first` is their answer."""
     controls = Controls()
     ui.add_head_html(f"<style>{STYLE.read_text()}</style>")
     results: dict[str, Any] = {}
+    client = ui.context.client
 
-    def moved(event: Any) -> None:
-        """A control stands elsewhere."""
+    async def moved(event: Any) -> None:
+        """Take a control's new value; one that no control can send changes nothing."""
         nonlocal controls
-        controls = moved_to(controls, *event.args)
-        show()
+        try:
+            controls = moved_by(controls, event.args)
+        except ValueError as error:
+            progress(f"playground: an event was refused: {error}")
+            return
+        await newest.ask(controls)
 
-    def show() -> None:
-        for key, text in results_of(view(controls)).items():
-            results[key].set_content(text)
+    def show(made: Results) -> None:
+        if not client.is_deleted:
+            for key, text in made.items():
+                results[key].set_content(text)
+
+    newest = Newest(answers, show)
 
     def result(key: str) -> None:
         results[key] = ui.html("", sanitize=False).props(f"id=result-{key}")
@@ -123,7 +137,15 @@ def build(ui: Any) -> None:
                 result(key)
             copy = ui.html("copy", sanitize=False, tag="button").props("type=button id=copy")
             copy.on("click", lambda: ui.clipboard.write(controls.command))
-    show()
+    show(first)
+
+
+def moved_by(controls: Controls, args: Any) -> Controls:
+    """Return the controls after an event of the page, [key, value]. Raises ValueError for any
+    other: an event comes from outside and may be anything that JSON can say."""
+    if not isinstance(args, list) or len(args) != 2 or not isinstance(args[0], str):
+        raise ValueError(f"{_short(args)}: must be a control's key and its value")
+    return moved_to(controls, *args)
 
 
 def moved_to(controls: Controls, key: str, value: Any) -> Controls:
@@ -131,15 +153,21 @@ def moved_to(controls: Controls, key: str, value: Any) -> Controls:
     if key in SLIDERS:
         allowed: list[Any] = [2**power for power in powers(key)]
     elif key in LISTS:
-        allowed = [type(getattr(controls, key))(name) for name in choices()[key]]
-        value = type(allowed[0])(value)
+        allowed = list(choices()[key])
     elif key == "sequence_parallel":
         allowed = [True, False]
     else:
-        raise ValueError(f"{key}: no such control")
-    if value not in allowed:
-        raise ValueError(f"{key}={value}: must be one of {', '.join(map(str, allowed))}")
-    return replace(controls, **{key: value})
+        raise ValueError(f"{_short(key)}: no such control")
+    # the exact type: True is 1 and 8.0 is 8 to Python, and neither is a number of ranks
+    if not any(type(value) is type(one) and value == one for one in allowed):
+        raise ValueError(f"{key}={_short(value)}: must be one of {', '.join(map(str, allowed))}")
+    return replace(controls, **{key: type(getattr(controls, key))(value)})
+
+
+def _short(value: Any) -> str:
+    """Return what a message quotes of a value from outside."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def powers(key: str) -> range:

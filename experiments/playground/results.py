@@ -9,14 +9,19 @@ from experiments.pictures import COLOURS, MEMORY_COLOURS
 from experiments.playground.plan import View
 from experiments.playground.svg import TIME_COLOURS, legend, passes_of, stacked, timeline
 
+# the parts of a position that is refused
+EMPTY = {
+    "numbers": "",
+    **dict.fromkeys(("memory", "time", "timeline"), '<p class="note">not allowed</p>'),
+}
+
 
 def results_of(shown: View) -> dict[str, str]:
     """HTML of each part of the results."""
     command = f'<code class="command">{escape(shown.controls.command)}</code>'
     if shown.step is None:
         refused = f'<div class="verdict bad">{escape(shown.refused or "")}</div>'
-        empty = dict.fromkeys(("memory", "time", "timeline"), '<p class="note">not allowed</p>')
-        return {"verdict": refused, "numbers": "", **empty, "command": command}
+        return {"verdict": refused, **EMPTY, "command": command}
     kind = "verdict" if shown.fits else "verdict bad"
     return {
         "verdict": f'<div class="{kind}">{escape(shown.verdict)}</div>',
