@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "parallel.stages",
         "costs.ledger",
         "costs.program",
+        "costs.rank_grid",
         "costs.trace",
     },
     "experiments": None,  # everything
@@ -50,6 +51,7 @@ PURE = (
     "parallel/layout.py",
     "costs/ledger.py",
     "costs/program.py",
+    "costs/rank_grid.py",
 )
 ONLY_IN_EXPERIMENTS = {"hydra", "omegaconf", "wandb", "tensorboard", "rich", "matplotlib"}
 ONLY_IN_EXPERIMENTS |= {"plotly", "jinja2"}
