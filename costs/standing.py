@@ -74,7 +74,8 @@ class CallCounter:
 
     def __init__(self, path: Path, process: int) -> None:
         with open(path, "w+b") as file:
-            file.truncate(SIZE)
+            file.write(bytes(SIZE))  # truncate allots nothing: on a full disk a store is a SIGBUS
+            file.flush()
             self.memory = mmap.mmap(file.fileno(), SIZE)
         self.process, self.kinds, self.length = process, list[Kind](), 0
         self.at_step(-1)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +26,27 @@ from types import TracebackType
 import psutil
 
 from costs.standing import Called, Kind, Standing, read
+from experiments.memory_limit import lowest_limit
 
 HOUSE = Path(__file__).resolve().parents[1]
 UNEVEN = ("all_to_all", "gather", "scatter")  # each rank may hand over another size
 KEYS = {"start", "rank", "time", "error", "line", "unlike", "waited", "traceback"}
 TIMED_OUT = "imed out"  # in what gloo and torch's stores say
-QUIET = signal.SIGTERM  # torchrun's own way to end the ranks that are left
+FULL = 2**16  # bytes: a disk with less room cannot take what a rank would leave there
 # in torchrun's log: its report at the end, and its line whenever it starts ranks again
-REPORTED = re.compile(r"rank +: (?P<rank>\d+) .*\n +exitcode +: (?P<status>-?\d+)")
-STARTED_AGAIN = re.compile(r"failed \(exitcode: (?P<status>-?\d+)\) local_rank: (?P<rank>\d+)")
+REPORTED = re.compile(
+    r"rank +: (?P<rank>\d+) \(local_rank: (?P<local>\d+)\)\n"
+    r" +exitcode +: (?P<status>-?\d+) \(pid: (?P<process>\d+)\)"
+)
+STARTED_AGAIN = re.compile(
+    r"failed \(exitcode: (?P<status>-?\d+)\) "
+    r"local_rank: (?P<rank>(?P<local>\d+)) \(pid: (?P<process>\d+)\)"
+)
+ENDED_BY_TORCHRUN = re.compile(r"Sending process (\d+) closing signal")
+TORCHRUN_ENDED_BY = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
+NODE_ENDED = re.compile(r"^node \d+: torchrun was ended by .*$", re.MULTILINE)  # of the lab
+TRACEBACK = "Traceback (most recent call last):"
+NO_ERROR = "ChildFailedError"  # torchrun's own, which only says that a rank failed
 
 
 def path_of(folder: Path, rank: int, what: str) -> Path:
@@ -69,10 +83,12 @@ def write_error(folder: Path, rank: int, error: BaseException, start: int = 0) -
         "traceback": str(path),
     }
     try:
-        path.write_text("".join(traceback.format_exception(error)))
+        # the one that the launcher needs comes first: there may be room for no more
         path_of(folder, rank, "error.json").write_text(json.dumps(said))
-    except OSError:  # a full disk: the message still reaches torchrun.log
-        print(said["error"], file=sys.stderr)
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:  # a full disk: torchrun.log may still take the message
+        with suppress(OSError):
+            print(said["error"], file=sys.stderr, flush=True)
 
 
 def line_of(tb: TracebackType | None) -> str | None:
@@ -101,7 +117,13 @@ def mark_stopped(folder: Path, steps: int) -> None:
 
 
 def was_stopped(folder: Path) -> bool:
+    """Return whether all ranks stopped after the same step and saved it."""
     return path_of(folder, 0, "stopped").exists()
+
+
+def steps_before_stop(folder: Path) -> int:
+    """Return how many steps a run had done when it stopped (mark_stopped)."""
+    return int(path_of(folder, 0, "stopped").read_text())
 
 
 # --- who kept whom waiting
@@ -220,18 +242,22 @@ def _in_step(standing: Standing) -> str:
 # --- read by the launcher, and by ranks that are started again
 
 
-def failure(folder: Path) -> str:
-    """One line for a run that failed: the rank that began it, what it did, and where more is."""
+def failure(folder: Path, status: int = 1, oom_killed: bool = False) -> str:
+    """Return one line: who failed first and how, and where more is.
+
+    `status` is the exit status of torchrun, negative for the signal that ended it; `oom_killed`
+    says that the kernel has killed a process for want of memory meanwhile.
+    """
     errors = list(_errors(folder))
     last = max((error["start"] for error in errors), default=0)
     errors = sorted((e for e in errors if e["start"] == last), key=lambda error: error["time"])
     timed_out = any(TIMED_OUT in error["error"] for error in errors)
     unlike = next((e["unlike"] for e in errors if e["unlike"]), None)
-    killed = None if timed_out else _killed(folder)
+    killed = None if timed_out else _killed(folder, status, oom_killed, bool(errors))
     if not errors:
         unlike = next(mismatches(standings(folder)), None)
-        begun = "; ".join(filter(None, (unlike, killed)))
-        return begun or f"a rank died without a word; see {folder / 'logs' / 'torchrun.log'}"
+        silent = None if killed else _silent(folder)
+        return "; ".join(filter(None, (unlike, killed, _full_disk(folder), silent)))
     first = errors[0]
     line = f" at {first['line']}" if first["line"] else ""
     said = f"rank {first['rank']}: {first['error']}{line} (traceback: {first['traceback']})"
@@ -258,17 +284,80 @@ def _errors(folder: Path) -> Iterator[dict]:
             continue
 
 
-def _killed(folder: Path) -> str | None:
-    """The rank that a signal ended which torchrun did not send: out of memory, or a kill."""
-    log = folder / "logs" / "torchrun.log"
+def _report(folder: Path) -> str:
+    """Return torchrun's log, as far as it can be read."""
     try:
-        report = log.read_text(errors="replace")
+        return (folder / "logs" / "torchrun.log").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _ended_ranks(report: str) -> list[re.Match]:
+    """Return the ranks that torchrun says have failed, in the last start of the run."""
+    return list(REPORTED.finditer(report)) or list(STARTED_AGAIN.finditer(report))[-1:]
+
+
+def _killed(folder: Path, status: int, oom_killed: bool, has_errors: bool) -> str | None:
+    """Return who was ended by a signal that torchrun did not send: torchrun itself, or a rank."""
+    log, report = folder / "logs" / "torchrun.log", _report(folder)
+    if status < 0:
+        return f"torchrun was {_ended_by(-status, oom_killed)}"
+    if node := NODE_ENDED.search(report):
+        return f"{node[0]} (see {log})"
+    if signalled := TORCHRUN_ENDED_BY.search(report):
+        return f"torchrun was {_ended_by(int(signalled[1]), oom_killed)} (see {log})"
+    by_torchrun = ENDED_BY_TORCHRUN.findall(report)
+    for found in _ended_ranks(report):
+        number = -int(found["status"])
+        # of a log without these lines (LOGLEVEL=ERROR) nobody knows who sent a SIGTERM
+        own = found["process"] in by_torchrun or (has_errors and not by_torchrun)
+        if number > 0 and not (number == signal.SIGTERM and own):
+            return f"rank {found['rank']} was {_ended_by(number, oom_killed)} (see {log})"
+    return None
+
+
+def _ended_by(number: int, oom_killed: bool = False) -> str:
+    """Return what is known of a process that a signal ended."""
+    said = f"ended by {signal.Signals(number).name}"
+    if number == signal.SIGKILL and oom_killed:
+        return f"{said}, for the kernel ran out of memory: the limit is {lowest_limit()}"
+    if number == signal.SIGKILL:
+        limit = lowest_limit()
+        return f"{said}, from outside or for want of memory (the limit is {limit})"
+    return f"{said}, from outside" if number == signal.SIGTERM else said
+
+
+def _full_disk(folder: Path) -> str | None:
+    """Return that no rank could have left a word, if the disk is full."""
+    try:
+        free = shutil.disk_usage(folder).free
     except OSError:
         return None
-    ended = list(REPORTED.finditer(report)) or list(STARTED_AGAIN.finditer(report))[-1:]
-    for rank, status in ((found["rank"], int(found["status"])) for found in ended):
-        if status < 0 and -status != QUIET:
-            name = signal.Signals(-status).name
-            why = ", from outside or for want of memory" if -status == signal.SIGKILL else ""
-            return f"rank {rank} was ended by {name}{why} (see {log})"
-    return None
+    return f"run.dir={folder}: {free:,} bytes are left on its disk" if free < FULL else None
+
+
+def _silent(folder: Path) -> str:
+    """Return what can be said if no rank left an error: what Python wrote before it ended."""
+    log, report = folder / "logs" / "torchrun.log", _report(folder)
+    for found in _ended_ranks(report):
+        files = (folder / "logs").glob(f"*/attempt_*/{found['local']}/stderr.log")
+        own = max(files, key=lambda path: path.stat().st_mtime, default=log)
+        own = own if own.stat().st_size else log  # a rank that keeps the terminal has none
+        said = last_error(own.read_text(errors="replace"))
+        if said:
+            return f"rank {found['rank']}: {said} (see {own})"
+    said = last_error(report)
+    return f"torchrun: {said} (see {log})" if said else f"a rank died without a word; see {log}"
+
+
+def last_error(text: str) -> str | None:
+    """Return the line of the last Python exception in a log, or the last line if it has none."""
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in text.splitlines()]
+    for start in reversed([i for i, line in enumerate(lines) if line == TRACEBACK]):
+        after = [line.rstrip() for line in lines[start + 1 :] if line and not line[0].isspace()]
+        if after and NO_ERROR not in after[0]:
+            # a message may begin on a line of its own
+            return " ".join(after[:2] if after[0].endswith(":") else after[:1])
+    if TRACEBACK in lines:
+        return None
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)

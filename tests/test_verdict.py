@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from costs.standing import KINDS, CallCounter, Called, Kind, Standing, read
+from experiments.memory_limit import lowest_limit
 from experiments.verdict import (
     clear,
     culprits,
     failure,
     is_stopped,
+    last_error,
     mismatches,
     path_of,
     waited_for,
@@ -154,7 +157,7 @@ def test_the_first_rank_that_failed_is_named_with_its_line(tmp_path: Path) -> No
 REPORT = """
   time      : 2026-01-01
   rank      : {rank} (local_rank: {rank})
-  exitcode  : {status} (pid: 123) (SIGKILL)
+  exitcode  : {status} (pid: 12{rank}) (SIGKILL)
   error_file: <N/A>
 """
 
@@ -170,8 +173,76 @@ def test_a_rank_that_was_killed_is_named_before_those_that_missed_it(tmp_path: P
     assert "rank 0: RuntimeError: Connection closed by peer" in said
     log.write_text(REPORT.format(rank=1, status=-15))
     assert failure(tmp_path).startswith("rank 0: "), "SIGTERM is torchrun's own"
+    sent = "W1130 21:00 api.py:1] Sending process {} closing signal SIGTERM\n"
+    log.write_text(sent.format(121) + REPORT.format(rank=1, status=-15))
+    assert failure(tmp_path).startswith("rank 0: "), "it says so"
+    log.write_text(sent.format(120) + REPORT.format(rank=1, status=-15))
+    said = failure(tmp_path)
+    assert said.startswith("rank 1 was ended by SIGTERM, from outside (see "), "and not to this one"
     log.write_text("failed (exitcode: -11) local_rank: 3 (pid: 5) of binary: python")
     assert failure(tmp_path).startswith("rank 3 was ended by SIGSEGV (see ")
+
+
+def test_torchrun_that_a_signal_ended_is_named_with_the_memory_limit(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    limit = str(lowest_limit())
+    assert failure(tmp_path, -9) == (
+        f"torchrun was ended by SIGKILL, from outside or for want of memory (the limit is {limit})"
+    )
+    assert failure(tmp_path, -9, oom_killed=True) == (
+        f"torchrun was ended by SIGKILL, for the kernel ran out of memory: the limit is {limit}"
+    )
+    log = tmp_path / "logs" / "torchrun.log"
+    log.write_text("SignalException: Process 7 got signal: 15\n")
+    assert failure(tmp_path) == f"torchrun was ended by SIGTERM, from outside (see {log})"
+    log.write_text("node 1: torchrun was ended by SIGKILL\n" + REPORT.format(rank=0, status=1))
+    write_error(tmp_path, 0, RuntimeError("Connection closed by peer"))
+    said = failure(tmp_path)
+    assert said.startswith(f"node 1: torchrun was ended by SIGKILL (see {log}); rank 0: Runtime")
+
+
+HEAD = "Traceback (most recent call last):"
+ERRORS = [  # what Python wrote, and what of it is quoted
+    (f"noise\n{HEAD}\n  File 1\nOSError: [Errno 24] Too many\n", "OSError: [Errno 24] Too many"),
+    (f"{HEAD}\n  File 1\nValueError: \nbad settings\nall, of\n", "ValueError: bad settings"),
+    (f"[rank1]: {HEAD}\n[rank1]:   File\n[rank1]: KeyError: 3\n", "KeyError: 3"),
+    ("python: No module named torch\n\n", "python: No module named torch"),
+    # torchrun's own error only says that a rank has failed
+    (f"{HEAD}\n  File\ntorch.errors.ChildFailedError: \n====\n", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("text, quoted", ERRORS)
+def test_the_error_that_python_wrote_is_quoted(
+    text: str, quoted: str | None, tmp_path: Path
+) -> None:
+    assert last_error(text) == quoted
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "torchrun.log"
+    log.write_text(text)
+    silent = f"a rank died without a word; see {log}"
+    assert failure(tmp_path) == (f"torchrun: {quoted} (see {log})" if quoted else silent)
+
+
+def test_a_rank_that_ended_before_it_could_leave_an_error_is_quoted_from_its_own_log(
+    tmp_path: Path,
+) -> None:
+    own = tmp_path / "logs" / "none_x" / "attempt_0" / "1"
+    own.mkdir(parents=True)
+    (own / "stderr.log").write_text("python: No module named torch\n")
+    (tmp_path / "logs" / "torchrun.log").write_text(REPORT.format(rank=1, status=1))
+    said = f"rank 1: python: No module named torch (see {own / 'stderr.log'})"
+    assert failure(tmp_path) == said
+
+
+def test_a_full_disk_is_named_where_no_rank_could_leave_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=4096))
+    assert failure(tmp_path).startswith(f"run.dir={tmp_path}: 4,096 bytes are left on its disk; ")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"rank": 1}', '"' * 3, "\x00"])
