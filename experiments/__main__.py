@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 
+from experiments.process import Stopped
 from experiments.refused import Refused
 
 # verb -> the module and function that take the rest of the command line; imported when asked for
@@ -59,6 +60,10 @@ def main(argv: list[str]) -> int:
             return 128 + signal.SIGPIPE
         print(f"launch.sh: {error.filename or 'this machine'}: {error.strerror}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        print(f"launch.sh: stopped by {name}: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
         return 130
 

@@ -10,6 +10,8 @@ GRACE_S for it, not half a minute. All else is torchrun's.
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 
@@ -21,7 +23,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from experiments.process import GRACE_S, ON_LOOPBACK
+from experiments.process import GRACE_S, ON_LOOPBACK, PARENT, die_with_parent
 
 ADDRESS = "127.0.0.1"
 TIMEOUT_S = 600  # torchrun's own for a rendezvous, and for the store's answers
@@ -54,6 +56,15 @@ def with_grace(options: list[str]) -> list[str]:
     return options if given or not has else [f"{names[0]}={GRACE_S}", *options]
 
 
+def begin() -> None:
+    """Prepare this process to start ranks: it ends with the launcher, and they with it."""
+    if PARENT in os.environ:  # else a user started it, whose shell may end before
+        die_with_parent()
+    os.environ[PARENT] = str(os.getpid())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # inherited: see hear_requests
+
+
 if __name__ == "__main__":
+    begin()
     rendezvous_handler_registry.register(ON_LOOPBACK, meet)
     run.main(with_grace(sys.argv[1:]))

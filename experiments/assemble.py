@@ -17,6 +17,7 @@ from costs.standing import CallCounter
 from experiments import environment
 from experiments.config import Backend, Device, Nonfinite, TrainConfig
 from experiments.environment import Rank, rendezvous
+from experiments.meeting import meeting
 from experiments.resume import goes_on_in, run_dir
 from experiments.run_folder import Launched, make_folder, write_config
 from experiments.run_weights import is_base, weights_of
@@ -49,7 +50,8 @@ def join_ranks(config: TrainConfig, rank: Rank) -> torch.device:
         if config.backend == Backend.gloo and device.type == "cpu":
             backend = communication.BACKEND  # gloo, and every call is recorded
         store = agent_store(config.timeout_s) if environment.restarts() else None
-        join(backend, config.timeout_s, rank.rank, rank.world_size, store)
+        with meeting(rank):
+            join(backend, config.timeout_s, rank.rank, rank.world_size, store)
     return device
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +26,13 @@ from costs import ledger as ledgers
 from experiments import accelerate_launch, console, environment, launch
 from experiments.compose import jobs_of, run_hydra, to_config
 from experiments.config import Launch, LoggingConfig, TrainConfig
+from experiments.environment import Rank, say_waiting
 from experiments.process import end
 from experiments.refused import Refused
-from experiments.resume import run_dir
+from experiments.resume import AUTO, run_dir
 from experiments.run_folder import Launched
 from experiments.sweep_points import Points, folder_of
 from experiments.tracking import make_tracker
-from experiments.verdict import failure
 from experiments.warn import warn, warning
 from experiments.weights_file import check_init
 from experiments.worker import last_act
@@ -87,9 +88,13 @@ class Command:
     fault: str | None = None  # of `debug`
     rows: list[Row] = field(default_factory=list)
     status: int = 0
+    signal: int = 0  # that came meanwhile: no other job is started
     logging: LoggingConfig = field(default_factory=LoggingConfig)  # of the last job of a sweep
 
     def __call__(self, composed: DictConfig) -> None:
+        if self.signal:  # a sweep of Hydra's own goes on, and jobs are left
+            self.end_by_signal()
+            return
         # unresolved: an override may hold an interpolation of its own
         hydra = HydraConfig.get()
         overrides: list[str] = OmegaConf.to_container(hydra.overrides.task)  # type: ignore
@@ -105,6 +110,11 @@ class Command:
             # this process is another than the one that is asked how the jobs ended
             kind = Refused if row.status == "refused" else FailedElsewhere
             raise kind(f"{shlex.join(overrides)}: {row.reason}")
+
+    def end_by_signal(self) -> None:
+        """Let the exit status say that jobs are left, if the last one was done nevertheless."""
+        if self.rows[-1].status == "done":
+            self.status = max(self.status, 128 + self.signal)
 
     def refuse(self, row: Row, error: Exception) -> None:
         row.status, row.reason = "refused", str(error)
@@ -125,7 +135,8 @@ class Command:
             if first:
                 self.sweep.lock()
             dry = config.launch == Launch.dry
-            folder = self.sweep.place(overrides, len(self.rows) - 1, first, dry)
+            resume = config.resume == AUTO
+            folder = self.sweep.place(overrides, len(self.rows) - 1, first, dry, resume)
             config.logging.group = config.logging.group or self.sweep.folder.name
             self.logging = config.logging
         job = self.prepare(config, overrides, folder)
@@ -136,16 +147,12 @@ class Command:
             if not self.as_json:
                 print(row.reason)
             return 0
-        status = launch.run(job, quiet=self.as_json)
-        if status > 128:
-            row.status, row.reason = "stopped", f"by signal {status - 128}"
-            print(f"launch.sh: stopped; what was measured is in {job.folder}", file=sys.stderr)
-            return status
-        if status:
-            row.status, row.reason = "failed", failure(job.folder)
-            print(f"launch.sh: the run failed: {row.reason}", file=sys.stderr)
-            return 1
-        return 0
+        ended = launch.run(job, quiet=self.as_json)
+        row.status, row.reason, self.signal = ended.outcome, ended.reason, ended.signal
+        if row.reason:
+            what = "the run failed:" if row.status == "failed" else row.status
+            print(f"launch.sh: {what} {row.reason}", file=sys.stderr)
+        return ended.status
 
 
 def train(argv: list[str]) -> int:
@@ -156,8 +163,13 @@ def train(argv: list[str]) -> int:
     bare = [option for option in options if "=" not in option]
     if bare:
         raise Refused(f"{bare[0]}: write it with its value, {bare[0]}=VALUE")
-    if environment.given_rank():
-        return train_as_rank(rest)
+    rank = environment.given_rank()
+    if rank:
+        launchers = [*options, *(["--json"] if as_json else [])]
+        launchers += [a for a in rest if a in ("-m", "--multirun")]
+        if launchers:
+            raise refused_to_rank(launchers[0], rank)
+        return train_as_rank(rest, rank)
     torchrun, jobs = launch.Torchrun(options), jobs_of(rest)
     if jobs is not None:
         return sweep(jobs, Command(torchrun, as_json))
@@ -194,7 +206,12 @@ def sweep(jobs: list[list[str]], command: Command) -> int:
             row = Row(argv, "refused")
             command.rows.append(row)
             command.refuse(row, error)
-        if command.status > 128:  # a signal ends the sweep too
+        if command.signal:
+            left = len(jobs) - number - 1
+            if left:
+                command.end_by_signal()
+                name = signal.Signals(command.signal).name
+                print(f"launch.sh: {name}: {left} of {len(jobs)} jobs are left", file=sys.stderr)
             break
     if as_json:
         print(json.dumps({"jobs": [row.said() for row in command.rows]}, indent=1))
@@ -207,13 +224,19 @@ def sweep(jobs: list[list[str]], command: Command) -> int:
     return command.status
 
 
-def train_as_rank(argv: list[str]) -> int:
+def refused_to_rank(what: str, rank: Rank) -> Refused:
+    """Return the refusal of what only the launcher can do to a process that is one rank."""
+    return Refused(
+        f"{what}: this process is {rank}, which trains one run beside the other ranks; "
+        f"{rank.as_launcher} makes it a launcher"
+    )
+
+
+def train_as_rank(argv: list[str], rank: Rank) -> int:
     """Be one rank of a world that torchrun or SLURM has started already.
 
     Rank 0 alone picks the run folder, and tells the others when they have met.
     """
-    rank = environment.given_rank()
-    assert rank is not None
     composed: list[DictConfig] = []
     run_hydra("train", argv, composed.append)
     if not composed:  # --help and its like
@@ -224,6 +247,8 @@ def train_as_rank(argv: list[str]) -> int:
     nodes = max(rank.nodes, -(-rank.world_size // gpus) if gpus else 1)
     config = environment.settle(wanted, rank.world_size, gpus, nodes)
     accelerate_launch.check(config)
+    if wanted.launch == Launch.dry:
+        raise refused_to_rank("launch=dry", rank)
     if rank.rank == 0:
         warn(config, nodes)
         for line in check_init(Path(config.init), config.model) if config.init else []:
@@ -231,6 +256,11 @@ def train_as_rank(argv: list[str]) -> int:
     environment.check_memory(config, rank.world_size // nodes)
     corpus = prepare_for(config.data, config.model.vocab_size, config.seq_len)
     launched = Launched(argv, str(corpus.folder), psutil.Process().create_time())
+    environment.restarts()  # refused now if it is no number
+    if rank.rank == 0 and environment.others_may_be_missing(rank):
+        say_waiting(rank)  # at once; the others only if it takes long
+    # what fails is said in one line, not by torch's C++ with its frames
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     with last_act(rank.rank, folder=None):
         from experiments.train import train as train_here
 

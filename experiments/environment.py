@@ -8,13 +8,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
 from experiments.config import Backend, Device, TrainConfig
+from experiments.memory_limit import least_free
 from minigpt.config import require
 from parallel.layout import ActivationCheckpointing, Impl, Layout, Precision
 
@@ -40,32 +41,97 @@ class Rank:
     local_rank: int
     world_size: int
     nodes: int = 1
+    given_by: str = field(default="", compare=False)  # RANK=1 WORLD_SIZE=4
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world_size} ({self.given_by})"
+
+    @property
+    def as_launcher(self) -> str:
+        """The command that starts all ranks itself, whatever variables are set."""
+        names = [pair.partition("=")[0] for pair in self.given_by.split()]
+        return " ".join(["env", *(f"-u {name}" for name in names), "./launch.sh ..."])
 
 
 def given_rank(environ: Mapping[str, str] = os.environ) -> Rank | None:
-    """The rank that torchrun's variables, or srun's, give this process; None where it is free.
+    """Return the rank that torchrun's variables, or srun's, give this process; None if none do.
 
     A batch script is no rank, although SLURM numbers it too: only srun makes a step of several
     tasks. One task is none either: it calls the launcher, as a user would.
     `accelerate launch --cpu` starts one process, whatever number it was told, and says nothing of
     the number: where that was one, so be it, else the launcher starts what the layout says.
+    Raises ValueError, one line, for variables that are set in part, or to what is no rank.
     """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
+    if "RANK" in environ or "WORLD_SIZE" in environ:
         # GROUP: of torchrun's agents, one a node
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_WORLD_SIZE")
-    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif _whole(environ, "SLURM_STEP_NUM_TASKS", least=1, default=1) > 1:
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
     elif "ACCELERATE_USE_CPU" in environ and "MASTER_ADDR" not in environ:
         return Rank(0, 0, 1)  # accelerate launch --num_processes 1
     else:
         return None
-    rank, local_rank, world_size, nodes = (int(environ.get(name, "0")) for name in names)
-    return Rank(rank, local_rank, world_size, max(1, nodes))
+    rank, world_size = names[0], names[2]
+    given_by = " ".join(f"{name}={environ[name]}" for name in (rank, world_size) if name in environ)
+    needs = [rank, world_size]
+    number, size = _whole(environ, rank), _whole(environ, world_size, least=1, default=0)
+    if rank == "RANK" and size > 1:  # torchrun sets all of them, and SLURM none
+        needs += ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needs if name not in environ]
+    require(
+        not missing,
+        f"{given_by}: makes this process a rank, but {' and '.join(missing)} "
+        f"{'is' if len(missing) == 1 else 'are'} not set; set what is missing, or unset {rank} "
+        f"{world_size} to let the launcher start the ranks",
+    )
+    _whole(environ, "MASTER_PORT", least=0)
+    require(
+        number < size,
+        f"{rank}={number}: must be below {world_size}={size}, for ranks count from 0",
+    )
+    local_rank, nodes = _whole(environ, names[1]), _whole(environ, names[3])
+    return Rank(number, local_rank, size, max(1, nodes), given_by)
+
+
+def _whole(environ: Mapping[str, str], name: str, least: int = 0, default: int = 0) -> int:
+    """Return the number that a variable is set to. Raises ValueError, one line, for any other."""
+    text = environ.get(name)
+    if text is None:
+        return default
+    right = text.isascii() and text.isdigit() and int(text) >= least
+    require(
+        right,
+        f"{name}={text}: must be a whole number from {least} on, as torchrun and SLURM set it; "
+        f"unset {name} if neither started this process",
+    )
+    return int(text)
+
+
+def meeting_place(rank: Rank, environ: Mapping[str, str] = os.environ) -> str:
+    """Return HOST:PORT of rank 0's store, at which the ranks meet."""
+    variables = {**environ, **rendezvous(rank.nodes, environ)}
+    return f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}"
+
+
+def others_may_be_missing(rank: Rank, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the variables of a rank may be left over in a shell: torchrun, which has one
+    of its own, starts all ranks."""
+    return rank.world_size > 1 and "TORCHELASTIC_RUN_ID" not in environ
+
+
+def say_waiting(rank: Rank) -> None:
+    """Say on standard error whom a rank waits for, why, and what else would do."""
+    print(
+        f"launch.sh: {rank} waits for the other ranks at {meeting_place(rank)}; if nobody starts "
+        f"them: {rank.as_launcher}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:
     """How often torchrun --max-restarts has started this rank's job anew."""
-    return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _whole(environ, "TORCHELASTIC_RESTART_COUNT")
 
 
 def rendezvous(nodes: int = 1, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -75,7 +141,7 @@ def rendezvous(nodes: int = 1, environ: Mapping[str, str] = os.environ) -> dict[
     """
     if {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return {}
-    job = int(environ.get("SLURM_JOB_ID", "0"))
+    job = _whole(environ, "SLURM_JOB_ID")
     wanted = {"MASTER_PORT": str(15000 + job % 20000)}
     if nodes > 1:
         wanted["MASTER_ADDR"] = first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
@@ -242,12 +308,13 @@ def check_memory(config: TrainConfig, local_ranks: int) -> None:
     """Refuse what would only be found out by the machine running out of memory."""
     if config.device == Device.cuda:
         return
-    there_is = psutil.virtual_memory().available
+    limit = least_free()
+    there_is = limit.free
     most = int(there_is // BYTES_OF_A_RANK)
     require(
         local_ranks <= most,
         f"layout needs {local_ranks} ranks here, but the {there_is / 1e9:.1f} GB of free memory "
-        f"take {most}",
+        f"take {most} (the limit is {limit})",
     )
     layout = config.layout
     shards = layout.dp_shard * layout.cp if layout.dp_shard > 1 and config.zero_stage > 1 else 1
@@ -257,7 +324,7 @@ def check_memory(config: TrainConfig, local_ranks: int) -> None:
         state + local_ranks * BYTES_OF_A_RANK <= there_is,
         f"model: {config.model.parameters:,} parameters need {state / 1e9:,.1f} GB for weights, "
         f"gradients and optimizer on {local_ranks} ranks of {config.layout.label}, but "
-        f"{there_is / 1e9:.1f} GB are free",
+        f"{there_is / 1e9:.1f} GB are free (the limit is {limit})",
     )
 
 

@@ -7,17 +7,27 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from experiments import accelerate_launch, environment
 from experiments.config import TrainConfig
-from experiments.process import ON_LOOPBACK, RANK, TORCHRUN, Forwarding, die_with_parent
-from experiments.resume import check_fits, choose, goes_on_in
+from experiments.memory_limit import oom_kills
+from experiments.process import (
+    ON_LOOPBACK,
+    RANK,
+    TORCHRUN,
+    Forwarding,
+    child_environment,
+    die_with_parent,
+)
+from experiments.resume import check_fits, choose, goes_on_in, newest_step
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
 from experiments.run_weights import check_base, is_base
-from experiments.verdict import was_stopped
+from experiments.step_log import read_metrics
+from experiments.verdict import failure, steps_before_stop, was_stopped
 from experiments.warn import warn, warning
 from experiments.weights_file import check_bytes, check_init
 from minigpt.corpus import prepare_for
@@ -153,27 +163,65 @@ def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list
     return [sys.executable, "-m", TORCHRUN, *options, "-m", RANK, str(folder)]
 
 
-def run(job: Job, quiet: bool) -> int:
-    """Run the ranks to their end and return torchrun's exit status.
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended. `signal`, if not 0, was sent to this process, or to the launcher of another
+    node, and asks that nothing else is started."""
+
+    outcome: str  # done | stopped (as the signal asked) | failed
+    signal: int = 0
+    reason: str | None = None  # one line: why it failed, or what is left of one that was stopped
+
+    @property
+    def status(self) -> int:
+        """The exit status of a command that is this run."""
+        return {"done": 0, "failed": 1, "stopped": 128 + self.signal}[self.outcome]
+
+
+def run(job: Job, quiet: bool) -> Ended:
+    """Run the ranks to their end.
 
     torchrun gets a session of its own, so that Ctrl-C reaches this process alone, which then ends
     the ranks in order. Its own messages, a traceback of 300 lines for any failure, go to a file.
     """
-    environ = {**os.environ, **job.environ}
+    kills = oom_kills()
     with open(job.log, "wb") as log:
         process = subprocess.Popen(
             job.command,
-            env=environ,
+            env=child_environment(job.environ),
             stderr=log,
             stdout=log if quiet else None,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
         with Forwarding(process) as forwarding:
             status = process.wait()
-    if was_stopped(job.folder):  # the signal may have come to another node
-        return 128 + (forwarding.received or signal.SIGUSR1)
+    return _ended(job.folder, status, forwarding.received, oom_kills() > kills)
+
+
+def _ended(folder: Path, status: int, received: int, oom_killed: bool) -> Ended:
+    """Return how a run ended, of which torchrun has ended with `status` (negative: by a signal)
+    after this process had received a signal (0: none)."""
+    if was_stopped(folder):  # the signal may have come to another node
+        number = received or signal.SIGUSR1
+        steps = steps_before_stop(folder)
+        saved = f"by {signal.Signals(number).name} after {steps} steps, which are saved"
+        return Ended("stopped", number, f"{saved}; run.dir={folder} resume=auto goes on")
     if status == 0:  # a signal may come when there is nothing left to do
-        return 0
-    return 128 + forwarding.received if forwarding.received else status
+        return Ended("done", received)
+    if not received:
+        return Ended("failed", 0, failure(folder, status, oom_killed))
+    name, lost = signal.Signals(received).name, unsaved_steps(folder)
+    if received in Forwarding.END or not lost:
+        return Ended("stopped", received, f"by {name}; what was measured is in {folder}")
+    # a scheduler that asked for a save must not take this for one
+    why = failure(folder, status, oom_killed)
+    return Ended("failed", received, f"{name} came and {lost} steps were not saved: {why}")
+
+
+def unsaved_steps(folder: Path) -> int:
+    """Return how many steps a run has done since its newest checkpoint, or since its start."""
+    done = [line["step"] + 1 for line in read_metrics(folder / "metrics.jsonl")]
+    saved = newest_step(folder)
+    return max(0, max(done, default=0) - saved)

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -14,17 +16,49 @@ import psutil
 GRACE_S = 10  # between asking the ranks to end and making them
 RANK, TORCHRUN = "experiments.worker", "experiments.agent"  # modules
 ON_LOOPBACK = "loopback"  # how the latter lets the ranks of one machine meet
-SAVE_S = 25  # between asking the ranks to save and ending them: SLURM's KillWait is 30
+ASK_AGAIN_S = 5  # between two requests to save: ranks that torchrun starts again heard none
+PARENT = "WORLDSIZE_PARENT"  # variable: the process id of the starter, for die_with_parent
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, however that ends."""
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to end while a run of it was at work, which has ended by now."""
+
+    def __init__(self, number: int, reason: str | None) -> None:
+        super().__init__(reason or "the run that was at work is done and kept")
+        self.number = number
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when its parent ends, however that ends.
+
+    `parent` is the parent's process id as the parent itself knew it; None takes it from the
+    variable PARENT, if that is set. A process whose parent ended before it came here exits at once.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or int(os.environ.get(PARENT, os.getppid()))
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended in between
+        if os.getppid() != parent:  # Linux signals no death that has happened already
             os._exit(1)
+
+
+def child_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment and `variables`, for a child that ends with it."""
+    return {**os.environ, **(variables or {}), PARENT: str(os.getpid())}
+
+
+REQUESTS: list[int] = []  # signals that asked this rank to save and stop, oldest first
+
+
+def hear_requests(*numbers: signal.Signals) -> None:
+    """Note these signals in REQUESTS from now on, instead of ending by them.
+
+    The agent blocks SIGUSR1 for its ranks, so that one which comes while a rank's Python starts
+    waits until here.
+    """
+    for number in numbers:
+        signal.signal(number, lambda number, _frame: REQUESTS.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def end(status: int) -> None:
@@ -37,8 +71,10 @@ def end(status: int) -> None:
 class Forwarding:
     """While open, the first signal to this process ends `process`, and a second one kills it.
 
-    A scheduler's SIGTERM or SIGUSR1 (SLURM: --signal=USR1@60) lets the ranks, which are below
-    `process`, save first; a terminal's Ctrl-C and hang-up do not wait for that.
+    A scheduler's SIGTERM or SIGUSR1 (SLURM: --signal=USR1@60) asks the ranks, which are below
+    `process`, to save after the step that they are in. They get as long as that takes: only the
+    scheduler knows when it will kill all of them (SLURM's KillWait). A terminal's Ctrl-C and
+    hang-up give them GRACE_S to end.
     """
 
     SAVE = (signal.SIGTERM, signal.SIGUSR1)
@@ -47,11 +83,12 @@ class Forwarding:
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
         self.received = 0
+        self.saving = False
 
     def __enter__(self) -> Forwarding:
         numbers = (*self.SAVE, *self.END)
         self.saved = {number: signal.signal(number, self._forward) for number in numbers}
-        self.saved[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda *_: self.process.kill())
+        self.saved[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -62,16 +99,37 @@ class Forwarding:
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         if self.received:
             self.process.kill()  # the ranks die with it: die_with_parent
-        self.received = self.received or number
-        ranks = ranks_below(self.process.pid) if number in self.SAVE else []
-        if ranks:
-            # to each rank, and not to torchrun, which would end them before the step is over
-            for rank in ranks:
-                rank.send_signal(signal.SIGUSR1)
-            signal.alarm(SAVE_S)
+            return
+        self.received = number
+        self.saving = number in self.SAVE and self._ask_ranks()
+        if self.saving:
+            name = signal.Signals(number).name
+            said = f"launch.sh: {name}: the run saves and stops after the step that it is in"
+            tell(f"{said}; a second signal ends it at once")
         else:
             self.process.send_signal(signal.SIGTERM)
             signal.alarm(GRACE_S)
+
+    def _on_alarm(self, _number: int, _frame: FrameType | None) -> None:
+        if self.saving:
+            self._ask_ranks()
+        else:
+            self.process.kill()
+
+    def _ask_ranks(self) -> bool:
+        """Ask the ranks that there are to save and stop; return False if there are none."""
+        ranks = ranks_below(self.process.pid)
+        for rank in ranks:  # and not torchrun, which would end them before the step is over
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGUSR1)
+        signal.alarm(ASK_AGAIN_S)
+        return bool(ranks)
+
+
+def tell(line: str) -> None:
+    """Write a line to standard error from a signal handler, where print may not be entered."""
+    with suppress(OSError):
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
 def ranks_below(parent: int) -> list[psutil.Process]:

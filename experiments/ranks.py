@@ -184,10 +184,11 @@ def _start(task: Task, parent: Connection) -> dict[int, int]:
 
 def _fork(task: Task, rank: int, parent: Connection) -> int:
     """The process id of a new rank."""
+    server = os.getpid()
     process = os.fork()
     if process == 0:
         try:
-            die_with_parent()
+            die_with_parent(server)
             parent.close()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.chdir(task.cwd)

@@ -101,6 +101,11 @@ def named_checkpoint(path: Path, key: str = "resume") -> Path:
     return steps[0]
 
 
+def newest_step(run: Path) -> int:
+    """Return after how many steps a run's newest checkpoint was written, 0 if it has none."""
+    return max(map(_step, steps_of(run)), default=0)
+
+
 def _step(folder: Path) -> int:
     return int(folder.name.partition("-")[2])
 

@@ -15,6 +15,7 @@ from experiments import checkpoints, environment
 from experiments.assemble import seed_dropout
 from experiments.checkpoints import Checkpoint
 from experiments.config import TrainConfig
+from experiments.process import REQUESTS
 from experiments.resume import AUTO, check_fits, choose, same_layout
 from experiments.run_folder import settings_of
 from experiments.run_weights import is_base
@@ -130,13 +131,16 @@ def is_saved(config: TrainConfig, step: int) -> bool:
 
 
 def listen(trainer: Trainer, *numbers: signal.Signals) -> list[int]:
-    """From now on these signals ask all ranks to stop after a step; returns those received."""
-    received: list[int] = []
+    """Let these signals, and those heard before, ask all ranks to stop after a step.
+
+    Returns the list of those received, which grows as more come.
+    """
 
     def note(number: int, _frame: object) -> None:
-        received.append(number)
+        REQUESTS.append(number)
         trainer.asked_to_stop = True
 
     for number in numbers:
         signal.signal(number, note)
-    return received
+    trainer.asked_to_stop = bool(REQUESTS)
+    return REQUESTS

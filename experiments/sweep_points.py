@@ -17,8 +17,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from costs import ledger as ledgers
+from experiments.checkpoints import steps_of
 from experiments.config import TrainConfig
-from experiments.resume import RUNS
+from experiments.resume import RUNS, newest_step
 from experiments.run_folder import read_config, read_launched
 
 FOLDER_KEYS = ("run.dir=", "hydra.sweep.dir=")
@@ -62,17 +63,28 @@ class Points:
         """The finished run of a point; `config` is settled. None where it must be run."""
         return next((f for f in self._of(overrides) if _is_done(f) and _is_same(f, config)), None)
 
-    def place(self, overrides: list[str], number: int, first: bool, dry: bool = False) -> Path:
-        """Where a point runs: `number` in this folder, or the next that is free.
+    def place(
+        self,
+        overrides: list[str],
+        number: int,
+        first: bool,
+        dry: bool = False,
+        resume: bool = False,
+    ) -> Path:
+        """Return where a point runs: `number` in this folder, or the next that is free.
 
         An attempt that failed gives its folder to the next one. The first node removes what is in
-        it, and what it makes then is where the others find themselves. Where nothing will be
-        started (`dry`), what was started once stays.
+        it, and what it makes then is where the others find themselves. With `resume`
+        (resume=auto) an attempt that has saved a checkpoint keeps all it has, to go on from there.
+        If nothing will be started (`dry`), what was started once stays.
         """
-        for folder in self._of(overrides):
-            if _is_done(folder) or (dry and _was_started(folder)):
+        attempts = [folder for folder in self._of(overrides) if not _is_done(folder)]
+        if resume:
+            attempts.sort(key=newest_step, reverse=True)
+        for folder in attempts:
+            if dry and _was_started(folder):
                 continue
-            if first:
+            if first and not (resume and steps_of(folder)):
                 shutil.rmtree(folder)
             return folder
         while self.folder / str(number) in self.taken:

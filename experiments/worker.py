@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from experiments.process import die_with_parent, end, end_stopped_siblings, hear_requests
+
+if __name__ == "__main__":  # at once: the imports below take time, in which the parent may die
+    die_with_parent()
+
 from experiments import environment
-from experiments.process import die_with_parent, end, end_stopped_siblings
 from experiments.run_folder import read_config, read_launched
 from experiments.verdict import path_of, write_error
 
@@ -32,6 +36,8 @@ def last_act(rank: int, folder: Path | None) -> Iterator[None]:
         if folder:
             write_error(folder, rank, error, environment.restarts())
             end_stopped_siblings()
+        elif type(error).__name__ == "NotMet":  # its module imports torch
+            print(f"launch.sh: {error}", file=sys.stderr)
         else:
             traceback.print_exception(error)
         end(1)
@@ -53,6 +59,7 @@ def main(folder: Path) -> None:
     """Train as the rank that the environment says."""
     rank = environment.given_rank() or environment.Rank(0, 0, 1)
     with last_act(rank.rank, folder):
+        hear_requests(signal.SIGUSR1)
         tell_stacks(folder, rank.rank)
         config, launched = read_config(folder), read_launched(folder)
 
@@ -67,5 +74,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
     main(Path(sys.argv[1]))

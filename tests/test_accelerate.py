@@ -173,7 +173,10 @@ def test_what_agrees_with_accelerate_launch_is_taken(
     accelerate_launch.check(config, {**DEFAULTS, **variables})
 
 
-@pytest.mark.parametrize("started", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}])
+AS_RANK = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("started", [{}, AS_RANK])
 def test_both_launchers_hold_it_against_the_run(
     started: dict[str, str],
     tmp_path: Path,

@@ -203,7 +203,7 @@ def test_nothing_is_left_however_it_ends(
     _, err = ended(process)
     wait_until("no process is left", lambda: not any(alive(p) for p in theirs))
     if number == signal.SIGINT:
-        assert process.returncode == 130 and "stopped; what was measured is in" in err
+        assert process.returncode == 130 and "stopped by SIGINT; what was measured is in" in err
     assert subprocess.run(["ip", "-br", "link"], capture_output=True, text=True).stdout == before
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from costs import ledger as ledgers
 from experiments import environment as machine
+from experiments.__main__ import main
 from experiments.checkpoints import FOLDER
 from experiments.config import TrainConfig
 from experiments.step_log import read_metrics
@@ -70,8 +71,66 @@ def test_the_place_of_a_rank_comes_from_the_scheduler() -> None:
     alone = machine.rendezvous(1, by_slurm)
     assert alone["MASTER_ADDR"] == "127.0.0.1" and "GLOO_SOCKET_IFNAME" in alone
     by_torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
+    by_torchrun |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert machine.given_rank(by_torchrun) == machine.Rank(3, 1, 4, nodes=2)
-    assert machine.rendezvous(2, {**by_torchrun, "MASTER_ADDR": "a", "MASTER_PORT": "1"}) == {}
+    assert machine.rendezvous(2, by_torchrun) == {}
+
+
+BAD_PLACES = [
+    ({"RANK": "foo"}, "RANK=foo: must be a whole number from 0 on"),
+    ({"RANK": "1"}, "RANK=1: makes this process a rank, but WORLD_SIZE is not set; set what is"),
+    ({"WORLD_SIZE": "1"}, "WORLD_SIZE=1: makes this process a rank, but RANK is not set"),
+    (
+        {"RANK": "1", "WORLD_SIZE": "4"},
+        "RANK=1 WORLD_SIZE=4: makes this process a rank, but MASTER_ADDR and MASTER_PORT are not",
+    ),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 on"),
+    ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK=1: must be below WORLD_SIZE=1, for ranks count from"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: must be a whole number"),
+    (
+        {"SLURM_STEP_NUM_TASKS": "4"},
+        "SLURM_STEP_NUM_TASKS=4: makes this process a rank, but SLURM_",
+    ),
+    ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS=x: must be a whole number from 1 on"),
+]
+
+
+@pytest.mark.parametrize("variables, said", BAD_PLACES)
+def test_variables_that_are_no_place_are_one_line(variables: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        machine.given_rank(variables)
+    assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+
+
+def test_a_rank_says_what_made_it_one_and_how_to_be_a_launcher() -> None:
+    left_over = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
+    rank = machine.given_rank(left_over)
+    assert rank and str(rank) == "rank 1 of 4 (RANK=1 WORLD_SIZE=4)"
+    assert rank.as_launcher == "env -u RANK -u WORLD_SIZE ./launch.sh ..."
+    assert machine.meeting_place(rank, left_over) == "h:7"
+    assert machine.others_may_be_missing(rank, left_over)
+    assert not machine.others_may_be_missing(rank, {**left_over, "TORCHELASTIC_RUN_ID": "x"})
+
+
+@pytest.mark.parametrize("what", ["-m", "--json", "launch=dry", "--max-restarts=2"])
+def test_what_only_a_launcher_does_is_refused_to_a_rank(
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """RANK=0 WORLD_SIZE=1 left over in a shell: a sweep would train its first job alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main([*SMALL, "seed=1", what]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"launch.sh: {what}: this process is rank 0 of 1 (RANK=0 WORLD_SIZE=1), which trains one "
+        "run beside the other ranks; env -u RANK -u WORLD_SIZE ./launch.sh ... makes it a "
+        "launcher\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensor_parallelism_that_leaves_a_node_is_warned_of(

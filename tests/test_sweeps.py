@@ -74,6 +74,20 @@ def test_what_is_done_is_kept_and_what_failed_runs_again(tmp_path: Path) -> None
     assert points.place(["strategy=pp"], 1, first=True) == tmp_path / "3", "each its own"
 
 
+def test_a_point_that_saved_is_gone_on_with(tmp_path: Path) -> None:
+    """With resume=auto; without, a new attempt takes the place of what was stopped."""
+    job = [*DDP, "checkpoint.every=50", "resume=auto"]
+    a_point(tmp_path / "0", job, done=False)
+    a_point(tmp_path / "1", job, done=False)  # an older program's second attempt, which got further
+    (tmp_path / "1" / "checkpoints" / "step-000101").mkdir(parents=True)
+    points = Points(tmp_path)
+    assert points.place(job, 0, first=True, resume=True) == tmp_path / "1"
+    assert (tmp_path / "1" / "checkpoints" / "step-000101").is_dir(), "nothing of it is deleted"
+    (tmp_path / "1" / "checkpoints" / "step-000101").rmdir()
+    assert Points(tmp_path).place(job, 0, first=True, resume=True) == tmp_path / "0"
+    assert not (tmp_path / "0").exists(), "it had saved nothing"
+
+
 def test_a_point_whose_defaults_have_changed_is_not_done(tmp_path: Path) -> None:
     config = a_point(tmp_path / "0", DDP, done=True)
     path = tmp_path / "0" / "config.yaml"

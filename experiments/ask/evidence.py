@@ -24,7 +24,7 @@ from experiments.ask.quantity import FORMULA, MEASURED, SHARE, Quantity
 from experiments.console import progress
 from experiments.overrides import composed
 from experiments.predict.plan_config import plain
-from experiments.verdict import failure
+from experiments.process import Stopped
 
 # of every measured run: what costs time and is not asked for, and the same processor everywhere
 PLAIN = ("device=cpu", "backend=gloo", "validation.batches=0", "sample.tokens=0", "run.save=false")
@@ -223,8 +223,8 @@ def _start(config: Any, overrides: tuple[str, ...], folder: Path) -> None:
     if folder.exists():  # of a run that was cut off, or is wanted again
         shutil.rmtree(folder)
     job = launch.prepare_job(config, list(overrides), launch.Torchrun(), folder)
-    status = launch.run(job, quiet=True)
-    if status > 128:
-        raise KeyboardInterrupt
-    if status:
-        (folder / "failed.txt").write_text(failure(folder) + "\n")
+    ended = launch.run(job, quiet=True)
+    if ended.signal:  # a run that is done is kept all the same
+        raise Stopped(ended.signal, ended.reason)
+    if ended.reason:
+        (folder / "failed.txt").write_text(f"{ended.reason}\n")

@@ -18,11 +18,12 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 from experiments.figures.loopback import namespace
-from experiments.process import GRACE_S, die_with_parent
+from experiments.process import GRACE_S, child_environment, die_with_parent
 
 DEVICE = "eth0"  # of each node
 BRIDGE = "lab"
@@ -86,7 +87,13 @@ def _spec(links: Links, commands: list[list[str]]) -> str:
 
 def probe(links: Links) -> None:
     """Build the network and take it down again. Raises Missing where that fails."""
-    tried = subprocess.run(command(), input=_spec(links, []), capture_output=True, text=True)
+    tried = subprocess.run(
+        command(),
+        input=_spec(links, []),
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
     if tried.returncode == REFUSED:
         raise Missing(tried.stderr.strip())
     if tried.returncode:
@@ -188,13 +195,20 @@ class Together:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """The first status that is not 0. A node that failed takes the others with it."""
+        """Return the first status that is not 0. A node that failed takes the others with it.
+
+        A node that a signal ended has failed (1), and a line on standard error names it.
+        """
         first, deadline = 0, float("inf")
         while True:
             statuses = [process.poll() for process in self.processes]
-            failed = next(filter(None, statuses), 0)
-            if failed and not first:
-                first, deadline = failed, time.monotonic() + NOTICE_S
+            failed = next((i for i, status in enumerate(statuses) if status), None)
+            if failed is not None and not first:
+                first, deadline = statuses[failed] or 0, time.monotonic() + NOTICE_S
+                if first < 0:
+                    name = signal.Signals(-first).name
+                    print(f"node {failed}: torchrun was ended by {name}", file=sys.stderr)
+                    first = 1
             if None not in statuses:
                 return first
             if time.monotonic() > deadline:
@@ -206,8 +220,9 @@ class Together:
 def run(links: Links, commands: list[list[str]]) -> int:
     """Run one command on each node until all have ended. Returns the first status that is not 0."""
     with Network(links) as network:
+        environ, tied = child_environment(), partial(die_with_parent, os.getpid())
         processes = [
-            subprocess.Popen([*network.on(node), *line], preexec_fn=die_with_parent)
+            subprocess.Popen([*network.on(node), *line], env=environ, preexec_fn=tied)
             for node, line in enumerate(commands)
         ]
         together = Together(processes)

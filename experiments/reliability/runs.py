@@ -31,7 +31,7 @@ from experiments.reliability.trials import (
     side_by_side,
 )
 from experiments.step_log import read_metrics
-from experiments.verdict import failure, path_of
+from experiments.verdict import path_of
 
 EVERY = 5  # steps between checkpoints
 HANGS, HANG_TIMEOUT_S, HANG_BOUND_S = 10, 12, 30
@@ -61,16 +61,15 @@ def with_fault(
     """Launch here, with a fault on one rank."""
     (config,) = configs_of("train", [*SMALL, *overrides, f"run.dir={folder}"])
     job = prepare_job(config, overrides, Torchrun(list(options)), folder)
-    status = run(faults.with_fault(job, fault, rank, step), quiet=True)
+    end = run(faults.with_fault(job, fault, rank, step), quiet=True)
     ended = time.time()
     came = path_of(folder, rank, "fault")
     begun = float(came.read_text()) if came.exists() else math.nan
-    said = failure(folder) if status else ""
     stacks = any(
         (path := path_of(folder, rank, what)).exists() and path.stat().st_size > 0
         for what in ("stacks.txt", "traceback.txt")
     )
-    return Outcome(status, said, ended - begun, stacks)
+    return Outcome(end.status, end.reason or "", ended - begun, stacks)
 
 
 Trial = tuple[Path, list[str], str, int, int]  # what with_fault takes
