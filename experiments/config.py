@@ -203,7 +203,7 @@ class TrainConfig:
             f"seq_len={self.seq_len}: longer than model.context={model.context}",
         )
         require(
-            data.vocab_size <= model.vocab_size,
+            data.vocab_size is None or data.vocab_size <= model.vocab_size,
             f"model.vocab_size={model.vocab_size}: smaller than the data's {data.vocab_size} ids",
         )
         require(

@@ -17,7 +17,7 @@ from experiments.refused import Refused
 from experiments.run_folder import read_config
 from experiments.warn import warning
 from minigpt.corpus import kind_of_tokens
-from minigpt.tokenizer import BPE_FILE, TRAINED, make_tokenizer
+from minigpt.tokenizer import BPE_FILE, WITH_FILE, make_tokenizer
 
 
 def command(argv: list[str]) -> int:
@@ -41,7 +41,7 @@ def run(config: GenerateConfig) -> str:
 
     device = pick_device(config.device, gpu_count())
     model = read_model(folder, trained.model, device.value)
-    tokenizer = make_tokenizer(kind_of_tokens(trained.data), trained.data.vocab_size, folder)
+    tokenizer = make_tokenizer(kind_of_tokens(trained.data), trained.data.vocab_size or 0, folder)
     sampling = (config.temperature, config.top_k, config.top_p, config.seed)
     return continue_text(model, tokenizer, config.prompt, config.tokens, *sampling)
 
@@ -53,6 +53,6 @@ def check_run(config: GenerateConfig, folder: Path) -> TrainConfig:
         if not (folder / name).is_file():
             raise Refused(f"run={folder}: no {name} there; train one with ./launch.sh")
     trained = read_config(folder)
-    if kind_of_tokens(trained.data) in TRAINED and not (folder / BPE_FILE).is_file():
+    if kind_of_tokens(trained.data) in WITH_FILE and not (folder / BPE_FILE).is_file():
         raise Refused(f"run={folder}: no {BPE_FILE} there")
     return trained

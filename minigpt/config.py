@@ -52,9 +52,13 @@ class Source(str, Enum):
 
 
 class Tokenizer(str, Enum):
+    """How text becomes ids: what data.tokenizer names, or `file` where it is a path."""
+
     bytes = "bytes"
     bpe = "bpe"
     by_hand_bpe = "by_hand_bpe"  # the same, trained by minigpt/by_hand/bpe.py
+    ids = "ids"  # the files hold 16-bit ids already: nanoGPT's .bin
+    file = "file"  # a tokenizer.json of Hugging Face
 
 
 class OptimizerName(str, Enum):
@@ -233,10 +237,13 @@ class DataConfig:
     """The text that is trained on, and how it becomes tokens."""
 
     source: Source = Source.stdlib
-    path: str | None = None  # the file of data=text
+    path: str | None = None  # of data=text: a file, a folder or a pattern of files
+    text_field: str | None = "text"  # of JSON lines and parquet; null: the lines as they are
     sha256: str | None = None  # of the raw text; a text with another one is refused
-    tokenizer: Tokenizer = Tokenizer.bytes
-    vocab_size: int = 256  # ids: bytes always make 256, a bpe is trained to this many
+    tokenizer: str = "bytes"  # bytes, bpe, by_hand_bpe, ids, or a tokenizer.json file
+    # ids: bytes always make 256, a bpe is trained to this many; null: 256, or all of a file's
+    vocab_size: int | None = None
+    bpe_sample: int = 10_000_000  # bytes that a bpe is learnt from, spread over the training split
     validation_fraction: float = 0.1  # the tail of the text, held out
     tokens: int = 1_000_000  # how much data=generated and data=random make
     ragged: bool = False  # sequences of uneven length: targets behind a random end are ignored
@@ -247,23 +254,43 @@ class DataConfig:
             self.source != Source.text or bool(self.path),
             "data.path is not set: data=text needs data.path=FILE",
         )
+        kind = self.kind
+        if self.vocab_size is None and kind not in (Tokenizer.file, Tokenizer.ids):
+            self.vocab_size = 256
         makes_tokens = self.source in (Source.generated, Source.random)
         require(
-            self.tokenizer != Tokenizer.bytes or makes_tokens or self.vocab_size == 256,
+            kind != Tokenizer.bytes or makes_tokens or self.vocab_size == 256,
             f"data.vocab_size={self.vocab_size}: data.tokenizer=bytes always has 256",
         )
         require(
-            self.tokenizer == Tokenizer.bytes or not makes_tokens,
-            f"data.tokenizer={self.tokenizer.value}: data={self.source.value} makes tokens, not "
+            kind == Tokenizer.bytes or not makes_tokens,
+            f"data.tokenizer={self.tokenizer}: data={self.source.value} makes tokens, not "
             "text; use bytes",
         )
-        low = 2 if self.tokenizer == Tokenizer.bytes else 257
-        at_least("data.vocab_size", self.vocab_size, low)
-        most = 2**16  # tokens are stored in 16 bits
-        require(self.vocab_size <= most, f"data.vocab_size={self.vocab_size}: at most {most}")
+        if kind == Tokenizer.ids:
+            require(
+                self.source == Source.text,
+                f"data.tokenizer=ids: data={self.source.value} is text; use bytes or bpe",
+            )
+            require(
+                self.vocab_size is not None,
+                "data.vocab_size is not set: data.tokenizer=ids needs the size of the vocabulary",
+            )
+        learns = kind in (Tokenizer.bpe, Tokenizer.by_hand_bpe)
+        at_least("data.vocab_size", self.vocab_size, 257 if learns else 2)
+        if kind != Tokenizer.file and self.vocab_size is not None:
+            most = 2**16  # tokens are stored in 16 bits
+            require(self.vocab_size <= most, f"data.vocab_size={self.vocab_size}: at most {most}")
+        at_least("data.bpe_sample", self.bpe_sample, 1)
         above("data.validation_fraction", self.validation_fraction, 0)
         fraction("data.validation_fraction", self.validation_fraction)
         at_least("data.tokens", self.tokens, 1)
+
+    @property
+    def kind(self) -> Tokenizer:
+        """How text becomes ids; a tokenizer that is none of the names is a file."""
+        named = [kind for kind in Tokenizer if kind.value == self.tokenizer]
+        return named[0] if named and named[0] != Tokenizer.file else Tokenizer.file
 
 
 # Adam's best rate falls with the width (Yang et al. 2022, Tensor Programs V, table 3). This gives

@@ -1,4 +1,4 @@
-"""Where text comes from, as bytes, or as made-up tokens. No torch: the launcher runs this.
+"""Where text comes from, as chunks of bytes, or as made-up tokens. No torch.
 
 Every error is a ValueError of one line that names the key, its value and what to do.
 """
@@ -10,12 +10,13 @@ import os
 import sysconfig
 import tempfile
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from minigpt.config import DataConfig, Source
+from minigpt.reading import BETWEEN_DOCUMENTS, CHUNK, Raw, open_files
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -26,28 +27,36 @@ DOWNLOAD_TIMEOUT_S = 30
 BYTES_PER_TOKEN = 4  # how much English a byte-pair token covers, about
 
 
-def read_text(config: DataConfig, cache: Path) -> bytes:
-    """The raw bytes of a text source. `cache` keeps what was downloaded."""
+def open_source(config: DataConfig, cache: Path) -> Raw:
+    """Find what a corpus is made from. `cache` keeps what was downloaded."""
+    if config.source in MADE_UP:
+        ids = MADE_UP[config.source](config.tokens, config.vocab_size or 0).astype("<u2").tobytes()
+        return Raw(lambda: iter([ids]), len(ids), are_ids=True)
     if config.source == Source.stdlib:
         text = standard_library()
-    elif config.source == Source.text:
-        text = text_file(config.path or "")
-    elif config.source == Source.shakespeare:
+        return Raw(lambda: iter([text]), len(text))
+    if config.source == Source.text:
+        return open_files(config)
+    if config.source == Source.shakespeare:
         path = cache / "shakespeare.txt"
-        text = fetched_once("shakespeare", path, SHAKESPEARE_SHA256, lambda: shakespeare(path))
+        fetched_once("shakespeare", path, SHAKESPEARE_SHA256, lambda: shakespeare(path))
     else:
         path = cache / f"openwebtext-{config.tokens}.txt"
-        text = fetched_once("openwebtext", path, config.sha256, lambda: openwebtext(config))
-    if config.sha256 and sha256_of(text) != config.sha256:
-        raise ValueError(
-            f"data.sha256={config.sha256}: the text of data={config.source.value} has "
-            f"{sha256_of(text)}"
-        )
-    return text
+        fetched_once("openwebtext", path, config.sha256, lambda: openwebtext(config))
+    return Raw(lambda: chunks_of(path), path.stat().st_size)
 
 
-def sha256_of(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
+def chunks_of(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def sha256_of(chunks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def standard_library() -> bytes:
@@ -60,47 +69,38 @@ def standard_library() -> bytes:
     return text
 
 
-def text_file(name: str) -> bytes:
-    """The user's own file."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise ValueError(f"data.path={name}: no such file")
-    if not path.is_file():
-        raise ValueError(f"data.path={name}: is not a file")
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"data.path={name}: cannot be read: {error.strerror}") from error
-    if not text:
-        raise ValueError(f"data.path={name}: is empty")
-    return text
-
-
-def fetched_once(source: str, path: Path, sha256: str | None, fetch: Callable[[], bytes]) -> bytes:
-    """What `fetch` brings, kept at `path` and never fetched again.
+def fetched_once(
+    source: str, path: Path, sha256: str | None, fetch: Callable[[], Iterable[bytes]]
+) -> None:
+    """Keep what `fetch` brings at `path`, and never fetch it again.
 
     Where nobody knows the right checksum, the one of the first download stands in a file beside it.
     """
     beside = path.with_name(path.name + ".sha256")
-    is_kept = path.exists()
-    text = path.read_bytes() if is_kept else fetch()
-    found = sha256_of(text)
-    if sha256 is None:
-        sha256 = beside.read_text().strip() if is_kept and beside.exists() else found
-    if found != sha256:
-        where = f"{path}; remove it" if is_kept else "what was downloaded"
+    if path.exists():
+        if sha256 is None and beside.exists():
+            sha256 = beside.read_text().strip()
+        found = sha256_of(chunks_of(path))
+        _check_sha256(source, found, sha256, f"{path}; remove it")
+        return
+
+    def check(found: str) -> None:
+        _check_sha256(source, found, sha256, "what was downloaded")
+        write_whole(beside, [f"{found}\n".encode()])
+
+    write_whole(path, fetch(), check)
+
+
+def _check_sha256(source: str, found: str, sha256: str | None, where: str) -> None:
+    if sha256 is not None and found != sha256:
         raise ValueError(f"data={source}: SHA-256 {found} is not {sha256}: damaged is {where}")
-    if not is_kept:
-        write_whole(beside, f"{found}\n".encode())
-        write_whole(path, text)
-    return text
 
 
-def shakespeare(path: Path) -> bytes:
+def shakespeare(path: Path) -> list[bytes]:
     """Tiny Shakespeare (Karpathy 2015), 1.1 MB of text in the public domain."""
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_S) as answer:
-            return answer.read()
+            return [answer.read()]
     except OSError as error:  # URLError and timeouts are OSErrors
         reason = getattr(error, "reason", error)
         raise ValueError(
@@ -109,7 +109,7 @@ def shakespeare(path: Path) -> bytes:
         ) from error
 
 
-def openwebtext(config: DataConfig) -> bytes:
+def openwebtext(config: DataConfig) -> Iterator[bytes]:
     """The first documents of OpenWebText, enough for `data.tokens`, streamed from its hub.
 
     Its SHA-256 stands in the ledger; data.sha256 holds a later run to it.
@@ -121,11 +121,11 @@ def openwebtext(config: DataConfig) -> bytes:
             "data=openwebtext: needs the package `datasets` (pip install datasets) and a network; "
             "data=stdlib needs neither"
         ) from None
-    wanted, parts, size = config.tokens * BYTES_PER_TOKEN, [], 0
+    wanted, size = config.tokens * BYTES_PER_TOKEN, 0
     try:
         for row in datasets.load_dataset(OPENWEBTEXT, split="train", streaming=True):
-            document = row["text"].encode() + b"\n\n"
-            parts.append(document)
+            document = row["text"].encode() + BETWEEN_DOCUMENTS
+            yield document
             size += len(document)
             if size >= wanted:
                 break
@@ -135,7 +135,6 @@ def openwebtext(config: DataConfig) -> bytes:
             f"data=openwebtext: {OPENWEBTEXT} could not be fetched ({reason}); "
             f"data=stdlib needs no network"
         ) from error
-    return b"".join(parts)
 
 
 def splitmix64(numbers: np.ndarray) -> np.ndarray:
@@ -171,18 +170,30 @@ def generated_tokens(count: int, vocab_size: int) -> np.ndarray:
     return tokens
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises ValueError where the cache cannot be written."""
+MADE_UP = {Source.generated: generated_tokens, Source.random: random_tokens}
+
+
+def write_whole(
+    path: Path, chunks: Iterable[bytes], check: Callable[[str], None] = lambda sha256: None
+) -> None:
+    """Write a file whole or not at all; `check` may refuse its SHA-256.
+
+    Raises ValueError where the cache cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent)
     except OSError as error:
         raise ValueError(f"data.cache={path.parent}: {error.strerror}") from error
+    digest = hashlib.sha256()
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
             file.flush()
             os.fsync(file.fileno())
+        check(digest.hexdigest())
         os.replace(part, path)
     except OSError as error:
         raise ValueError(f"data.cache={path.parent}: {error.strerror}") from error

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import math
+import os
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt import sources
-from minigpt.config import DataConfig, Source, Tokenizer
+from minigpt.config import DataConfig, Source
 from minigpt.corpus import Corpus, check_vocabulary, open_corpus, prepare
 from minigpt.data import Batches
 from minigpt.model import IGNORE
@@ -65,7 +66,7 @@ def test_own_text_and_trained_bpe_come_back_whole(tmp_path: Path) -> None:
     config = DataConfig(
         Source.text,
         path=str(tmp_path / "own.txt"),
-        tokenizer=Tokenizer.bpe,
+        tokenizer="bpe",
         vocab_size=300,
         cache=str(tmp_path / "cache"),
     )
@@ -161,7 +162,9 @@ def test_validation_windows_are_held_out_and_spread(tmp_path: Path) -> None:
     [
         ("missing.txt", None, "no such file"),
         ("empty.txt", b"", "is empty"),
-        (".", None, "is not a file"),
+        (".", None, "holds no file"),
+        ("*.txt", None, "no file fits this pattern"),
+        ("pipe", None, "is not a file"),
     ],
 )
 def test_bad_files_are_refused_by_name(
@@ -170,6 +173,8 @@ def test_bad_files_are_refused_by_name(
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
+    if name == "pipe":
+        os.mkfifo(path)
     with pytest.raises(ValueError, match=said) as refused:
         prepare(DataConfig(Source.text, path=str(path), cache=str(tmp_path / "cache")))
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
@@ -184,7 +189,7 @@ def test_a_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seq_len=64: the validation split has 10 tokens, 65"):
         corpus.check_length(64)
     with pytest.raises(ValueError, match=r"model.vocab_size=100: smaller than the data's 256"):
-        check_vocabulary(corpus, 100)
+        check_vocabulary(corpus.vocab_size, 100)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "meta.json"])
@@ -207,7 +212,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         generated(tmp_path / "file")
     assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match=r"^data.cache="):
-        write_whole(tmp_path / "file" / "x", b"text")
+        write_whole(tmp_path / "file" / "x", [b"text"])
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -240,7 +245,7 @@ def test_a_download_is_checked_and_made_once(
     config = DataConfig(Source.shakespeare, cache=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"SHA-256 .* is not .*: damaged is what was downloaded"):
         prepare(config)
-    assert not (tmp_path / "cache").exists(), "nothing of it is kept"
+    assert not list((tmp_path / "cache").iterdir()), "nothing of it is kept"
 
     monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     first = prepare(config)
@@ -273,12 +278,13 @@ def test_a_first_download_sets_the_checksum_of_later_reads(tmp_path: Path) -> No
     path = tmp_path / "text"
     calls = []
 
-    def fetch() -> bytes:
+    def fetch() -> list[bytes]:
         calls.append(1)
-        return b"documents"
+        return [b"docu", b"ments"]
 
     for _ in range(2):
-        assert fetched_once("openwebtext", path, None, fetch) == b"documents"
+        fetched_once("openwebtext", path, None, fetch)
+        assert path.read_bytes() == b"documents"
     assert len(calls) == 1
     path.write_bytes(b"document$")
     with pytest.raises(ValueError, match=r"damaged is .*text; remove it"):

@@ -16,7 +16,7 @@ STANDARD = set(sys.stdlib_module_names)
 
 # package -> what it may import besides the standard library and itself
 MAY_IMPORT = {
-    "minigpt": {"torch", "numpy", "tokenizers", "datasets"},
+    "minigpt": {"torch", "numpy", "tokenizers", "datasets", "pyarrow"},
     "costs": {"torch", "numpy"},
     "parallel": {"torch", "minigpt"},
     "simulator": {
@@ -58,6 +58,10 @@ ONLY_IN_EXPERIMENTS |= {"plotly", "jinja2"}
 # the launcher runs them, and must be fast
 TORCH_FREE = (
     "minigpt/corpus.py",
+    "minigpt/encoding.py",
+    "minigpt/formats.py",
+    "minigpt/progress.py",
+    "minigpt/reading.py",
     "minigpt/sources.py",
     "parallel/damaged.py",
     "parallel/rules.py",

@@ -240,7 +240,9 @@ def test_draws_follow_the_probabilities() -> None:
 def test_bpe_learns_what_the_rust_library_learns() -> None:
     text = inspect.getsource(bpe) + inspect.getsource(positions) + inspect.getsource(sampling)
     text += "aaaa aaaaa na\u00efve caf\u00e9  \n\n  don't 1234 __init__ \u20ac"
-    ours, theirs = (vocabulary(train(text, 600)) for train in (train_bpe_by_hand, train_bpe))
+    text += "x" * 200 + "\n" + "=-" * 50 + " " * 150 + "end"  # longer than a piece may be
+    lines = text.splitlines(keepends=True)
+    ours, theirs = (vocabulary(train(lines, 600)) for train in (train_bpe_by_hand, train_bpe))
     assert ours == theirs
 
 

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 Pair = tuple[int, int]
 
+LONGEST_PIECE = 64  # characters: a text without spaces would be one word, and take for ever
+MOST = f"{{1,{LONGEST_PIECE}}}"
+
 # GPT-2's words, with letters and digits as Python's re knows them
 WORD = re.compile(
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+",
+    r"'s|'t|'re|'ve|'m|'ll|'d"
+    rf"| ?[^\W\d_]{MOST}| ?\d{MOST}| ?(?:[^\s\w]|_){MOST}|\s{MOST}(?!\S)|\s{MOST}",
 )
 
 
@@ -31,7 +35,7 @@ def alphabet() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-def train_bpe(text: str, vocab_size: int) -> tuple[list[str], list[tuple[str, str]]]:
+def train_bpe(lines: Iterable[str], vocab_size: int) -> tuple[list[str], list[tuple[str, str]]]:
     """The tokens, by id, and the merges, in order, of an encoding of at most `vocab_size` ids.
 
     The first 256 ids are the bytes, in the order of their letters. Of equally common pairs the one
@@ -40,7 +44,7 @@ def train_bpe(text: str, vocab_size: int) -> tuple[list[str], list[tuple[str, st
     letters = alphabet()
     tokens = sorted(letters)
     number = {byte: tokens.index(letter) for byte, letter in enumerate(letters)}
-    texts = Counter(word for line in text.splitlines(keepends=True) for word in WORD.findall(line))
+    texts = Counter(word for line in lines for word in WORD.findall(line))
     words = [[number[byte] for byte in word.encode()] for word in texts]
     times = list(texts.values())
 
