@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 
+from experiments.outside_text import complain
 from experiments.process import Stopped
 from experiments.refused import Refused
 
@@ -53,16 +54,16 @@ def main(argv: list[str]) -> int:
         sys.stdout.flush()
         return status
     except (Refused, ValueError) as error:
-        print(f"launch.sh: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError) and reader_left():
             return 128 + signal.SIGPIPE
-        print(f"launch.sh: {error.filename or 'this machine'}: {error.strerror}", file=sys.stderr)
+        complain(f"{error.filename or 'this machine'}: {error.strerror}")
         return 1
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
-        print(f"launch.sh: stopped by {name}: {stopped}", file=sys.stderr)
+        complain(f"stopped by {name}: {stopped}")
         return 128 + stopped.number
     except KeyboardInterrupt:
         return 130

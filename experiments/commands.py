@@ -27,6 +27,7 @@ from experiments import accelerate_launch, console, environment, launch
 from experiments.compose import jobs_of, run_hydra, to_config
 from experiments.config import Launch, LoggingConfig, TrainConfig
 from experiments.environment import Rank, say_waiting
+from experiments.outside_text import complain, say
 from experiments.process import end
 from experiments.refused import Refused
 from experiments.resume import AUTO, run_dir
@@ -145,13 +146,13 @@ class Command:
             variables = [f"{name}={value}" for name, value in job.environ.items()]
             row.status, row.reason = "dry", " ".join([*variables, shlex.join(job.command)])
             if not self.as_json:
-                print(row.reason)
+                say(row.reason)
             return 0
         ended = launch.run(job, quiet=self.as_json)
         row.status, row.reason, self.signal = ended.outcome, ended.reason, ended.signal
         if row.reason:
             what = "the run failed:" if row.status == "failed" else row.status
-            print(f"launch.sh: {what} {row.reason}", file=sys.stderr)
+            complain(f"{what} {row.reason}")
         return ended.status
 
 
@@ -177,7 +178,7 @@ def train(argv: list[str]) -> int:
     try:
         run_hydra("train", rest, command)
     except FailedElsewhere as error:
-        print(f"launch.sh: a job failed: {error}", file=sys.stderr)
+        complain(f"a job failed: {error}")
         return 1
     return print_rows(command)
 
@@ -186,7 +187,7 @@ def print_rows(command: Command) -> int:
     """What is left to be said of a single job; its exit status."""
     for row in command.rows:
         if row.status == "refused":
-            print(f"launch.sh: {row.reason}", file=sys.stderr)
+            complain(row.reason)
         elif command.as_json and row.status in ("done", "dry"):
             print(json.dumps(row.ledger() or row.said(), indent=1))
     return command.status
@@ -199,7 +200,7 @@ def sweep(jobs: list[list[str]], command: Command) -> int:
     command.sweep = points = Points(folder_of(jobs))
     for number, argv in enumerate(jobs):
         if not as_json:
-            print(f"sweep {number + 1}/{len(jobs)}: {shlex.join(argv)}", flush=True)
+            say(f"sweep {number + 1}/{len(jobs)}: {shlex.join(argv)}")
         try:
             run_hydra("train", argv, command)
         except Refused as error:  # composed badly: Hydra never called the command
@@ -219,8 +220,8 @@ def sweep(jobs: list[list[str]], command: Command) -> int:
         ended = [(r.overrides, r.status, r.reason, r.ledger()) for r in command.rows]
         console.print_sweep(points.folder, ended)
     if any(row.status == "done" for row in command.rows):
-        say = (lambda _text: None) if as_json else print
-        make_tracker(command.logging, points.folder, {}, say, rank=0).finish(None)
+        tell = (lambda _text: None) if as_json else say
+        make_tracker(command.logging, points.folder, {}, tell, rank=0).finish(None)
     return command.status
 
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from experiments.outside_text import visible
 
 if TYPE_CHECKING:  # it needs torch, and the launcher, which prints too, does without
     from experiments.explain import Explanation
@@ -29,6 +32,12 @@ class PatientConsole(Console):
         # the interpreter flushes what is left at exit, and would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a string as it reads. Every line, title and cell passes here; none of them is
+        markup, and none reaches the terminal as an escape sequence."""
+        as_it_reads = {**options, "markup": False, "emoji": False}
+        return super().render_str(visible(text, lines=True), **as_it_reads)
+
 
 def make_console() -> Console:
     """The console of this process: colours on a terminal, lines of a fixed width elsewhere."""
@@ -39,7 +48,7 @@ def make_console() -> Console:
 
 def progress(text: str) -> None:
     """To the person who waits; results go to standard output."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text, lines=True), file=sys.stderr, flush=True)
 
 
 class Reporter:

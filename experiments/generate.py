@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from experiments.compose import configs_of
 from experiments.config import GenerateConfig, TrainConfig
 from experiments.environment import gpu_count, pick_device
 from experiments.model_file import check_model_file
+from experiments.outside_text import visible
 from experiments.refused import Refused
 from experiments.run_folder import read_config
 from experiments.warn import warning
@@ -26,6 +28,8 @@ def command(argv: list[str]) -> int:
     for config in configs_of("generate", [a for a in argv if a != "--json"]):
         text = run(config)
         said = {"run": config.run, "prompt": config.prompt, "text": text}
+        if sys.stdout.isatty():  # a model may write any byte, escape sequences too
+            text = visible(text, lines=True)
         print(json.dumps(said) if as_json else text)
     return 0
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.console import DASH
+from experiments.outside_text import markdown_cell
 
 
 class Cell(NamedTuple):
@@ -63,11 +64,8 @@ class Sheet:
     def to_markdown(self) -> str:
         """As GitHub reads it."""
         rule = (":---" if name in self.words else "---:" for name in self.columns)
-        lines = [self.columns, tuple(rule), *(tuple(c.text for c in row) for row in self.rows)]
-        cells = ("| " + " | ".join(_escaped(text) for text in line) + " |" for line in lines)
-        end = f"\n\n{self.caption}" if self.caption else ""
-        return f"**{self.title}**\n\n" + "\n".join(cells) + end
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+        rows = (tuple(cell.text for cell in row) for row in self.rows)
+        head, *body = (tuple(map(markdown_cell, line)) for line in (self.columns, *rows))
+        cells = ("| " + " | ".join(line) + " |" for line in (head, tuple(rule), *body))
+        end = f"\n\n{markdown_cell(self.caption)}" if self.caption else ""
+        return f"**{markdown_cell(self.title)}**\n\n" + "\n".join(cells) + end

@@ -27,6 +27,7 @@ import psutil
 
 from costs.standing import Called, Kind, Standing, read
 from experiments.memory_limit import lowest_limit
+from experiments.outside_text import visible
 
 HOUSE = Path(__file__).resolve().parents[1]
 UNEVEN = ("all_to_all", "gather", "scatter")  # each rank may hand over another size
@@ -88,7 +89,7 @@ def write_error(folder: Path, rank: int, error: BaseException, start: int = 0) -
         path.write_text("".join(traceback.format_exception(error)))
     except OSError:  # a full disk: torchrun.log may still take the message
         with suppress(OSError):
-            print(said["error"], file=sys.stderr, flush=True)
+            print(visible(str(said["error"])), file=sys.stderr, flush=True)
 
 
 def line_of(tb: TracebackType | None) -> str | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 
 from experiments.config import TrainConfig
+from experiments.outside_text import complain
 from minigpt.config import Source
 from minigpt.finetune import FinetuneConfig
 from parallel.layout import ActivationCheckpointing, GradientSync, PipelineConfig
@@ -41,4 +41,4 @@ def warn(config: TrainConfig, nodes: int = 1) -> None:
 
 
 def warning(line: str) -> None:
-    print(f"launch.sh: warning: {line}", file=sys.stderr)
+    complain(f"warning: {line}")

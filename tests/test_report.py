@@ -97,6 +97,54 @@ def test_what_it_says(report: Path) -> None:
     assert held == [1.0, 2.000001], "of the fullest rank, megabytes"
 
 
+# what a name or a ledger's text may try: a script, an image, a link, an end of the script around it
+ATTACKS = ("</script><script>window.broken=1</script>", "<img src=x onerror=window.broken=2>")
+LINK = "<a href='https://evil.example'>x</a>\u202e\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of runs whose names, keys and messages are markup."""
+    runs = tmp_path_factory.mktemp("hostile") / "runs"
+    for number, attack in enumerate(ATTACKS):
+        name = attack.replace("/", "\u2215")  # no folder has a / in its name
+        key = {f"optimizer.{attack}": number, "optimizer.name": f"{attack}{LINK}"}
+        a_run(runs / name, key, facts={"torch": f"{number}{attack}"})
+    a_run(runs / "predicted", {"cluster.name": ATTACKS[0] + LINK}, source="formula")
+    (a_run(runs / f"damaged{LINK.replace('/', '')}") / "ledger.json").write_text("{")
+    odd = a_step(2)
+    odd[0].kind, odd[-1].args["axis"] = "forward", ATTACKS[1]
+    first = runs / ATTACKS[0].replace("/", "\u2215")
+    traces.write(first / "trace.json.gz", Trace(odd, {}, []))
+    assert main(["report", str(runs), f"out={runs.parent / 'report.html'}"]) == 0
+    return runs.parent / "report.html"
+
+
+def test_text_of_others_is_no_markup(hostile: Path) -> None:
+    text = hostile.read_text()
+    page = Page(text)
+    assert len(page.all("script")) == 2 + len([1 for _, a in page.tags if "data-plot" in a])
+    assert not page.all("img") and all(a["href"].startswith("#") for a in page.all("a"))
+    assert "window.broken" in text, "it is there, as words"
+    found = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)
+    tags = set(re.findall(r"<[^>]*>", "".join(map(str, map(json.loads, found)))))
+    assert tags <= {"<br>"}, "plotly.js takes tags in a text for tags"
+    own, _, _ = text.partition("plotly.js v")
+    assert "\u202e" not in own and "\x1b" not in own
+
+
+@pytest.mark.slow
+def test_no_text_of_others_runs_or_fetches(hostile: Path) -> None:
+    with opened(hostile.as_uri(), 1400) as found:
+        page = found.page
+        page.wait_for_selector("figure:last-of-type .main-svg")
+        assert page.evaluate("window.broken") is None and not found.errors
+        assert page.locator(".plot a[*|href]").count() == 0
+        assert {url for url in found.requests if not url.startswith(("data:", "blob:"))} == {
+            hostile.as_uri()
+        }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_it_works_in_a_browser_without_a_network(report: Path, width: int) -> None:

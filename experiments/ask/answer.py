@@ -14,7 +14,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as RichTable
 
 from experiments.ask.kept import code_of, digest
@@ -204,13 +203,13 @@ def rich_table(table: Table) -> RichTable:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for i, name in enumerate(map(escape, table.heads)):
+    for i, name in enumerate(table.heads):
         number = table.is_number(i)
         made.add_column(
             name, justify="right" if number else "left", no_wrap=number, overflow="fold"
         )
     for row in table.cells():
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*row)
     return made
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +19,7 @@ from experiments.ask.evidence import Evidence, RunFailed
 from experiments.ask.kept import KEPT
 from experiments.ask.words import nearest, wanted
 from experiments.console import make_console
+from experiments.outside_text import complain
 from experiments.refused import Refused
 
 FOLDER = Path(__file__).resolve().parents[1] / "questions"
@@ -44,7 +44,7 @@ def command(argv: list[str]) -> int:
         try:
             answer_all(chosen, Evidence("--again" in options), as_json)
         except RunFailed as failed:
-            print(f"launch.sh: {failed}", file=sys.stderr)
+            complain(failed)
             return 1
         return 0
     return free_words(" ".join(words), as_json)
@@ -78,7 +78,8 @@ def list_questions(as_json: bool) -> None:
         return
     console = make_console()
     for name, text in known.items():
-        console.print(f"[bold]{name}[/bold]\n  {text}", soft_wrap=True)
+        console.print(name, style="bold")
+        console.print(f"  {text}", soft_wrap=True)
     console.print('\n./launch.sh ask NAME, or free words: ./launch.sh ask "70B on 512 H100"')
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from experiments.compare.comparison import ORDERS, Comparison, compared
 from experiments.compare.sheets import sheets_of
 from experiments.console import make_console
+from experiments.outside_text import complain, visible
 from experiments.refused import Refused
 from experiments.sheets import Sheet
 
@@ -43,9 +44,9 @@ def command(argv: list[str]) -> int:
     asked = asked_for(argv)
     comparison = compared(asked.runs, asked.sort)
     for line in comparison.problems:
-        print(f"launch.sh: {line}", file=sys.stderr)
+        complain(line)
     for line in comparison.warnings:
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {visible(line)}", file=sys.stderr)
     if asked.format == "json":
         print(json.dumps(comparison.to_json(), indent=1))
     elif asked.format == "csv":

@@ -33,6 +33,7 @@ from experiments.compare.run_costs import (
     error_of,
     says,
 )
+from experiments.outside_text import csv_cell
 
 # what a user may sort by: the cost, and whether more is better
 ORDERS: dict[str, tuple[str, bool]] = {
@@ -163,7 +164,8 @@ class Comparison:
         text = io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         noises = [f"{name}.noise" for name in costs]
-        out.writerow(["number", "run", "path", *self.differences.keys, *costs, *noises])
+        head = ["number", "run", "path", *self.differences.keys, *costs, *noises]
+        out.writerow(map(csv_cell, head))
         for i in self.by_cost():
             run, own, values = self.runs[i], self.costs[i], self.differences.values[i]
             differs = [
@@ -171,7 +173,8 @@ class Comparison:
             ]
             numbers = [own[name].value if name in own else "" for name in costs]
             spread = [own[name].noise if name in own else "" for name in costs]
-            out.writerow([run.number, run.name, run.path, *differs, *numbers, *spread])
+            row = [run.number, run.name, run.path, *differs, *numbers, *spread]
+            out.writerow(map(csv_cell, row))
         return text.getvalue()
 
 

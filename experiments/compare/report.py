@@ -11,15 +11,16 @@ are in it, once, and nothing in it may fetch anything.
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from costs import trace as traces
 from experiments.compare.command import asked_for
 from experiments.compare.comparison import Comparison, compared
 from experiments.compare.report_figures import PlotlyFigure, figures_of, memory_over_time, timeline
 from experiments.compare.sheets import sheets_of
+from experiments.outside_text import complain, visible
 from experiments.refused import Refused
 from experiments.sheets import Sheet
 
@@ -47,7 +48,7 @@ def command(argv: list[str]) -> int:
     comparison = compared(asked.runs, asked.sort)
     sections, problems = sections_of(comparison)
     for line in [*comparison.problems, *problems]:
-        print(f"launch.sh: {line}", file=sys.stderr)
+        complain(line)
     page = rendered(comparison, sections, shlex.join(["./launch.sh", "report", *argv]))
     try:
         out.write_text(page)
@@ -100,6 +101,7 @@ def rendered(comparison: Comparison, sections: list[Section], command: str) -> s
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_as_it_reads,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -112,6 +114,12 @@ def rendered(comparison: Comparison, sections: list[Section], command: str) -> s
         command=command,
         plotly=get_plotlyjs(),
     )
+
+
+def _as_it_reads(value: Any) -> Any:
+    """Return what an expression of the template shows. What is marked as HTML or JSON is ours."""
+    own = not isinstance(value, str) or hasattr(value, "__html__")
+    return value if own else visible(value, lines=True)
 
 
 def summary_of(comparison: Comparison) -> list[str]:

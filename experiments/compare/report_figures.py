@@ -7,6 +7,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from costs.ledger import MEMORY_PARTS, TIME_PARTS
@@ -22,6 +23,7 @@ from experiments.compare.pictures import (
 )
 from experiments.compare.run_costs import PEAK, STEP, WIRE, error_of
 from experiments.compare.sheets import human, words_of
+from experiments.outside_text import visible
 from experiments.pictures import COLOURS, MEMORY_COLOURS, MOST_RANKS, NAMES, moving, waits
 
 UNITS = {PEAK: ("MB", 1e6), WIRE: ("MB", 1e6), STEP: ("ms", 1e-3)}
@@ -41,7 +43,20 @@ class PlotlyFigure:
     height: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"data": self.data, "layout": {**self.layout, "height": self.height}}
+        """Return plotly.js' figure. Its texts are a kind of HTML, and so every string is escaped
+        here; a line break is its own."""
+        whole = {"data": self.data, "layout": {**self.layout, "height": self.height}}
+        return _escaped(whole)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(inner) for inner in value]
+    if isinstance(value, str):
+        return escape(visible(value, lines=True), quote=False).replace("\n", "<br>")
+    return value
 
 
 def figures_of(comparison: Comparison) -> list[PlotlyFigure]:
@@ -109,7 +124,7 @@ def _folded(name: str, width: int = LINE_WIDTH) -> str:
     wrap = textwrap.TextWrapper(
         width, max_lines=3, placeholder="\u2026", break_long_words=False, break_on_hyphens=False
     )
-    return "<br>".join(wrap.wrap(name))
+    return "\n".join(wrap.wrap(name))
 
 
 def losses(comparison: Comparison, over_seconds: bool) -> PlotlyFigure | None:

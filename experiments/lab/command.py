@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from experiments.environment import physical_cores
 from experiments.lab import shaped_links
 from experiments.lab.profile import profile_of
 from experiments.lab.shaped_links import DEVICE, Links, Missing
+from experiments.outside_text import complain
 from experiments.predict import clusters
 from experiments.predict.replay import recorded
 from experiments.refused import Refused
@@ -118,7 +118,7 @@ def command(argv: list[str]) -> int:
     run_hydra("train", rest, made)
     for row in made.rows:
         if row.status == "refused":
-            print(f"launch.sh: {row.reason}", file=sys.stderr)
+            complain(row.reason)
         elif row.status == "done":
             found = comparison(lab, row)
             print(json.dumps(found, indent=1)) if as_json else show(lab, found)
