@@ -21,8 +21,8 @@ from experiments.run_folder import settings_of
 from experiments.step_log import read_metrics
 from minigpt.corpus import Corpus
 from parallel.mesh import Mesh
-from parallel.stages import ideal_bubble
 from parallel.step import Result
+from simulator.order_times import ideal_bubble
 
 SMOOTHING = 0.9  # of the tokens/s that the user sees
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from minigpt.config import FFN, Positions
-from simulator.communication import expert_choices
+from simulator.block_messages import expert_choices
 from simulator.data_messages import GPIPE
 from simulator.plans import NONE, SELECTIVE, Array
 from simulator.sending import LOW_BYTES

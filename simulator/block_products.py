@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minigpt.config import FFN, ModelConfig
-from simulator.communication import expert_choices
+from simulator.block_messages import expert_choices
 from simulator.described import Described, score_width
 from simulator.plans import Array, Plans
 

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 
 from minigpt.config import Positions
+from simulator.block_messages import (
+    BlockMessage,
+    call_bytes,
+    every_message,
+    recomputes,
+    stage_numel,
+    tied_numel,
+)
 from simulator.block_products import ROUTED_PASSES, ROUTED_PASSES_ONCE, Block
 from simulator.habits import Habits
 from simulator.plans import NONE, SELECTIVE, Array
-from simulator.sending import LOW_BYTES
+from simulator.sending import LOW_BYTES, Sending
 from simulator.shapes import Rank
 
 # Passes over an activation B T D of a block's two residuals: each reads both and writes. Norms and
@@ -60,9 +68,6 @@ def of_block(block: Block, habits: Habits, narrow: Array) -> dict[str, Any]:
         + (ROUTED_PASSES_ONCE if habits.sends_once else ROUTED_PASSES) * routed,
         "operators": habits.launches
         * (many + block.launched_each(narrow) + (0 if plans.flash else SCORE_OPERATORS)),
-        "kv_bytes": tokens * block.keys_and_values / tp * item,
-        "routed_bytes": (plans.ep > 1) * routed,
-        "choices": block.chosen,
         "expert_tp": block.expert_tp,
     }
 
@@ -83,17 +88,60 @@ def of_attention(block: Block) -> dict[str, Any]:
 def of_backward(block: Block, share: float | None, stops_early: bool) -> dict[str, Any]:
     """What of the forward runs again: a `share` of it, or what the plans' checkpointing says.
 
-    stops_early: without the last product and the message behind it: one of two all_reduces, or with
-    sequence parallelism, which makes two messages of each, half of one (tensor_messages).
+    stops_early: without the last product.
     """
     plans, stops = block.plans, stops_early and share is None
     selective = (plans.checkpointing == SELECTIVE) & (share is None)
     recomputed = (plans.checkpointing != NONE) & ~selective if share is None else share
     sides = block.repeated(recomputed, selective, stops)
-    left = np.where(plans.sequence_parallel, 1.5, 1.0) if stops else 2.0
     return {
         "recomputed": recomputed,
         "selective": selective,
         "repeated": np.stack([np.broadcast_to(n, np.shape(plans.tp)) for n in sides], 1),
-        "reduced_again": left * recomputed,
     }
+
+
+def of_messages(block: Block, share: float | None, habits: Habits) -> dict[str, Any]:
+    """The collectives of a micro-batch, as simulator.block_messages has them: bytes of a call, and
+    calls, of each kind. `share`: of the blocks that run again, as above."""
+    plans, to = block.plans, Sending(Rank(block.plans))
+    again = recomputes(plans) if share is None else share * np.ones_like(plans.pp)
+    stops = habits.stops_early and share is None
+    sent = every_message(to, again, again if stops else 2 * again)
+    if not habits.sends_as_torch:
+        sent = [_as_others(message, to) for message in sent]
+    if block.more:
+        sent = [_described(message, block) for message in sent]
+    shape = np.shape(plans.tp)
+
+    def column(values: list[Any]) -> Array:
+        return np.stack([np.broadcast_to(v, shape) for v in values], 1)
+
+    cut = 1 if habits.sends_as_torch else plans.tp / np.where(plans.sequence_parallel, plans.tp, 1)
+    between = BlockMessage("", "", "", to.between, stage_numel(to), 0 * plans.tp)
+    return {
+        "sent_bytes": column([call_bytes(m) for m in sent]),
+        "sent_block": column([m.block for m in sent]),
+        "sent_first": column([m.first for m in sent]),
+        "sent_last": column([m.last for m in sent]),
+        "choices": block.chosen,
+        "stage_bytes": call_bytes(between) / cut,
+        "tied_bytes": 4 * tied_numel(to),
+    }
+
+
+def _as_others(message: BlockMessage, to: Sending) -> BlockMessage:
+    """Published programs send the ring's gradients as low as its keys and values, and no message of
+    its own for a norm, a loss or counts of experts is known of them."""
+    if message.axis == "cp":
+        return message._replace(dtypes=to.low)
+    return message._replace(block=0, first=0, last=0) if message.small else message
+
+
+def _described(message: BlockMessage, block: Block) -> BlockMessage:
+    """Attention and experts of a published model are none of minigpt's."""
+    if message.axis == "cp":
+        return message._replace(numel=block.tokens * block.keys_and_values / block.plans.tp)
+    if message.axis == "ep" and not message.small:
+        return message._replace(numel=block.routed_rows * block.model.d_model)
+    return message

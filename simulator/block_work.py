@@ -10,7 +10,7 @@ from typing import Any
 from costs.program import Work
 from minigpt.config import FFN, Attention, ModelConfig
 from parallel.layout import ActivationCheckpointing, Layout, Options
-from simulator.communication import expert_choices
+from simulator.block_messages import expert_choices
 from simulator.programs import ACTION_OF_KIND, PHASE_OF_KIND
 from simulator.sending import DTYPE_NAMES, ITEM_BYTES
 
@@ -18,6 +18,7 @@ from simulator.sending import DTYPE_NAMES, ITEM_BYTES
 # writes a gradient
 BACKWARD_BYTES = 1.5
 HEAD = "head"
+SCORES = ("attention", "scores and values")  # in a flash kernel, or with its T x T matrix
 
 
 @dataclass
@@ -49,7 +50,7 @@ class BlockWork:
             rows = o.micro_batch_size * expert_choices(m, o.seq_len) // m.n_expert * self.layout.ep
         up = f if m.ffn == FFN.gelu else 2 * f
         sequence, part = o.seq_len, o.seq_len // self.layout.cp
-        attention = "attention" if m.attention == Attention.sdpa else "scores and values"
+        attention = SCORES[m.attention != Attention.sdpa]
         heads = o.micro_batch_size * m.n_head // tp
         return [
             ("qkv", 1, tokens, d, (d + 2 * kv) // tp),
@@ -76,13 +77,17 @@ class BlockWork:
             ActivationCheckpointing.offload,
         )
         again = full and kind in "BI"
-        times = {"F": 1, "B": 2, "I": 1, "W": 1}[kind]
         moved = {"F": 1.0, "B": BACKWARD_BYTES, "I": BACKWARD_BYTES, "W": 0.0}[kind] + again
         made = []
         for name, batch, *shape in self.products:
             # a block that runs again stops before its last product (simulator/flops.py)
             spared = name == "down" and self.model.ffn != FFN.moe
+            # attention has no weights: its backward is all in the first half
+            weighs = name not in SCORES
+            times = {"F": 1, "B": 2, "I": 1 if weighs else 2, "W": int(weighs)}[kind]
             count = (times + (again and not spared)) * batch
+            if not count:
+                continue
             made.append(self._product(name, kind, (count, *shape), stage, i))
         size = round(moved * self.elementwise_bytes)
         made.append(self._work("elementwise", kind, stage, i, bytes=size))

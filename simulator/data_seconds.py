@@ -48,7 +48,10 @@ def exposed_data(work: Work, cluster: Cluster, block: Array) -> Array:
     backward = 2 * work.hides_gradients * forward
     prefetched = work.hides_gathers * work.micro_batches * compute
     apart = left(last, backward) + left(earlier, (work.scatters - 1) * backward)
-    apart = apart + left(gathers, prefetched / 3) + left(updates, work.hides_updates * forward)
+    # of a pipeline's, zero_stage 3 has some in backwards too
+    behind = np.where(work.gathers > 1, prefetched, prefetched / 3)
+    behind = np.where(work.pp > 1, behind, prefetched / 3)
+    apart = apart + left(gathers, behind) + left(updates, work.hides_updates * forward)
     sent = last + earlier + gathers + updates
     shown = np.where(work.gathers_weights > 0, left(sent, prefetched), apart)
     shown = shown + SLOWED * (sent - shown)

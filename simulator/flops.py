@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minigpt.config import FFN, ModelConfig
-from simulator.communication import expert_choices
+from simulator.block_messages import expert_choices
 from simulator.plans import NONE, SELECTIVE, Array, Plans
 from simulator.shapes import Rank
 

@@ -48,6 +48,9 @@ class Habits:
     logit_bytes: float = TORCH_LOGIT
     separate: bool = False  # norms and rotations in fp32 operator by operator, not in one kernel
     hides_tensor: float = 0.0  # share of tensor-parallel messages that are sent during products
+    # messages as this program's: the ring's gradients in fp32, counts of experts before their rows,
+    # whole activations to the next stage without sequence parallelism, torch's order of a pipeline
+    sends_as_torch: bool = True
     hides_stages: bool = False  # activations travel to the next stage while others compute
     hides_gradients: bool = True  # they are sent while the backward goes on, else in one message
     hides_updates: bool = False  # updated weights (zero_stage 1) are gathered in the next forward
@@ -110,6 +113,7 @@ def habits_of(cells: Cells, flash: bool, compiled: bool) -> Habits:
     note, gpu = cells.get("source_verbatim_note", ""), cells.get("gpu", "")
     core = any(name in source for name in ("NVIDIA", "SimuMax"))
     own = Habits(
+        sends_as_torch=False,
         hides_gradients=flash,
         copies_shards=program == "torchtitan",
         lays_out_heads=True,

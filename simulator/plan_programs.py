@@ -2,10 +2,10 @@
 
 Ranks that differ in other axes than pp behave alike, so rank 0 of each pp place stands for them.
 Which messages there are, and their bytes, is simulator/communication.py's; here they get a place:
-those of tp, cp and ep after each block, waited for at once; gathered weights one block ahead;
-gradients from the last micro-batch's backward on, or each one's, waited for at its end; the rest
-with the optimizer. The messages of a pass are spread evenly over its blocks, so that embedding and
-head count with the blocks beside them.
+those of tp and ep after each block, waited for at once; those of cp beside attention; gathered
+weights one block ahead; gradients from the last micro-batch's backward on, or each one's, waited
+for at its end; the rest with the optimizer. The messages of a pass are spread evenly over its
+blocks, so that embedding and head count with the blocks beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from costs.program import Message, Program, Wait, Work
 from costs.rank_grid import RankGrid
 from minigpt.config import ModelConfig
 from parallel.layout import MESH_AXES, Layout, Options
-from simulator.block_work import BlockWork
+from simulator.block_work import SCORES, BlockWork
 from simulator.communication import messages_by_phase
 from simulator.plans import Plans
 from simulator.programs import PHASE_OF_KIND, pipeline_programs
@@ -136,11 +136,16 @@ class Writer:
         last = kind in "BW" and self.backwards[stage] == self.options.micro_batches
         made: Program = []
         for block in range(self.blocks[stage]):
-            computed: Program = [*self.computing.works(kind, stage, i)]
+            works = self.computing.works(kind, stage, i)
+            computed: Program = [*works]
             if self._is_head(kind, stage, block):
                 computed.append(self.computing.head(kind, stage, i))
-            ahead, inside = ([], []) if kind == "W" else self._messages(phase, stage, i)
+            ahead, inside, ring = self._messages(phase, stage, i, kind != "W")
             waits: Program = [Wait(m.number, phase) for m in [*inside, *ahead]]
+            if ring:
+                place = next(n for n, e in enumerate(works) if e.name in SCORES)
+                rounds: Program = [Wait(m.number, phase) for m in ring]
+                computed[place : place + 1] = [*ring, computed[place], *rounds]
             # gathered weights are asked for before a block and waited for behind it: one ahead
             made += [*ahead, *computed, *inside, *waits]
             if kind in "BW":
@@ -154,16 +159,20 @@ class Writer:
         last_block = block == (self.blocks[stage] - 1 if kind == "F" else 0)
         return stage == count - 1 and last_block
 
-    def _messages(self, phase: str, stage: int, i: int) -> tuple[list[Message], list[Message]]:
-        """What falls to one block: gathers of weights, and messages of activations."""
+    def _messages(
+        self, phase: str, stage: int, i: int, sends: bool
+    ) -> tuple[list[Message], list[Message], list[Message]]:
+        """What falls to one block: gathers of weights, messages of activations, those of a ring."""
         ahead: list[Message] = []
         inside: list[Message] = []
-        for share in self.shares:
+        ring: list[Message] = []
+        for share in self.shares if sends else []:
             if share.phase != phase or share.axis == "pp" or share.is_gradient:
                 continue
-            made = ahead if share.axis.startswith(WEIGHTS) else inside
+            weights = ahead if share.axis.startswith(WEIGHTS) else inside
+            made = ring if share.axis == "cp" else weights
             made += [self._message(share, size, stage, i) for size in share.next(self.slots)]
-        return ahead, inside
+        return ahead, inside, ring
 
     def _gradients(self, stage: int, i: int, last: bool) -> list[Message]:
         """Those that are sent when a block's backward is done: the last one, or each that scatters

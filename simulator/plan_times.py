@@ -10,11 +10,12 @@ from costs.program import Work
 from minigpt.config import ModelConfig
 from parallel.layout import Layout, Options
 from simulator.block_work import HEAD, BlockWork
-from simulator.estimate import computing, copy_seconds
+from simulator.estimate import copy_seconds, passes
 from simulator.event_times import EventTimes, replay_on
 from simulator.hardware import Cluster
 from simulator.plan_programs import programs_of
 from simulator.plans import Plans
+from simulator.programs import ACTION_OF_KIND
 from simulator.shapes import Rank
 from simulator.timeline import Timeline
 from simulator.work import Work as Asked
@@ -30,18 +31,24 @@ class PlanTimes(EventTimes):
         plan = Plans.of(model, layout, options)
         made = BlockWork(model, layout, options, int(Rank(plan).activation[0]))
         alone = EventTimes(cluster, layout.world_size)
-        blocks = [alone.work(event) for kind in "FB" for event in made.works(kind, 0, 0)]
-        heads = [alone.work(made.head(kind, 0, 0)) for kind in "FB"]
         asked = Asked.of(plan)
-        block, head, _ = computing(asked, cluster)
+        block, head = passes(asked, cluster)
         # what fully_shard copies for a block
         copies = copy_seconds(asked, cluster) / (asked.micro_batches * asked.mean_layers)
-        self.block = float((block + copies)[0]) / sum(blocks)
-        self.head = float(head[0]) / sum(heads)
+        whole = block["F"] + block["B"]
+        self.block, self.head = dict[str, float](), dict[str, float]()
+        for kind, action in ACTION_OF_KIND.items():
+            own = sum(alone.work(event) for event in made.works(kind, 0, 0))
+            share = block[kind] * (1 + copies / whole)
+            self.block[action] = float(share[0]) / own
+            self.head[action] = float(head[kind][0]) / alone.work(made.head(kind, 0, 0))
 
-    def _work(self, work: Work) -> float:
-        share = self.head if work.name == HEAD else self.block
-        return super()._work(work) * (1.0 if work.phase == "optimizer" else share)
+    def work(self, work: Work) -> float:
+        """Seconds of one event, scaled by its kind of pass."""
+        if work.phase == "optimizer" or work.seconds is not None:
+            return super().work(work)
+        shares = self.head if work.name == HEAD else self.block
+        return super().work(work) * shares[work.action]
 
 
 def timeline_of(

@@ -56,18 +56,26 @@ def pipeline_programs(
 
 
 def sent_by_the_device(program: Program) -> Program:
-    """What a device does that sends by itself, as a core does: each collective is waited for where
-    it is handed over, for the work of sending it takes the time of computing."""
+    """What a device does that sends by itself, as a core does: each collective, and a ring's round
+    of messages, is waited for where it is handed over, because the work of sending it takes the
+    time of computing."""
     made: Program = []
     over: set[int] = set()
+    ring: list[Wait] = []
     for event in program:
         if isinstance(event, Wait) and event.number in over:
             continue
+        if isinstance(event, Message) and event.axis == "cp":
+            ring.append(Wait(event.number, event.phase))
+            over.add(event.number)
+        else:
+            made += ring
+            ring = []
         made.append(event)
         if isinstance(event, Message) and event.collective not in ("send", "recv"):
             made.append(Wait(event.number, event.phase))
             over.add(event.number)
-    return made
+    return made + ring
 
 
 def _ends(pipeline: PipelineConfig, step: Step, ranks: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from parallel.layout import MESH_AXES, Precision
-from simulator.plans import NONE, PRECISIONS, Array, Plans
+from simulator.plans import PRECISIONS, Array, Plans
 from simulator.shapes import Rank
 
 ITEM_BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2, Precision.fp8: 2}
@@ -50,8 +50,6 @@ class Sending:
         self.rank, self.plans = rank, rank.plans
         self.sent: dict[PhaseKey, Sent] = {}
         plans = rank.plans
-        # forwards that run again in backward
-        self.again = (plans.checkpointing != NONE).astype(np.int64)
         sharded = plans.dp_shard > 1  # parallel.layout.weights_axes
         self.replicas = [
             *joined(plans, ("dp_replicate", "cp"), ~sharded),

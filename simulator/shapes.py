@@ -103,14 +103,20 @@ class Rank:
         return lap * self.plans.pp + np.where(back, self.plans.pp - 1 - self.place, self.place)
 
     @cached_property
-    def blocks(self) -> list[Array]:
-        """Blocks of each of this rank's stages; 0 where a plan has no such stage."""
+    def _splits(self) -> tuple[Array, Array]:
+        """Blocks of each stage for every number of stages, and the row of each plan."""
         counts, rows = np.unique(self.stage_count, return_inverse=True)
         table = np.zeros((len(counts), int(counts.max())), dtype=np.int64)
         fields, given = astuple(self.plans.model), self.plans.split
         for row, count in enumerate(counts.tolist()):
             split = given if given else _balanced(fields, count, self.plans.seq_len)
             table[row, :count] = split
+        return table, rows
+
+    @cached_property
+    def blocks(self) -> list[Array]:
+        """Blocks of each of this rank's stages; 0 where a plan has no such stage."""
+        table, rows = self._splits
         laps = range(int(self.local_stages.max()))
         held = [lap < self.local_stages for lap in laps]
         return [
@@ -264,6 +270,12 @@ class Rank:
         """Numbers of a micro-batch's activations on one rank, B T D."""
         plans = self.plans
         return plans.micro_batch_size * plans.seq_len // plans.cp * plans.model.d_model
+
+
+def stage_blocks(plans: Plans) -> Array:
+    """(plans, stages): blocks of each stage of the pipeline, 0 where a plan has no such stage."""
+    table, rows = Rank(plans)._splits
+    return table[rows]
 
 
 def most_blocks(plans: Plans) -> Array:

@@ -14,12 +14,13 @@ import numpy as np
 
 from parallel.layout import PipelineConfig
 from simulator.block_products import Block
-from simulator.block_values import of_attention, of_backward, of_block
+from simulator.block_values import of_attention, of_backward, of_block, of_messages
+from simulator.data_messages import block_gathers
 from simulator.habits import KERNELS, Habits
 from simulator.hardware import DTYPES
 from simulator.plans import PRECISIONS, SCHEDULES, Array, Plans
 from simulator.sending import LOW_BYTES
-from simulator.shapes import Rank, most_blocks
+from simulator.shapes import Rank, most_blocks, stage_blocks
 
 Values = dict[str, Any]  # fields of Work: arrays, or one for all plans
 # places in simulator.hardware.DTYPES: of a block's products, and of all others
@@ -51,7 +52,7 @@ class Work:
     gathers_weights: Array  # 1 where each forward and backward gathers them (zero_stage 3)
     gathers: Array  # of all weights in a step, ahead of the blocks that want them
     sequence_parallel: Array
-    splits_backward: Array
+    order: Array  # place in SCHEDULES of the one that is walked through; -1: an equation says it
     hides_tensor: Array  # 1 where they do, as the others: see simulator.habits.Habits
     hides_stages: Array
     hides_gradients: Array
@@ -64,7 +65,6 @@ class Work:
     columns: Array
     count: Array
     repeated: Array  # of these, how many run again in the backward
-    reduced_again: Array  # all_reduces over tp that do
     dtype: Array  # place in DTYPES of its products
     wide_dtype: Array  # the same of attention and the head
     flash_flops: Array  # of a flash kernel, which skips what the mask hides
@@ -73,8 +73,11 @@ class Work:
     queries: Array
     keys: Array
     head_dim: Array
-    kv_bytes: Array  # keys and values of this rank's tokens
-    routed_bytes: Array  # rows of tokens that travel to experts, one for each choice
+    # (plans, kinds of simulator.block_messages.message_kinds), one micro-batch
+    sent_bytes: Array  # payload of a call over tp, cp or ep
+    sent_block: Array  # calls of a block
+    sent_first: Array  # calls of the first stage besides
+    sent_last: Array  # calls of the last stage besides
     choices: Array  # experts of a token
     sends_once: Array  # 1: a token travels once to a rank, and between nodes once to a node
     whole_bytes: Array  # read and written by element-wise operators on all of D
@@ -91,7 +94,10 @@ class Work:
     logit_bytes: Array  # moved for each logit
     item: Array  # bytes of an activation's number
     # stages
+    stage_bytes: Array  # of a micro-batch's activations that a rank hands to the next stage
+    tied_bytes: Array  # of the gradient that first and last stage of a tied model add up
     messages_a_block: Array  # of weights or gradients over the data axes
+    stage_blocks: Array  # (plans, stages): blocks of each stage, where `order` is walked through
     layers: Array  # blocks of the rank that has most
     last_layers: Array  # of the rank that has the head
     mean_layers: Array
@@ -115,10 +121,8 @@ class Work:
     @classmethod
     def joined(cls, parts: list[Work]) -> Work:
         """All entries of several, in order."""
-        most = max(part.rows.shape[1] for part in parts)
-        names = [f.name for f in fields(cls)]
-        columns = {n: [_widened(n, getattr(p, n), most) for p in parts] for n in names}
-        return cls(**{n: np.concatenate(values) for n, values in columns.items()})
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        return cls(**{n: np.concatenate(_widened(n, values)) for n, values in columns.items()})
 
     @classmethod
     def of(
@@ -147,6 +151,9 @@ class Work:
         narrow = dtype >= DTYPES.index("fp8")
         values = {**_layout(plans), **of_block(block, habits, narrow), **of_attention(block)}
         values |= _stages(block)
+        values |= _orders(plans, habits)
+        if habits.sends_as_torch:
+            values["gathers"] = values["gathers"] + _pipeline_gathers(plans)
         values |= {name: getattr(habits, name) for name in OF_HABITS}
         values |= {
             "dtype": dtype,
@@ -161,6 +168,7 @@ class Work:
             "vocabulary": plans.model.vocab_size * block.heads / plans.tp,
         }
         values |= of_backward(block, recomputed, habits.stops_early)
+        values |= of_messages(block, recomputed, habits)
         given = {"gradient_bytes": gradient_bytes, "shards": shards}
         values |= {name: value for name, value in given.items() if value is not None}
         copies = habits.copied_tensors * (plans.zero_stage == 1) * (values["shards"] > 1)
@@ -190,12 +198,37 @@ def _layout(plans: Plans) -> Values:
         "shards": np.where(plans.dp_shard > 1, plans.dp_shard * plans.cp, 1),
         "replicas": np.where(plans.dp_shard > 1, plans.dp_replicate, 1),
         "scatters": np.where(plans.syncs_each, plans.micro_batches, 1),
-        # with a pipeline, gathered weights stay until the step's end in all programs scored here
+        # with a pipeline gathered weights stay until the step's end in published programs
         "gathers_weights": gathers * (plans.zero_stage == 3),
         "gathers": gathers * plans.micro_batches * (plans.zero_stage - 1),
         "sequence_parallel": plans.sequence_parallel,
-        "splits_backward": SPLITS_BACKWARD[plans.schedule] & (plans.pp > 1),
     }
+
+
+def _pipeline_gathers(plans: Plans) -> Array:
+    """How often a step of this program gathers a block's weights in a pipeline (block_gathers): by
+    the first pp rank."""
+    found = np.zeros(len(plans))
+    places = np.flatnonzero((plans.pp > 1) & (plans.dp_shard > 1) & (plans.zero_stage > 1))
+    if len(places):
+        rank = Rank(plans[places])
+        found[places] = sum(block_gathers(rank)) / rank.layers
+    return found
+
+
+def _orders(plans: Plans, habits: Habits) -> Values:
+    """The order of each pipeline of this program, and of every schedule that splits its backward.
+    Others are predicted by an equation (simulator/estimate.py): the messages of published programs
+    do not wait for their turn."""
+    walked = SPLITS_BACKWARD[plans.schedule] | habits.sends_as_torch
+    walked = walked & (plans.pp > 1)
+    places = np.flatnonzero(walked)
+    blocks = np.zeros((len(plans), 1))
+    if len(places):
+        held = stage_blocks(plans[places])
+        blocks = np.zeros((len(plans), held.shape[1]))
+        blocks[places] = held
+    return {"order": np.where(walked, plans.schedule, -1), "stage_blocks": blocks}
 
 
 def _stages(block: Block) -> Values:
@@ -226,10 +259,12 @@ def _stages(block: Block) -> Values:
     }
 
 
-def _widened(name: str, values: Array, most: int) -> Array:
-    """Products of a block, up to `most`: those that other models do not have run no time."""
-    if values.ndim == 1:
-        return values
-    filler = 0.0 if name in ("count", "repeated") else 1.0
-    missing = ((0, 0), (0, most - values.shape[1]))
-    return np.pad(values, missing, constant_values=filler)
+def _widened(name: str, parts: list[Array]) -> list[Array]:
+    """Columns up to the most that one part has: products and stages that other models do not have
+    are none, and run no time."""
+    if parts[0].ndim == 1:
+        return parts
+    filler = 1.0 if name in ("rows", "inner", "columns") else 0.0
+    most = max(part.shape[1] for part in parts)
+    missing = [((0, 0), (0, most - part.shape[1])) for part in parts]
+    return [np.pad(p, m, constant_values=filler) for p, m in zip(parts, missing, strict=True)]

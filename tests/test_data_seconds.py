@@ -10,6 +10,7 @@ import pytest
 
 from parallel.layout import ActivationCheckpointing
 from simulator import collectives
+from simulator.block_messages import message_kinds
 from simulator.collectives import group
 from simulator.data_seconds import SLOWED
 from simulator.estimate import block_seconds, step_seconds
@@ -83,7 +84,10 @@ def test_a_block_that_runs_again_stops_before_its_last_product() -> None:
     peak = reached_flops(works[0].dtype, H100)[0]
     down = product_seconds(4096, LLAMA.ff_dim / 8, LLAMA.d_model, peak, share.half_size)
     assert goes_on - stops == pytest.approx(down)
-    assert [work.reduced_again[0] for work in works] == [1, 2]
+    tp = [i for i, (*_, axis) in enumerate(message_kinds()) if axis == "tp"]
+    sent = [float(work.sent_block[0, tp].sum()) for work in works]
+    plain = float(Work.of(plans(tp=[8])).sent_block[0, tp].sum())
+    assert [plain, *sent] == [4, 5, 6]
     cut = Work.of(replace(some, sequence_parallel=np.array([True])))
-    assert cut.reduced_again[0] == 1.5
-    assert Work.of(plans(tp=[8])).reduced_again[0] == 0
+    norms = 2 / cut.micro_batches[0]  # a gradient each, once a step
+    assert cut.sent_block[0, tp].sum() == pytest.approx(8 + 3 + norms)

@@ -8,6 +8,7 @@ import pytest
 from experiments.predict import clusters
 from minigpt.config import FFN, ModelConfig, Norm
 from parallel.layout import Layout, Options, Precision
+from simulator.block_messages import message_kinds
 from simulator.described import Described, described
 from simulator.estimate import routed_seconds, step_seconds
 from simulator.habits import Habits
@@ -61,7 +62,7 @@ def test_a_plain_mixture_is_that_of_minigpt() -> None:
     same = Described(**SHAPE, ffn=FFN.moe, norm=Norm.rmsnorm)
     assert same.parameters == own.parameters
     a, b = (plan_and_work(model, dp_shard=8, ep=4) for model in (own, same))
-    for name in ("rows", "inner", "columns", "count", "parameters", "experts", "routed_bytes"):
+    for name in ("rows", "inner", "columns", "count", "parameters", "experts", "sent_bytes"):
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
     assert step_seconds(a, H100)["compute"] == pytest.approx(step_seconds(b, H100)["compute"])
 
@@ -88,9 +89,10 @@ def test_tokens_that_travel_once_to_a_node_take_less_between_nodes() -> None:
     """Of 8 choices over 4 nodes a token has 4 (1 - (3/4)^8) = 3.6 nodes: 3.6 rows for 8."""
     shape = {**SHAPE, "n_expert": 128, "experts_per_token": 8, "d_ff": 768}
     model = Described(**shape, ffn=FFN.moe)
-    each, once = (
-        routed_seconds(plan_and_work(model, Habits(sends_once=on), dp_shard=32, ep=32), H100)
-        for on in (False, True)
-    )
+    works = [
+        plan_and_work(model, Habits(sends_once=on), dp_shard=32, ep=32) for on in (False, True)
+    ]
+    rows = message_kinds().index(("forward", "all_to_all", "ep"))
+    each, once = (routed_seconds(work, H100, work.sent_bytes[:, rows]) for work in works)
     latency = 24 * H100.between_nodes.latency
     assert (once - latency) / (each - latency) == pytest.approx(4 * (1 - 0.75**8) / 8, rel=1e-6)

@@ -211,7 +211,7 @@ def test_gradients_that_are_sent_last_pay_the_latency_once() -> None:
 def test_messages_to_the_next_stage_lengthen_the_bubble() -> None:
     some = plans(pp=[8], micro_batches=[8])
     far = H100.changed({"between_nodes.bandwidth": 1e8, "in_node.bandwidth": 1e8})
-    hidden = Habits(hides_stages=True)
+    hidden = Habits(hides_stages=True, sends_as_torch=False)
     near, slow = (step_seconds(Work.of(some, habits=hidden), c) for c in (H100, far))
     assert slow["exposed_communication"][0] == near["exposed_communication"][0]
     assert slow["bubble"][0] > near["bubble"][0]

@@ -62,12 +62,12 @@ def test_hidden_messages_slow_the_timeline_too(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_rest_of_a_block_is_shared_by_its_events() -> None:
-    """Each takes as much longer as all do together."""
+    """Each of a pass takes as much longer as all of it does."""
     config = START.config()
     plan = (config.model, config.layout, config.options)
     times = plan_times.PlanTimes(*plan, config.cluster)
     plain = plan_times.EventTimes(config.cluster, config.layout.world_size)
     program = plan_times.programs_of(*plan)[0][0]
     works = [e for e in program if isinstance(e, plan_times.Work) and e.phase != "optimizer"]
-    ratios = {round(times.work(e) / plain.work(e), 9) for e in works}
-    assert len(ratios) == 1 and ratios.pop() > 1
+    ratios = {(e.action, round(times.work(e) / plain.work(e), 9)) for e in works}
+    assert len(ratios) == 2 and min(ratio for _, ratio in ratios) > 1

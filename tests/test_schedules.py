@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments.figures import parity
 from experiments.figures.parity import compare, make_config, trajectories, trajectory
 from experiments.ranks import run_ranks
 from parallel.layout import Layout, PipelineConfig, PipelineSchedule
 from parallel.rules import takes
-from parallel.stages import ideal_bubble
+from simulator.order_times import ideal_bubble
 from tests.pipeline_orders import ends, idle_shares, is_complete, nobody, order_of
 
 MOST = 9  # micro-batches
@@ -43,12 +45,12 @@ def test_a_schedule_takes_what_torch_can_order(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_ideal_bubble_is_that_of_the_orders_that_torch_makes(ranks: int) -> None:
-    """Every rank of every schedule idles as the closed form says; torch's own numbers of gpipe and
-    1f1b are left out, as above."""
+    """Every rank of every schedule idles as much, however few micro-batches it has. torch's own
+    numbers of gpipe and 1f1b are left out, as above."""
     seen = 0
     with nobody(ranks):
         for pipeline in PIPELINES:
-            numbers = range(2 * ranks, MOST) if not pipeline.one_stage_a_rank else ()
+            numbers = range(1, MOST) if not pipeline.one_stage_a_rank else ()
             for n in (n for n in numbers if takes(pipeline, ranks, n)):
                 order = order_of(pipeline, ranks, n)
                 assert order is not None
@@ -59,12 +61,25 @@ def test_the_ideal_bubble_is_that_of_the_orders_that_torch_makes(ranks: int) -> 
     assert seen >= 5
 
 
-def test_the_textbook_bubble_of_1f1b_and_gpipe() -> None:
-    """Narayanan et al. 2021: (p-1)/m of the ideal time, so 3/7 of the whole at p = 4, m = 4."""
-    for name in ("1f1b", "gpipe"):
-        pipeline = PipelineConfig(PipelineSchedule(name))
-        assert ideal_bubble(pipeline, 4, 4) == pytest.approx(3 / 7)
-        assert ideal_bubble(pipeline, 2, 8) == pytest.approx(1 / 9)
+@given(st.sampled_from(list(PipelineSchedule)), st.integers(2, 8), st.integers(1, 5))
+def test_the_textbook_bubbles(schedule: PipelineSchedule, p: int, rounds: int) -> None:
+    """With enough micro-batches to fill the pipeline torch's orders reach what papers say of them:
+    (p-1)/(v m + p-1) (Narayanan et al. 2021, section 2.2; Lamy-Poirier 2023), and where backwards
+    are split a third of it (Qi et al. 2023, section 2)."""
+    pipeline = PipelineConfig(schedule)
+    m = p * rounds if not pipeline.splits_backward else 2 * p * rounds
+    slots = pipeline.local_stages * m * (3 if pipeline.splits_backward else 1)
+    assert ideal_bubble(pipeline, p, m) == pytest.approx((p - 1) / (slots + p - 1))
+
+
+def test_too_few_micro_batches_leave_a_larger_bubble_than_the_papers() -> None:
+    """Eight ranks with eight micro-batches: 7/55 is Qi et al.'s, which ZBV reaches from 14 on."""
+    zbv, interleaved = (
+        PipelineConfig(PipelineSchedule(n)) for n in ("zbv_zero_bubble", "interleaved_zero_bubble")
+    )
+    assert ideal_bubble(zbv, 8, 8) == pytest.approx(0.226, abs=5e-4)
+    assert ideal_bubble(interleaved, 8, 8) == pytest.approx(7 / 55)
+    assert ideal_bubble(zbv, 8, 14) == pytest.approx(7 / (3 * 28 + 7))
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from experiments.ask.runs import SECONDS, agreement, fits, h100_memory, on_lapto
 from experiments.overrides import composed
 from experiments.refused import Refused
 from parallel.layout import PipelineConfig, PipelineSchedule
-from parallel.stages import ideal_bubble
 from simulator.coarse_programs import coarse_timeline
+from simulator.order_times import ideal_bubble
 from simulator.timeline import Timeline
 
 QUESTION = (
@@ -33,6 +33,7 @@ DEEP = (
     "micro_batch_size=2",
 )
 STEPS = "steps=12"
+SOURCE = "simulator/order_times.py, ideal_bubble"
 MEASURED = (2, 4, 8)  # micro-batches
 BASE = "1f1b"
 # eight stages of one node each
@@ -103,14 +104,14 @@ def measured_bubble(run: Run) -> Quantity:
 
 
 def ideal(run: Run) -> Quantity:
-    """The schedule's own (parallel/stages.py), by formula although a ledger holds it."""
+    """The schedule's own (simulator/order_times.py), by formula although a ledger holds it."""
     config = run.ledger["config"]
     pipeline = PipelineConfig(
         PipelineSchedule(config["pipeline"]["schedule"]), config["pipeline"]["stages_per_rank"]
     )
     layout, count = run.ledger["layout"], config["gradient_accumulation_steps"]
     value = ideal_bubble(pipeline, layout["pp"], count)
-    return formula(f"{run.name}: ideal bubble", value, SHARE, "parallel/stages.py, ideal_bubble")
+    return formula(f"{run.name}: ideal bubble", value, SHARE, SOURCE)
 
 
 def law(runs: dict[tuple[str, int], Run]) -> Said:
@@ -118,8 +119,10 @@ def law(runs: dict[tuple[str, int], Run]) -> Said:
     a, b = runs[BASE, few], runs[BASE, many]
     return say(
         "1F1B and GPipe idle (p-1)/(m+p-1) of forward and backward, with v stages a rank "
-        "(p-1)/(v m+p-1), and where the backward is split (p-1)/(3 v m+p-1). 1F1B on two stages "
-        "with {few} micro-batches: {ideal_a}, and measured {a}; with {many}: {ideal_b} and {b}.",
+        "(p-1)/(v m+p-1), and where the backward is split (p-1)/(3 v m+p-1) if the micro-batches "
+        "fill the pipeline: ZBV needs 2 (p-1) of them, and idles more with fewer. Every ideal here "
+        "is walked through in torch's own order. 1F1B on two stages with {few} micro-batches: "
+        "{ideal_a}, and measured {a}; with {many}: {ideal_b} and {b}.",
         few=few,
         ideal_a=ideal(a),
         a=measured_bubble(a),
@@ -222,7 +225,7 @@ def bubble_table(known: dict[tuple[str, int], Run]) -> Table:
         [s, *[ideal(known[s, m]) if (s, m) in known else None for m in COUNTS]] for s in SCHEDULES
     ]
     head = ["schedule", *[f"m = {m}" for m in COUNTS]]
-    return Table("The ideal bubble on eight stages, by micro-batches", head, rows)
+    return Table("The ideal bubble on eight stages in torch's order, by micro-batches", head, rows)
 
 
 def memory_table(known: dict[tuple[str, int], Run]) -> Table:
