@@ -4,9 +4,11 @@
         manifest.json               SHA-256 and size of each file, the run, its configuration
         manifest.sha256             that of the manifest, as sha256sum writes it
 
-A folder is step-000100.part while it is written, and gets its name when all of it is on the disk:
-one that has the name was whole once, and the hashes say whether it still is. No torch here: the
-launcher reads this before any process starts.
+A folder is step-000100.START.part while it is written, and gets its name when all of it is on the
+disk: one that has the name was whole once, and the hashes say whether it still is. START is another
+one at each start of the ranks, so that nothing that an earlier one has left is in the way. What is
+not this program's (a link, a file) stays, with a warning. No torch here: the launcher reads this
+before any process starts.
 """
 
 from __future__ import annotations
@@ -53,15 +55,20 @@ def folder_of(run: Path, step: int) -> Path:
     return run / FOLDER / f"step-{step:06d}"
 
 
-def part_of(folder: Path) -> Path:
-    """Where it lies while it is written."""
-    return folder.with_name(folder.name + PART)
+def part_of(folder: Path, start: str = "") -> Path:
+    """Return where a checkpoint lies while it is written; `start` names this start of the ranks."""
+    return folder.with_name(f"{folder.name}{start and '.' + start}{PART}")
 
 
 def steps_of(run: Path) -> list[Path]:
-    """Published checkpoints, the newest first."""
-    found = [(int(m[1]), p) for p in _children(run / FOLDER) if (m := STEP.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    """Return published checkpoints, the newest first: folders, and links to some."""
+    named = [(int(m[1]), p) for p in _children(run / FOLDER) if (m := STEP.fullmatch(p.name))]
+    return [path for _, path in sorted(named, reverse=True) if path.is_dir()]
+
+
+def is_own(path: Path) -> bool:
+    """Return whether it is a folder here, which the program may remove: no link and no file."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _children(folder: Path) -> list[Path]:
@@ -71,23 +78,37 @@ def _children(folder: Path) -> list[Path]:
 # --- writing
 
 
-def publish(folder: Path, facts: dict[str, Any], keep: int) -> None:
-    """Seal what was written beside `folder` as a part, give it its name, drop all but the newest.
+def publish(folder: Path, facts: dict[str, Any], keep: int, start: str = "") -> list[str]:
+    """Seal what was written as part_of(folder, start), give it its name, drop all but the newest.
 
     Each file, then the folder, then its name is on the disk before the next begins, so that there
-    is no moment at which a crash leaves a name without its files.
+    is no moment at which a crash leaves a name without its files. Returns warnings, one line each:
+    what else had the name already, which is set aside, and what could not be removed.
     """
-    part = part_of(folder)
+    part = part_of(folder, start)
     files = {path.name: facts_of(path) for path in sorted(part.iterdir())}
     manifest = json.dumps({"schema": SCHEMA, **facts, "files": files}, indent=1).encode()
     _write(part / MANIFEST, manifest)
     _write(part / SEAL, seal(manifest))
     _sync(part)
+    warnings = set_aside([folder], "other") if os.path.lexists(folder) else []
     part.rename(folder)
     _sync(folder.parent)
-    for old in steps_of(folder.parent.parent)[keep:]:
+    run = folder.parent.parent
+    own = [path for path in steps_of(run) if is_own(path) or path == folder]
+    for old in own[keep:]:
+        warnings += _remove(old, part_of(old, start))
+    return warnings
+
+
+def _remove(path: Path, part: Path) -> list[str]:
+    """Remove a folder; return one warning if that cannot be done: an open file on NFS, a mount."""
+    try:
         # no longer a checkpoint from the first moment of its removal
-        shutil.rmtree(old.rename(part_of(old)))
+        shutil.rmtree(path.rename(part) if part != path else path)
+    except OSError as error:
+        return [f"{path} could not be removed: {error.strerror or error}"]
+    return []
 
 
 def seal(manifest: bytes) -> bytes:
@@ -130,19 +151,35 @@ def parts_in(run: Path) -> list[Path]:
     return [path for path in _children(run / FOLDER) if path.name.endswith(PART)]
 
 
-def clean(run: Path) -> None:
-    """Remove what saves that were cut short have left."""
-    for path in parts_in(run):
-        shutil.rmtree(path)
+def clean(run: Path) -> list[str]:
+    """Remove what saves that were cut short have left; return warnings of what stays, and why."""
+    warnings = []
+    for path in _children(run / FOLDER):
+        ours = bool(STEP.fullmatch(path.name.partition(".")[0]))
+        if path.name.endswith(PART) and ours and is_own(path):
+            warnings += _remove(path, path)
+        elif ours and not is_own(path):
+            kind = "a link" if path.is_symlink() else "a file"
+            warnings.append(f"{path} is {kind} and no folder of this run: it is left alone")
+    return warnings
 
 
-def set_aside(paths: list[Path]) -> None:
-    """Damaged ones make room for their like, but nothing of them is removed."""
+def set_aside(paths: list[Path], why: str = "damaged") -> list[str]:
+    """Rename what is in the way of checkpoints to come; nothing of it is removed.
+
+    Returns a warning, one line, for each: its new name, or why it could not get one.
+    """
+    warnings = []
     for path in paths:
         number = 1
-        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        while os.path.lexists(aside := path.with_name(f"{path.name}.{why}-{number}")):
             number += 1
-        path.rename(aside)
+        try:
+            path.rename(aside)
+            warnings.append(f"{path} is now {aside.name}: a checkpoint needs its name")
+        except OSError as error:
+            warnings.append(f"{path} could not be renamed: {error.strerror}")
+    return warnings
 
 
 # --- reading
@@ -151,6 +188,9 @@ def set_aside(paths: list[Path]) -> None:
 def check(folder: Path) -> Checkpoint:
     """Read every byte. Raises Damaged, one line with the file, unless all is as it was written."""
     manifest = read_manifest(folder)
+    named = STEP.fullmatch(folder.name)
+    if named and int(named[1]) != manifest["step"]:
+        raise Damaged(f"{folder}: its manifest is of step {manifest['step']}")
     for name, facts in manifest["files"].items():
         check_file(folder / name, facts)
     return Checkpoint(folder, manifest)

@@ -134,7 +134,8 @@ class CheckpointConfig:
 class DriftConfig:
     """Whether ranks that hold copies of a weight still hold the same, by checksums."""
 
-    every: int = 50  # steps between comparisons; 0: never
+    # steps between comparisons, and one after the last; 0: before each checkpoint only
+    every: int = 50
 
     def __post_init__(self) -> None:
         at_least("drift.every", self.every, 0)

@@ -62,7 +62,7 @@ def run_dir(resume: str | None, given: str | None) -> Path | None:
     if given or resume != AUTO:
         return Path(given) if given else None
     newest = [steps[0] for run in RUNS.glob("*") if (steps := steps_of(run))]
-    return run_of(max(newest, key=lambda step: step.stat().st_mtime)) if newest else None
+    return run_of(max(newest, key=lambda step: step.lstat().st_mtime)) if newest else None
 
 
 def goes_on_in(resume: str | None, run: Path | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from experiments.run_weights import is_base
 from experiments.verdict import failure
 from minigpt.corpus import Corpus
 from parallel.checkpoint import Writer, restore, state_of
+from parallel.drift import check_copies
 from parallel.step import Trainer
 
 
@@ -37,7 +39,11 @@ class Saver:
         self.settings, self.corpus, self.run = settings_of(config), corpus, run
         self.writer = Writer(self.mesh, config.checkpoint.asynchronous)
         self.source: Path | None = None  # the run that this one goes on with
-        self.said: list[str] = []
+        self.said: list[str] = []  # for the user, when the run begins
+        self.say: Callable[[str], None] = self.said.append  # from then on
+        self.start = f"{run[:8]}-{environment.restarts()}"
+        self.warned: set[str] = set()
+        self.warnings: list[str] = []  # of the thread that publishes, not said yet
 
     def begin(self) -> int:
         """Take over the state that the run is to go on from; returns the number of steps done."""
@@ -69,12 +75,13 @@ class Saver:
 
     def _find(self) -> tuple[Checkpoint | None, list[str]]:
         """What to go on from, and what to tell the user. Damaged ones of its own are set aside."""
-        checkpoints.clean(self.folder)
+        left = [f"warning: {line}" for line in checkpoints.clean(self.folder)]
         resume, again = self.config.resume, environment.restarts()
         found = choose(AUTO, self.folder) if again or resume == AUTO else None
         if found is None and resume != AUTO:
             found = None if is_base(self.config) else choose(resume, self.folder)
         said = [f"start {again + 1} of this run: {failure(self.folder)}"] if again else []
+        said += left
         if found is None:
             if again or resume == AUTO:
                 said.append(f"no checkpoint in {self.folder}: starting from step 0")
@@ -85,7 +92,8 @@ class Saver:
         said += [f"skipped, damaged: {reason}" for reason in found.skipped]
         if found.skipped:
             newer = checkpoints.steps_of(found.run)
-            checkpoints.set_aside(newer[: newer.index(found.folder)])
+            aside = checkpoints.set_aside(newer[: newer.index(found.folder)])
+            said += [f"warning: {line}" for line in aside if "could not" in line]
         return found, [*said, f"going on from {found.folder}, after {found.step} steps"]
 
     def after(self, step: int, stop: bool) -> bool:
@@ -95,14 +103,25 @@ class Saver:
         return stop
 
     def save(self, done: int) -> None:
-        """Write the state after `done` steps."""
+        """Write the state after `done` steps, if all copies of it agree. Raises Drifted."""
+        check_copies(self.trainer.replica, self.trainer.optimizer)
         folder = checkpoints.folder_of(self.folder, done)
         facts, keep = self._facts(done), self.config.checkpoint.keep
-        self.writer.write(
-            state_of(self.trainer),
-            checkpoints.part_of(folder),
-            lambda: checkpoints.publish(folder, facts, keep),
-        )
+
+        def publish() -> None:
+            self.warnings += checkpoints.publish(folder, facts, keep, self.start)
+
+        part = checkpoints.part_of(folder, self.start)
+        self.writer.write(state_of(self.trainer), part, publish)
+        self._warn()
+
+    def _warn(self) -> None:
+        """Tell the user, once each, what could not be cleaned up: it ends no run."""
+        while self.warnings:
+            line = self.warnings.pop(0)
+            if line not in self.warned:
+                self.warned.add(line)
+                self.say(f"warning: {line}")
 
     def _facts(self, done: int) -> dict[str, Any]:
         """What the manifest says besides its files."""
@@ -122,6 +141,7 @@ class Saver:
     def finish(self) -> None:
         """Until what is written in the background is whole. Raises OSError where it is not."""
         self.writer.wait()
+        self._warn()
 
 
 def is_saved(config: TrainConfig, step: int) -> bool:

@@ -70,13 +70,14 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     tracker = make_tracker(config.logging, folder, record.settings, reporter.say, mesh.rank)
     for line in (record.headline(), *saver.said):
         reporter.say(line)
+    saver.say = reporter.say
     validation_loss = None
     with reporter, record:
         late: Taken | None = None  # the step before, where a GPU was not waited for
         for step in range(first, config.steps):
             taken = train_step(step, config, trainer, batches, meters)
             stop = late is not None and report(late, record, reporter, tracker)
-            if config.drift.every and (step + 1) % config.drift.every == 0:
+            if is_compared(config, step):
                 check_copies(trainer.replica)
             if is_validation_step(config, step):
                 share = validation_share(batches, config, mesh)
@@ -149,6 +150,14 @@ def check_validation(loss: float, step: int, trainer: Trainer) -> None:
     """Raise NonFinite where weights have left all bounds: no step's loss need have seen it."""
     if not math.isfinite(loss) and not trainer.may_skip:
         raise NonFinite(f"the validation loss after step {step + 1} is {loss}")
+
+
+def is_compared(config: TrainConfig, step: int) -> bool:
+    """Return whether copies are compared after this step: every so many, and after the last, whose
+    weights are kept. `Saver.save` compares those of a checkpoint."""
+    every, done = config.drift.every, step + 1
+    due = every > 0 and (done % every == 0 or done == config.steps)
+    return due and not is_saved(config, step)
 
 
 def is_due(config: TrainConfig, step: int) -> bool:

@@ -151,7 +151,7 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.failed: BaseException | None = None
 
-    def write(self, state: dict[str, Tensor], folder: Path, publish: Callable[[], None]) -> None:
+    def write(self, state: dict[str, Tensor], folder: Path, publish: Callable[[], object]) -> None:
         """Write this rank's part into `folder`; then, when all have, rank 0 calls `publish`.
 
         Raises OSError, alike on all ranks, where a rank could not write. In the background it is
@@ -180,7 +180,7 @@ class Writer:
         except BaseException as error:
             self.failed = error
 
-    def _write(self, state: dict[str, Tensor], folder: Path, publish: Callable[[], None]) -> None:
+    def _write(self, state: dict[str, Tensor], folder: Path, publish: Callable[[], object]) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a single process is alone

@@ -1,7 +1,8 @@
-"""Do ranks that hold copies of a weight still hold the same? By checksums, every few steps.
+"""Compares the copies of a weight on several ranks, by checksums, every few steps.
 
 A copy that learns alone shows on no rank's loss (nanotron compares its copies before and after each
-step for that reason).
+step for that reason). Before a checkpoint is written what the optimizer keeps is compared too: a
+checkpoint holds one copy of each, and a run that goes on gives that one to all ranks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.gradients import axes_that_cut, local
+from parallel.moments import moments_of
 from parallel.replica import Replica
 
-AT_ONCE = 2**20  # elements: the sum needs sixteen bytes for each
+AT_ONCE = 2**17  # words: their products fit into a cache
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,6 +39,17 @@ def pieces(replica: Replica) -> Iterator[tuple[Piece, Tensor]]:
         yield Piece(replica.stored_name(name), _place(parameter)), local(parameter.detach())
 
 
+def moment_pieces(
+    replica: Replica, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[Piece, Tensor]]:
+    """What this rank's optimizer keeps for each weight. All ranks call it."""
+    moments = moments_of(optimizer)
+    for name, parameter in replica.named_parameters():
+        if name not in replica.copies:
+            for key, value in moments.get(parameter, {}).items():
+                yield Piece(f"{name} ({key})", _place(value)), local(value.detach())
+
+
 def _place(parameter: Tensor) -> tuple[int, ...]:
     if not isinstance(parameter, DTensor):
         return ()
@@ -46,27 +59,37 @@ def _place(parameter: Tensor) -> tuple[int, ...]:
 def checksum(tensor: Tensor) -> Tensor:
     """A 0-d int64 that another tensor has by chance only: once in 2^64.
 
-    The sum of all elements' bits, each times an odd number of its own, modulo 2^64: no change of a
-    single element leaves it as it was.
+    The sum of all words of eight bytes, each times an odd number of its own, modulo 2^64: no change
+    of a single word leaves it as it was. Elements that fill no word are words of their own.
     """
-    bits = tensor.contiguous().view(-1).view(INTEGERS[tensor.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, len(bits), AT_ONCE):
-        part = bits[start : start + AT_ONCE].to(torch.int64)
-        odd = torch.arange(start, start + len(part), device=tensor.device) * 2 + 1
-        total += (part * odd).sum()
+    flat = tensor.contiguous().view(-1)
+    in_a_word = 8 // flat.element_size()
+    if flat.storage_offset() % in_a_word:  # torch views whole words only where one may begin
+        flat = flat.clone()
+    rest = len(flat) % in_a_word
+    words = flat[: len(flat) - rest].view(torch.int64)
+    loose = flat[len(flat) - rest :].view(INTEGERS[flat.element_size()]).to(torch.int64)
+    odd = torch.arange(AT_ONCE, device=flat.device) * 2 + 1
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for part, first in ((words, 0), (loose, len(words))):
+        for start in range(0, len(part), AT_ONCE):
+            block = part[start : start + AT_ONCE]
+            # the odd number of place i is 2 i + 1
+            total += (block * odd[: len(block)]).sum() + block.sum() * (2 * (first + start))
     return total
 
 
 @torch.no_grad()
-def check_copies(replica: Replica) -> None:
+def check_copies(replica: Replica, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Raise Drifted, alike on all ranks, unless all copies of each weight are equal to the bit.
 
-    Every rank must call it.
+    With `optimizer` what it keeps for each weight must be equal too. Every rank must call it.
     """
     if replica.mesh.axes_mesh is None:
         return
     held = list(pieces(replica))
+    if optimizer is not None:
+        held += moment_pieces(replica, optimizer)
     sums = torch.stack([checksum(tensor) for _, tensor in held]).tolist()
     mine = [(*piece, number) for (piece, _), number in zip(held, sums, strict=True)]
     ranks: dict[Piece, dict[int, list[int]]] = {}

@@ -134,6 +134,60 @@ def test_the_newest_are_kept_and_a_save_that_was_cut_short_is_none(tmp_path: Pat
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
+def test_a_copy_under_the_name_of_another_step_is_not_believed(tmp_path: Path) -> None:
+    shutil.copytree(save(tmp_path, 3), folder_of(tmp_path, 5))
+    with pytest.raises(Damaged, match=r"step-000005: its manifest is of step 3"):
+        check(folder_of(tmp_path, 5))
+    found = choose("auto", tmp_path)
+    assert found and found.step == 3 and "of step 3" in found.skipped[0]
+
+
+def test_links_and_files_in_the_folder_are_left_alone_and_told(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save(elsewhere, 1)
+    save(run, 2, keep=2)
+    folder = run / "checkpoints"
+    links = [folder / "step-000001", folder / "step-000009.part", folder / "step-000007"]
+    links[0].symlink_to(folder_of(elsewhere, 1))
+    links[1].symlink_to(folder_of(elsewhere, 1))
+    links[2].symlink_to(tmp_path / "nowhere")
+    (folder / "step-000008.part").write_text("a file")
+    (folder / "step-000004").write_text("a file where a checkpoint is to be")
+    said = clean(run)
+    assert len(said) == 5 and all("is left alone" in line for line in said)
+    assert [path.name for path in steps_of(run)] == ["step-000002", "step-000001"]
+    assert check(links[0]).step == 1, "a link to a checkpoint is read"
+    for step in (3, 4, 5):
+        save(run, step, keep=2)
+    assert [p.name for p in steps_of(run)] == ["step-000005", "step-000004", "step-000001"]
+    assert all(link.is_symlink() for link in links) and check(links[0])
+    assert (folder / "step-000004.other-1").read_text().startswith("a file")
+    assert choose("auto", run) == check(folder_of(run, 5))
+
+
+def test_an_old_one_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an open file on NFS, a mount, or files of another user."""
+    save(tmp_path, 1)
+
+    def refuses(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refuses)
+        save(tmp_path, 2)
+        facts, folder = {"step": 3, **FACTS}, folder_of(tmp_path, 3)
+        part_of(folder, "a").mkdir()
+        (line,) = publish(folder, facts, 2, "a")
+        assert "step-000001 could not be removed: Directory not empty" in line
+        assert newest_whole(tmp_path)[0] == check(folder)
+        (line,) = clean(tmp_path)
+        assert "step-000001.a.part could not be removed" in line
+    assert clean(tmp_path) == []
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["step-000002", "step-000003"]
+
+
 def test_auto_skips_what_is_damaged_and_says_so_and_a_step_does_not(tmp_path: Path) -> None:
     save(tmp_path, 1)
     damage(save(tmp_path, 2))

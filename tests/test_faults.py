@@ -17,7 +17,7 @@ from experiments.reliability.runs import with_fault
 from experiments.reliability.steps import meet_nonfinite
 from experiments.step_log import read_metrics
 from experiments.verdict import path_of
-from parallel.drift import Drifted, check_copies, checksum
+from parallel.drift import AT_ONCE, Drifted, check_copies, checksum
 from parallel.layout import Layout
 
 SOON = ("steps=200", "timeout_s=10")
@@ -91,22 +91,31 @@ def test_a_checksum_sees_any_bit_and_any_exchange() -> None:
     assert checksum(torch.ones(0)) == 0 == checksum(torch.zeros(9, dtype=torch.bfloat16))
 
 
-def drift_of(configs: list[TrainConfig]) -> list[str]:
-    """On ranks: what is said where all is well, and after one rank's last weight has changed."""
+def drift_of(configs: list[TrainConfig]) -> list[tuple[str, str]]:
+    """On ranks: what is said after one rank's last weight, or what its optimizer keeps for it,
+    has changed, and nothing before."""
     from experiments.assemble import make_trainer
+    from experiments.reliability.resuming import train_on
     from parallel.gradients import local
+    from parallel.moments import moments_of
 
     said = []
     for config in configs:
         trainer = make_trainer(config, mesh_of(config.layout))
-        check_copies(trainer.replica)
-        if trainer.replica.mesh.rank == 1:
-            local(trainer.parameters[-1].detach()).view(-1)[:1] += 1
-        try:
-            check_copies(trainer.replica)
-            said.append("")
-        except Drifted as error:
-            said.append(str(error))
+        train_on(config, trainer, 0, 1)
+        check_copies(trainer.replica, trainer.optimizer)
+        weight = trainer.parameters[-1]
+        moment = moments_of(trainer.optimizer).get(weight, {}).get("exp_avg")
+        seen = []
+        for changed in (moment, weight):
+            if trainer.replica.mesh.rank == 1 and changed is not None:
+                local(changed.detach()).view(-1)[:1] += 1
+            try:
+                check_copies(trainer.replica, trainer.optimizer)
+                seen.append("")
+            except Drifted as error:
+                seen.append(str(error))
+        said.append((seen[0], seen[1]))
     return said
 
 
@@ -119,12 +128,18 @@ def test_copies_that_differ_are_told_alike_on_all_ranks_and_shards_are_no_copies
     first, second = run_ranks(2, drift_of, configs)
     assert first == second
     said = dict(zip(COPIES, first, strict=True))
+    apart = r"rank 1 has another \S+{} than rank 0{}: the copies have drifted apart"
     for name in ("ddp2", "zero1 2", "cp2"):
-        assert re.fullmatch(
-            r"rank 1 has another \S+ than rank 0: the copies have drifted apart", said[name]
-        )
-    assert said["fsdp2"] == said["pp2 1f1b"] == "", "each weight is on one rank alone"
-    assert said["tp2"] == said["tp2 by hand"] == "", "the last weight, the head, is cut"
+        moment, weight = said[name]
+        more = "" if name == "zero1 2" else ", and 1 more"
+        assert re.fullmatch(apart.format("", more), weight), weight
+        if name == "zero1 2":
+            assert moment == "", "its moments are on one rank alone"
+        else:
+            assert re.fullmatch(apart.format(r" \(exp_avg\)", ""), moment), moment
+    alone = ("", "")
+    assert said["fsdp2"] == said["pp2 1f1b"] == alone, "each weight is on one rank alone"
+    assert said["tp2"] == said["tp2 by hand"] == alone, "the last weight, the head, is cut"
 
 
 def test_a_single_process_has_no_copies() -> None:
@@ -132,3 +147,18 @@ def test_a_single_process_has_no_copies() -> None:
 
     config = make_config(Layout(), {"steps": 1})
     check_copies(make_trainer(config, mesh_of(config.layout)).replica)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_a_checksum_is_that_of_the_values_wherever_they_lie(dtype: torch.dtype) -> None:
+    values = torch.arange(2 * AT_ONCE + 13, dtype=torch.float64).sin().mul(100).abs().to(dtype)
+    for numel in (0, 1, 3, 8, len(values)):
+        mine, seen = values[:numel].clone(), set()
+        moved = torch.cat([values[:1], mine])[1:]  # begins within a word
+        assert checksum(mine) == checksum(moved)
+        places = {0, numel // 2, numel - 1} - {-1} if numel else set()
+        for place in places:
+            changed = mine.clone()
+            changed[place] += 1
+            seen.add(int(checksum(changed)))
+        assert len(seen | {int(checksum(mine))}) == len(places) + 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -193,3 +195,92 @@ def init_of_a_foreign_file(folder: Path) -> str:
     lines = warnings_of(done(launch(*ONE, "steps=1", "init=b.safetensors", cwd=folder)))
     assert "model.rope_theta" in lines[0] and "no digests" in lines[1], lines
     return "; ".join(lines)
+
+
+# --- what lies in the folder of checkpoints
+
+SAVES = (*SMALL, "strategy=ddp", "checkpoint.every=2")
+
+
+def warnings_in(result: CompletedProcess) -> list[str]:
+    """Return the warnings that the ranks printed, without their folder."""
+    return [shown(line) for line in result.stdout.splitlines() if line.startswith("warning: ")]
+
+
+@trial(LOST, "a checkpoint copied under the name of a later step, then resume=auto twice")
+def copied_under_another_name(folder: Path) -> str:
+    checkpoints = folder / "run" / "checkpoints"
+    done(launch(*SAVES, "steps=4", "run.dir=run", cwd=folder))
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000008")
+    said = []
+    for steps in (8, 10):
+        auto = (*SAVES, f"steps={steps}", "run.dir=run", "resume=auto")
+        out = done(launch(*auto, cwd=folder)).stdout
+        said += [
+            shown(line) for line in out.splitlines() if "skipped" in line or "going on" in line
+        ]
+    assert "its manifest is of step 2" in said[0] and "after 4 steps" in said[1], said
+    assert "after 8 steps" in said[2] and len(said) == 3, said
+    return "; ".join(said)
+
+
+@trial(LOST, "links and files among the checkpoints, a run that publishes over them, resume=auto")
+def links_among_checkpoints(folder: Path) -> str:
+    checkpoints = folder / "run" / "checkpoints"
+    done(launch(*SAVES, "steps=4", "run.dir=run", cwd=folder))
+    moved = shutil.move(checkpoints / "step-000002", folder / "elsewhere")
+    (checkpoints / "step-000002").symlink_to(moved)
+    (checkpoints / "step-000006.part").symlink_to(moved)
+    (checkpoints / "step-000008").write_text("a file")
+    auto = (*SAVES, "run.dir=run", "resume=auto")
+    first = done(launch(*auto, "steps=8", cwd=folder))
+    second = done(launch(*auto, "steps=10", cwd=folder))
+    assert "after 8 steps" in second.stdout, second.stdout
+    assert (checkpoints / "step-000002").is_symlink() and Path(moved).is_dir()
+    lines = warnings_in(first)
+    assert len(lines) == 4 and len(warnings_in(second)) == 2, (lines, warnings_in(second))
+    return f"both resumes exit 0 and go on; {'; '.join(lines)}"
+
+
+@trial(LOST, "an old checkpoint that cannot be removed (a mount in it), then resume=auto")
+def cannot_be_removed(folder: Path) -> str:
+    """A file system mounted inside refuses to go, as an open file on NFS does."""
+    checkpoints = folder / "run" / "checkpoints"
+    done(launch(*SAVES, "steps=4", "run.dir=run", cwd=folder))
+    mount = checkpoints / "step-000002" / "mounted"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(mount)], check=True)
+    try:
+        auto = (*SAVES, "run.dir=run", "resume=auto")
+        first = done(launch(*auto, "steps=8", cwd=folder))
+        second = done(launch(*auto, "steps=10", cwd=folder))
+    finally:
+        (mounted,) = checkpoints.rglob("mounted")
+        subprocess.run(["umount", str(mounted)], check=True)
+    lines = warnings_in(first)
+    assert "could not be removed" in lines[0] and "after 8 steps" in second.stdout, lines
+    return f"both resumes exit 0 and go on; {lines[0]}"
+
+
+@trial(LOST, "a weight changed on one rank at step 12; checkpoint.every=10 drift.every=50")
+def drift_before_a_checkpoint(folder: Path) -> str:
+    from experiments.launch import Torchrun, prepare_job, run
+    from experiments.reliability.faults import with_fault
+    from experiments.step_log import read_metrics
+    from tests.configs import compose
+
+    keys = (*SMALL, "strategy=ddp", "steps=80", "checkpoint.every=10", "drift.every=50")
+    losses = []
+    for name in ("sound", "drifted"):
+        config = compose(*keys, f"run.dir={folder / name}")
+        job = prepare_job(config, list(keys), Torchrun(["--max-restarts=2"]), folder / name)
+        status = run(with_fault(job, "drift", 1, 12) if name == "drifted" else job, quiet=True)
+        assert status == 0
+        losses.append([line["loss"] for line in read_metrics(folder / name / "metrics.jsonl")])
+    log = (folder / "drifted" / "logs" / "torchrun.log").read_text()
+    (start,) = re.findall(r"start 2 of this run: .*", log)
+    (again,) = re.findall(r"going on from .*", log)
+    assert "drifted apart" in start and "step-000010" in again, log[-2000:]
+    differ = sum(a != b for a, b in zip(*losses, strict=True))
+    assert len(losses[0]) == 80 and differ == 0
+    return f"{shown(start)}; {shown(again)}; {differ} of 80 losses differ from a sound run's"
