@@ -155,10 +155,13 @@ def clean(run: Path) -> list[str]:
     """Remove what saves that were cut short have left; return warnings of what stays, and why."""
     warnings = []
     for path in _children(run / FOLDER):
-        ours = bool(STEP.fullmatch(path.name.partition(".")[0]))
-        if path.name.endswith(PART) and ours and is_own(path):
+        is_part = path.name.endswith(PART)
+        step, _, rest = path.name.partition(".")
+        if not STEP.fullmatch(step) or (rest and not is_part):
+            continue
+        if is_part and is_own(path):
             warnings += _remove(path, path)
-        elif ours and not is_own(path):
+        elif not is_own(path):
             kind = "a link" if path.is_symlink() else "a file"
             warnings.append(f"{path} is {kind} and no folder of this run: it is left alone")
     return warnings

@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from parallel.checkpoint_reader import read, read_index, reason_of
+from parallel.checkpoint_index import read_index
+from parallel.checkpoint_reader import read, reason_of
 from parallel.mesh import Mesh
 from parallel.moments import moments_of, owned, take_moments
 from parallel.passes import NoMarks

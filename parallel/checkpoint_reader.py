@@ -1,13 +1,11 @@
-"""Reading a checkpoint without running any of it.
+"""Reads tensors of a checkpoint without running any of it.
 
-The index of torch's format, `.metadata`, is a pickle, and a pickle can run anything when it is
-loaded (torch 2.13's own reader lets it). This one knows the records that an index is made of, and
-refuses all else. The tensors themselves torch reads with weights_only.
+parallel/checkpoint_index.py reads the index, which says where they lie; the tensors themselves
+torch reads with weights_only.
 """
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,39 +15,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
+from parallel.checkpoint_index import read_index
 from parallel.damaged import Damaged
-
-INDEX = ".metadata"
-DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool", "strided")
-RECORDS = "torch.distributed.checkpoint.metadata"
-# what an index is made of; nothing here acts when it is made
-ALLOWED = {
-    *[("torch", name) for name in (*DTYPES, "Size")],
-    ("torch.serialization", "_get_layout"),
-    *[
-        (RECORDS, name)
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ],
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *[(module, "PosixPath") for module in ("pathlib", "pathlib._local")],
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED:
-            return super().find_class(module, name)
-        raise Damaged(f"{INDEX}: holds {module}.{name}, which is no part of an index")
 
 
 class Reader(FileSystemReader):
@@ -57,27 +26,6 @@ class Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_index(Path(self.path))
-
-
-def read_index(folder: Path) -> Metadata:
-    """Which tensor lies where. Raises Damaged where it is anything but an index of tensors."""
-    path = folder / INDEX
-    try:
-        with open(path, "rb") as file:
-            index = _Unpickler(file).load()
-    except (Damaged, OSError) as error:
-        raise Damaged(f"{folder}: {error}") from error
-    except Exception as error:  # a damaged pickle raises anything
-        raise Damaged(f"{path}: cannot be read: {type(error).__name__}") from error
-    tensors = isinstance(index, Metadata) and all(
-        isinstance(about, TensorStorageMetadata) for about in index.state_dict_metadata.values()
-    )
-    if not tensors:
-        raise Damaged(f"{path}: is no index of tensors")
-    for place in index.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path:
-            raise Damaged(f"{path}: points outside of its folder: {place.relative_path}")
-    return index
 
 
 def read(folder: Path, wanted: dict[str, Tensor]) -> None:

@@ -29,7 +29,8 @@ from experiments.reliability.state import DAMAGE, faulty
 from experiments.resume import check_fits, choose, goes_on_in, run_dir, same_layout
 from experiments.run_folder import make_folder, settings_of
 from parallel.checkpoint import Writer
-from parallel.checkpoint_reader import read_index, read_whole
+from parallel.checkpoint_index import read_index
+from parallel.checkpoint_reader import read_whole
 from parallel.damaged import Damaged
 from parallel.layout import Layout
 from parallel.mesh import Mesh
