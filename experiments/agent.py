@@ -4,8 +4,9 @@ python -m experiments.agent --rdzv-backend=loopback --nproc-per-node=2 -m experi
 
 torch's own rendezvous binds the store at which ranks meet to every interface (2.13), whatever
 address it is told: who can reach the port could read it and write to it. A store takes a socket
-that listens already, and that is bound to 127.0.0.1 here. And ranks that were asked to end have
-GRACE_S for it, not half a minute. All else is torchrun's.
+that listens already, and that is bound to 127.0.0.1 here. Ranks that were asked to end have
+GRACE_S for it, not half a minute. Any number of ranks can write to files while one keeps the
+terminal (`Logs`). All else is torchrun's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import sys
 
 from torch.distributed import TCPStore, run
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousParameters,
@@ -43,6 +45,21 @@ class Loopback(StaticTCPRendezvous):
         return ON_LOOPBACK
 
 
+class Logs(DefaultLogsSpecs):
+    """The files that the ranks' output goes to, with --redirects=3.
+
+    A rank that --local-ranks-filter names keeps the terminal. torchrun's own way to say so,
+    --redirects=1:3,2:3, takes one digit a rank (2.13), so that ten ranks would be its limit.
+    """
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Return the file of each stream; an empty name leaves the stream as it is."""
+        logs = super().reify(envs)
+        for rank in self._local_ranks_filter or ():
+            logs.stdouts[rank] = logs.stderrs[rank] = ""
+        return logs
+
+
 def meet(parameters: RendezvousParameters) -> RendezvousHandler:
     """What torchrun asks for by --rdzv-backend=loopback."""
     return Loopback(parameters.run_id)
@@ -67,4 +84,5 @@ def begin() -> None:
 if __name__ == "__main__":
     begin()
     rendezvous_handler_registry.register(ON_LOOPBACK, meet)
+    run.DefaultLogsSpecs = Logs  # type: ignore[misc]  # its --logs-specs wants an installed package
     run.main(with_grace(sys.argv[1:]))

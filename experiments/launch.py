@@ -150,16 +150,17 @@ def settle(config: TrainConfig, torchrun: Torchrun) -> TrainConfig:
 
 
 def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list[str]:
-    """The line that starts a node's ranks. Its first one keeps the terminal, the rest a file each;
-    nodes that share a terminal leave it to the first of them."""
+    """Return the command that starts a node's ranks.
+
+    Rank 0 of the node keeps the terminal and each other rank writes to a file of its own
+    (experiments/agent.py: Logs); of nodes that share a terminal only the first one keeps it.
+    """
     options = [*torchrun.options]
     if torchrun.stands_alone:
         options += [f"--rdzv-backend={ON_LOOPBACK}"]
-    options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}"]
-    quiet = torchrun.on_one_machine and not torchrun.is_first_node
-    to_files = range(0 if quiet else 1, local_ranks)
-    if to_files:
-        options += ["--redirects=" + ",".join(f"{i}:3" for i in to_files)]
+    options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}", "--redirects=3"]
+    if torchrun.is_first_node or not torchrun.on_one_machine:
+        options += ["--local-ranks-filter=0"]
     return [sys.executable, "-m", TORCHRUN, *options, "-m", RANK, str(folder)]
 
 

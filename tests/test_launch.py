@@ -190,6 +190,19 @@ def test_slurm_may_start_the_ranks(tmp_path: Path) -> None:
     assert ledgers.read(only_run(tmp_path) / "ledger.json")["layout"]["dp_replicate"] == 2
 
 
+def test_more_ranks_than_ten_start(tmp_path: Path) -> None:
+    """torchrun's own --redirects takes one digit a rank; each rank but the first has its files."""
+    tiny = ("model.n_head=1", "model.n_layer=1", "micro_batch_size=1", "steps=2")
+    done = launch(*SMALL, *tiny, "strategy=fsdp", "layout.dp_shard=12", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    ledger = ledgers.read(folder / "ledger.json")
+    assert ledger["layout"]["world_size"] == 12 and len(ledger["ranks"]) == 12
+    assert "step 2/2" in done.stdout
+    files = {int(path.parent.name) for path in (folder / "logs").rglob("stdout.log")}
+    assert files == set(range(1, 12))
+
+
 def test_two_nodes_make_one_run(tmp_path: Path) -> None:
     """Both on this machine: torchrun's own options are passed through."""
     (port,) = free_ports(1)

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from torch.distributed import run
 
 from costs import ledger as ledgers
-from experiments.agent import with_grace
-from experiments.process import GRACE_S, RANK, TORCHRUN
+from experiments.process import RANK, TORCHRUN
 from tests.launching import (
     ROOT,
     SMALL,
@@ -122,9 +120,3 @@ def test_a_full_disk_while_caching_leaves_nothing_to_be_read_as_whole(tmp_path: 
     assert done.stderr == "launch.sh: data.cache=cache: File too large\n"
     assert not list((tmp_path / "cache").iterdir())
     assert launch(*small, cwd=tmp_path).returncode == 0
-
-
-def test_ranks_get_our_grace_where_this_torchrun_can_be_told() -> None:
-    has = "--shutdown-timeout" in run.get_args_parser().format_usage()
-    assert with_grace(["a"]) == ([f"--shutdown-timeout={GRACE_S}", "a"] if has else ["a"])
-    assert with_grace(["--shutdown_timeout=3", "a"]) == ["--shutdown_timeout=3", "a"]
