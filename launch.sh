@@ -18,8 +18,15 @@
 #   ./launch.sh playground        a local page with sliders: memory, time, timeline
 #   ./launch.sh python ARGS       the Python that has the packages
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+self="${BASH_SOURCE[0]}"
+while [ -L "$self" ]; do # by hand: macOS before 12.3 has no readlink -f
+    link="$(readlink "$self")"
+    case "$link" in /*) self="$link" ;; *) self="$(dirname "$self")/$link" ;; esac
+done
+root="$(CDPATH='' cd -- "$(dirname "$self")" && pwd -P)"
+venv="$root/.venv"
 python="${PYTHON:-python3}"
+case "$python" in /*) ;; */*) python="$PWD/$python" ;; esac
 extra="" # what of pyproject.toml's optional dependencies this command needs
 modules="torch numpy hydra omegaconf rich wandb tokenizers safetensors psutil matplotlib"
 need() { extra="$extra,$1" modules="$modules $2"; }
@@ -38,38 +45,74 @@ extra="${extra:+[${extra#,}]}"
 
 die() { echo "launch.sh: $*" >&2; exit 2; }
 
-# Does this Python have everything, and a torch that is new enough?
+# Does this Python have everything, and a torch that is new enough? The current folder, where a
+# random.py may lie, has no say in it.
 has_packages() {
     "$1" - $modules 2>/dev/null <<'PY'
-import sys, importlib.util as find, importlib.metadata as meta
-sys.exit(not all(map(find.find_spec, sys.argv[1:]))
-         or tuple(map(int, meta.version("torch").split(".")[:2])) < (2, 11))
+import sys
+sys.path[:] = filter(None, sys.path)
+from importlib.util import find_spec
+if not all(map(find_spec, sys.argv[1:])):
+    sys.exit(1)
+from importlib.metadata import version
+sys.exit(tuple(map(int, version("torch").split(".")[:2])) < (2, 11))
 PY
 }
 
-# Make .venv once; a stamp says for which pins, so that new pins install again. [dev] has all.
+# .venv was made for these pins: a stamp says so, and new pins install again. [dev] has all.
+is_stamped() { grep -qsxF "$pins" "$venv/ready$extra" "$venv/ready[dev]"; }
+
+# Wait until no other launch sets .venv up. This shell keeps the lock of the open file 9 when Python
+# is gone, and loses it when it ends, however that is.
+lock_venv() {
+    exec 9>>"$root/pyproject.toml" # nothing is written to it
+    "$python" -I - <<'PY'
+import fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("worldsize: another launch is setting up .venv; waiting for it", file=sys.stderr)
+    fcntl.flock(9, fcntl.LOCK_EX)
+except OSError:  # a file system without locks
+    pass
+PY
+}
+
+new_venv() {
+    "$python" -I -m venv --clear "$venv" ||
+        die "$python cannot make a virtual environment (Debian: apt install python3-venv)"
+}
+
+install_packages() {
+    "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check \
+        -c "$root/constraints.txt" -e "$root$extra" >&2 ||
+        die "the packages could not be installed; see above"
+}
+
 make_venv() {
-    local stamp="$root/.venv/ready$extra" pins
-    pins="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
-    if ! grep -qsxF "$pins" "$stamp" "$root/.venv/ready[dev]"; then
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            die "$python is $("$python" -V 2>&1); Python 3.10 or newer is needed (PYTHON=... names another)"
+    "$python" -I -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "$python is $("$python" -V 2>&1); Python 3.10 or newer is needed (PYTHON=... names another)"
+    lock_venv
+    if ! { is_stamped && has_packages "$venv/bin/python"; }; then
         echo "worldsize: setting up .venv, once (one to three minutes)" >&2
-        "$python" -m venv "$root/.venv" ||
-            die "$python cannot make a virtual environment (Debian: apt install python3-venv)"
-        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            -c "$root/constraints.txt" -e "$root$extra" >&2 ||
-            die "the packages could not be installed; see above"
-        echo "$pins" >"$stamp"
+        # stamped, yet not whole: its Python or a package was taken away, and pip may not see it
+        if is_stamped || ! "$venv/bin/python" -I -c 'import pip' 2>/dev/null; then new_venv; fi
+        install_packages
+        has_packages "$venv/bin/python" || { new_venv && install_packages; }
+        echo "$pins" >"$venv/ready$extra"
     fi
-    python="$root/.venv/bin/python"
+    exec 9>&-
 }
 
 command -v "$python" >/dev/null || die "$python is not on PATH; Python 3.10 or newer is needed"
-has_packages "$python" || make_venv
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+if ! has_packages "$python"; then
+    pins="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
+    { is_stamped && has_packages "$venv/bin/python"; } || make_venv
+    python="$venv/bin/python"
+fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUTF8=1
 case "${1:-}" in
 test) shift && cd "$root" && exec "$python" -m pytest "$@" ;;
 python) shift && exec "$python" "$@" ;;
-*) exec "$python" -m experiments "$@" ;;
+*) exec "$python" "$root/experiments/start.py" experiments "$@" ;;
 esac

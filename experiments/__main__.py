@@ -14,6 +14,7 @@ import sys
 from experiments.outside_text import complain
 from experiments.process import Stopped
 from experiments.refused import Refused
+from experiments.start import make_ready
 
 # verb -> the module and function that take the rest of the command line; imported when asked for
 VERBS = {
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
         name, function = VERBS[verb or "train"]
         module = importlib.import_module(name)
         if verb and verb not in COMPOSED and {"--help", "-h"} & set(rest):
-            print((module.__doc__ or "").strip())
+            print((module.__doc__ or "").strip(), flush=True)
             return 0
         status: int = getattr(module, function)(rest)
         sys.stdout.flush()
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and reader_left():
             return 128 + signal.SIGPIPE
-        complain(f"{error.filename or 'this machine'}: {error.strerror}")
+        what = error.filename or ("standard output" if output_fails() else "this machine")
+        complain(f"{what}: {error.strerror}")
         return 1
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
@@ -67,6 +69,16 @@ def main(argv: list[str]) -> int:
         return 128 + stopped.number
     except KeyboardInterrupt:
         return 130
+
+
+def output_fails() -> bool:
+    """Return whether standard output takes nothing (its disk is full); then it is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def reader_left() -> bool:
@@ -80,4 +92,5 @@ def reader_left() -> bool:
 
 
 if __name__ == "__main__":
+    make_ready()
     sys.exit(main(sys.argv[1:]))

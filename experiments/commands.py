@@ -198,9 +198,10 @@ def sweep(jobs: list[list[str]], command: Command) -> int:
     the end."""
     as_json = command.as_json
     command.sweep = points = Points(folder_of(jobs))
+    out: Any = console.LastingOutput(sys.stdout)
     for number, argv in enumerate(jobs):
         if not as_json:
-            say(f"sweep {number + 1}/{len(jobs)}: {shlex.join(argv)}")
+            say(f"sweep {number + 1}/{len(jobs)}: {shlex.join(argv)}", out)
         try:
             run_hydra("train", argv, command)
         except Refused as error:  # composed badly: Hydra never called the command

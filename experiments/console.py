@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,11 +40,56 @@ class PatientConsole(Console):
         return super().render_str(visible(text, lines=True), **as_it_reads)
 
 
-def make_console() -> Console:
-    """The console of this process: colours on a terminal, lines of a fixed width elsewhere."""
-    if sys.stdout.isatty():
-        return PatientConsole(highlight=False)
-    return PatientConsole(highlight=False, width=PLAIN_WIDTH)
+class LastingOutput:
+    """Standard output for what goes on without it: a disk may fill up, a terminal be closed.
+
+    The first error is told on standard error, except a reader who left (`| head`); what is printed
+    from then on is lost. A rank's standard error is a log, so the error is also left in `note`,
+    which the launcher reads.
+    """
+
+    def __init__(self, stream: TextIO, note: Path | None = None) -> None:
+        self.stream, self.note = stream, note
+
+    def write(self, text: str) -> int:
+        """Write a text; what the device cannot take is dropped."""
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Hand over what is buffered; what the device cannot take is dropped."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _drop(self, error: OSError) -> None:
+        # what is buffered would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            return
+        with suppress(OSError):
+            progress(output_lost(str(error.strerror)))
+        with suppress(OSError):
+            if self.note:
+                self.note.write_text(str(error.strerror))
+
+
+def output_lost(reason: str) -> str:
+    """Return the warning of a run whose standard output failed."""
+    return f"launch.sh: warning: standard output: {reason}; the run goes on, unseen, in its folder"
+
+
+def make_console(file: Any = None) -> Console:
+    """Return a console: colours on a terminal, lines of a fixed width elsewhere."""
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return PatientConsole(file=file, highlight=False, width=width)
 
 
 def progress(text: str) -> None:
@@ -54,9 +100,9 @@ def progress(text: str) -> None:
 class Reporter:
     """Progress of one run. Rank 0 shows it; every other rank has one that says nothing."""
 
-    def __init__(self, steps: int, shown: bool, done: int = 0) -> None:
+    def __init__(self, steps: int, shown: bool, done: int = 0, note: Path | None = None) -> None:
         self.shown = shown
-        self.console = make_console()
+        self.console = make_console(LastingOutput(sys.stdout, note))
         self.steps = steps
         self.last_line = 0.0
         self.progress: Progress | None = None

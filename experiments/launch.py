@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import psutil
 
 from experiments import accelerate_launch, environment
 from experiments.config import TrainConfig
+from experiments.console import output_lost, progress
 from experiments.memory_limit import oom_kills
 from experiments.process import (
     ON_LOOPBACK,
@@ -22,12 +22,13 @@ from experiments.process import (
     Forwarding,
     child_environment,
     die_with_parent,
+    module_command,
 )
 from experiments.resume import check_fits, choose, goes_on_in, newest_step
 from experiments.run_folder import Launched, make_folder, settings_of, write_config
 from experiments.run_weights import check_base, is_base
 from experiments.step_log import read_metrics
-from experiments.verdict import failure, steps_before_stop, was_stopped
+from experiments.verdict import failure, steps_before_stop, unprinted, was_stopped
 from experiments.warn import warn, warning
 from experiments.weights_file import check_bytes, check_init
 from minigpt.corpus import prepare_for
@@ -161,7 +162,9 @@ def torchrun_command(folder: Path, local_ranks: int, torchrun: Torchrun) -> list
     options += [f"--nproc-per-node={local_ranks}", f"--log-dir={folder / 'logs'}", "--redirects=3"]
     if torchrun.is_first_node or not torchrun.on_one_machine:
         options += ["--local-ranks-filter=0"]
-    return [sys.executable, "-m", TORCHRUN, *options, "-m", RANK, str(folder)]
+    rank, *command = module_command(RANK)
+    options += ["--no-python", rank, "-u", *command]
+    return [*module_command(TORCHRUN), *options, str(folder)]
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,9 @@ def run(job: Job, quiet: bool) -> Ended:
         )
         with Forwarding(process) as forwarding:
             status = process.wait()
+    lost = unprinted(job.folder)
+    if lost is not None:
+        progress(output_lost(lost))
     return _ended(job.folder, status, forwarding.received, oom_kills() > kills)
 
 

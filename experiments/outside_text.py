@@ -51,6 +51,6 @@ def complain(line: Any) -> None:
     print(f"launch.sh: {visible(str(line))}", file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
-    """Print lines on standard output."""
-    print(visible(text, lines=True), flush=True)
+def say(text: str, file: Any = None) -> None:
+    """Print lines on `file`, by default standard output."""
+    print(visible(text, lines=True), flush=True, file=file)

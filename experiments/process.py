@@ -13,6 +13,8 @@ from types import FrameType
 
 import psutil
 
+from experiments import start
+
 GRACE_S = 10  # between asking the ranks to end and making them
 RANK, TORCHRUN = "experiments.worker", "experiments.agent"  # modules
 ON_LOOPBACK = "loopback"  # how the latter lets the ranks of one machine meet
@@ -26,6 +28,11 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, reason: str | None) -> None:
         super().__init__(reason or "the run that was at work is done and kept")
         self.number = number
+
+
+def module_command(module: str) -> list[str]:
+    """Return the command that runs a module of this checkout in any current folder."""
+    return [sys.executable, start.__file__, module]
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -63,9 +70,15 @@ def hear_requests(*numbers: signal.Signals) -> None:
 
 def end(status: int) -> None:
     """End this process at once: right runs may hang or abort in gloo's destructors (torch 2.13)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk, a terminal that was closed
+            stream.flush()
     os._exit(status)
+
+
+def not_ignored(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Return the signals that this process's caller has not told it to ignore."""
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Forwarding:
@@ -74,7 +87,8 @@ class Forwarding:
     A scheduler's SIGTERM or SIGUSR1 (SLURM: --signal=USR1@60) asks the ranks, which are below
     `process`, to save after the step that they are in. They get as long as that takes: only the
     scheduler knows when it will kill all of them (SLURM's KillWait). A terminal's Ctrl-C and
-    hang-up give them GRACE_S to end.
+    hang-up give them GRACE_S to end. Signals that the caller ignores stay ignored: nohup does so
+    for the hang-up, a shell's `&` for Ctrl-C.
     """
 
     SAVE = (signal.SIGTERM, signal.SIGUSR1)
@@ -86,7 +100,7 @@ class Forwarding:
         self.saving = False
 
     def __enter__(self) -> Forwarding:
-        numbers = (*self.SAVE, *self.END)
+        numbers = not_ignored(*self.SAVE, *self.END)
         self.saved = {number: signal.signal(number, self._forward) for number in numbers}
         self.saved[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
         return self

@@ -25,7 +25,7 @@ from threading import RLock
 from typing import Any, ClassVar
 
 from experiments.environment import of_a_rank
-from experiments.process import die_with_parent, end
+from experiments.process import die_with_parent, end, module_command
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 600.0  # a busy machine takes many times what a quiet one does
@@ -116,7 +116,7 @@ class Server:
         self.connection, theirs = Pipe()
         number = theirs.fileno()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.ranks", str(number)],
+            [*module_command("experiments.ranks"), str(number)],
             env={**os.environ, **variables, "PYTHONPATH": path},
             pass_fds=[number],
         )

@@ -27,13 +27,14 @@ from experiments.environment import Rank
 from experiments.explain import explain
 from experiments.metering import Meters
 from experiments.model_file import save_model
+from experiments.process import not_ignored
 from experiments.record import Record
 from experiments.run_folder import Launched
 from experiments.sample import sample_text
 from experiments.saving import Saver, is_saved, listen
 from experiments.tracing import write_trace
 from experiments.tracking import Tracker, make_tracker
-from experiments.verdict import mark_stopped
+from experiments.verdict import mark_stopped, path_of
 from minigpt.corpus import open_corpus
 from minigpt.data import Batches
 from minigpt.lora import merged
@@ -48,9 +49,10 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     """Train as one rank. Rank 0 writes the run's files into `folder`, which it makes if None.
 
     Returns the signal that stopped the run early, 0 if none did. Under a launcher that is SIGUSR1
-    only: torchrun's own SIGTERM means that another rank is dead, and no step would end.
+    only: torchrun's own SIGTERM means that another rank is dead, and no step would end. Without
+    one, signals that the caller ignores stay ignored.
     """
-    numbers = [signal.SIGUSR1, *([] if folder else [signal.SIGTERM])]
+    numbers = [signal.SIGUSR1] if folder else not_ignored(signal.SIGUSR1, signal.SIGTERM)
     device = join_ranks(config, rank)
     folder = agree_on_folder(config, launched, folder)
     count_messages(folder)
@@ -66,7 +68,7 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     record = Record(config, folder, mesh, corpus, launched.started)
     if saver.source:
         record.go_on(saver.source, first)
-    reporter = Reporter(config.steps, mesh.rank == 0, first)
+    reporter = Reporter(config.steps, mesh.rank == 0, first, path_of(folder, 0, "unprinted"))
     tracker = make_tracker(config.logging, folder, record.settings, reporter.say, mesh.rank)
     for line in (record.headline(), *saver.said):
         reporter.say(line)

@@ -4,6 +4,7 @@ rank-N.error.json      the exception of a rank, where in its code, and who kept 
 rank-N.traceback.txt   the whole of it
 rank-N.calls           its messages, counted (costs/standing.py): there even if it was killed
 rank-N.stacks.txt      what each of its threads did when it was ended from outside
+rank-0.unprinted       why standard output took no more (experiments/console.py: LastingOutput)
 rank-0.stopped         all ranks stopped after a step, as a signal had asked them to
 torchrun.log           how each process ended
 """
@@ -115,6 +116,12 @@ def standings(folder: Path) -> dict[int, Standing]:
 def mark_stopped(folder: Path, steps: int) -> None:
     """All ranks have stopped after so many steps, as they were asked to."""
     path_of(folder, 0, "stopped").write_text(f"{steps}\n")
+
+
+def unprinted(folder: Path) -> str | None:
+    """Return why rank 0 could not print any more, None if it could."""
+    path = path_of(folder, 0, "unprinted")
+    return path.read_text() if path.exists() else None
 
 
 def was_stopped(folder: Path) -> bool:

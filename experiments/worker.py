@@ -50,6 +50,7 @@ def tell_stacks(folder: Path, rank: int) -> None:
     torchrun sends it to a rank that hangs, once the others have given up; the file is written by a
     handler in C, whatever Python is doing.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the user's caller may ignore it: torchrun asks
     file = open(path_of(folder, rank, "stacks.txt"), "a")  # noqa: SIM115
     faulthandler.enable(file)
     faulthandler.register(signal.SIGTERM, file, all_threads=True, chain=True)

@@ -54,7 +54,7 @@ def test_json_is_the_ledger_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_dry_run_prints_a_line_that_runs(tmp_path: Path) -> None:
     done = launch(*SMALL, "launch=dry", "layout.dp_replicate=3", cwd=tmp_path)
-    assert f"-m {TORCHRUN} " in done.stdout and "--nproc-per-node=3" in done.stdout
+    assert f"start.py {TORCHRUN} " in done.stdout and "--nproc-per-node=3" in done.stdout
     assert not (only_run(tmp_path) / "ledger.json").exists()
     line = done.stdout.strip()
     env = {**environment(), "PYTHONPATH": str(ROOT)}
@@ -188,6 +188,35 @@ def test_slurm_may_start_the_ranks(tmp_path: Path) -> None:
     # this one speaks only if it came seconds before the other
     assert said[1] == "" or (said[1].startswith(waits.format(1, 1)) and said[1].count("\n") == 1)
     assert ledgers.read(only_run(tmp_path) / "ledger.json")["layout"]["dp_replicate"] == 2
+
+
+def test_a_link_to_launch_sh_trains_whatever_lies_in_the_current_folder(tmp_path: Path) -> None:
+    """Another checkout, and files with names of the standard library and of packages."""
+    here = tmp_path / "here"
+    (here / "experiments").mkdir(parents=True)
+    (here / "bin").mkdir()
+    for name in ("random.py", "csv.py", "numpy.py", "experiments/worker.py"):
+        (here / name).write_text("raise SystemExit('the current folder was searched')")
+    (here / "bin" / "first").symlink_to(ROOT / "launch.sh")
+    (here / "bin" / "second").symlink_to("first")
+    command = ["bin/second", *SMALL]
+    done = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ledgers.read(only_run(here) / "ledger.json")["training"]["steps"] == 4
+
+
+def test_a_run_outlives_a_standard_output_that_is_full_or_closed(tmp_path: Path) -> None:
+    for name, sink, said in (
+        ("full", ">/dev/full", "No space left on device; the run goes on"),
+        ("closed", ">&-", "standard output is closed"),
+    ):
+        line = f"{ROOT}/launch.sh {' '.join(SMALL)} run.dir={name} {sink}"
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr and done.stderr.count("\n") == 1
+        assert (tmp_path / name / "model.pt").exists()
 
 
 def test_more_ranks_than_ten_start(tmp_path: Path) -> None:

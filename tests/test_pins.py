@@ -1,4 +1,4 @@
-"""constraints.txt fits every Python that pyproject.toml allows, by what the packages themselves say.
+"""constraints.txt fits every Python that pyproject.toml allows, by what packages say of themselves.
 
 tests/soak/starts.py resolves the same pins anew for each Python, from the package index.
 """

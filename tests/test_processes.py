@@ -60,6 +60,22 @@ def test_a_signal_ends_every_process_and_keeps_what_was_measured(
     assert not (folder / "ledger.json").exists()
 
 
+def test_signals_that_the_caller_ignores_end_nothing(tmp_path: Path) -> None:
+    """nohup ignores the hang-up and a shell's & Ctrl-C. SIGTERM still ends the run."""
+    line = f"trap '' HUP INT; exec {ROOT}/launch.sh {' '.join(LONG)}"
+    process = subprocess.Popen(["bash", "-c", line], cwd=tmp_path, env=environment())
+    folder = tmp_path / "long"
+    wait_until("three steps", lambda: lines(folder) > 3 or process.poll() is not None)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+    seen = lines(folder)
+    wait_until("more steps", lambda: lines(folder) > seen + 3 or process.poll() is not None)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    wait_until("no process is left", lambda: not ranks_of(tmp_path))
+
+
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank"])
 def test_a_kill_leaves_no_process(tmp_path: Path, victim: str) -> None:
     process, folder = start(*LONG, cwd=tmp_path), tmp_path / "long"

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from experiments.process import module_command
+
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1  # linux/sockios.h, linux/if.h
 COUNTERS = Path("/proc/net/dev")
 SENT_BYTES = 8  # place of a device's transmitted bytes behind its name: Linux, net-procfs.c
@@ -55,9 +57,9 @@ def sent_bytes(device: str = "lo") -> int:
 
 
 def python_in_namespace(module: str, *arguments: str) -> None:
-    """Run `python -m module` with a loopback of its own; the module calls bring_up().
+    """Run a module with a loopback of its own; the module calls bring_up().
 
     Raises OSError where that cannot be, or CalledProcessError.
     """
-    command = [*namespace(), sys.executable, "-m", module, *arguments]
+    command = [*namespace(), *module_command(module), *arguments]
     subprocess.run(command, check=True, env=dict(os.environ))

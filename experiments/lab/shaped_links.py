@@ -23,7 +23,12 @@ from pathlib import Path
 from types import TracebackType
 
 from experiments.figures.loopback import namespace
-from experiments.process import GRACE_S, child_environment, die_with_parent
+from experiments.process import (
+    GRACE_S,
+    child_environment,
+    die_with_parent,
+    module_command,
+)
 
 DEVICE = "eth0"  # of each node
 BRIDGE = "lab"
@@ -73,7 +78,7 @@ def command(spec: Path | None = None) -> list[str]:
             "(sysctl user.max_user_namespaces=10000 kernel.unprivileged_userns_clone=1 "
             "kernel.apparmor_restrict_unprivileged_userns=0, those that there are)"
         ) from error
-    return [*prefix, sys.executable, "-m", __spec__.name, *([str(spec)] if spec else [])]
+    return [*prefix, *module_command(__spec__.name), *([str(spec)] if spec else [])]
 
 
 def write(spec: Path, links: Links, commands: list[list[str]]) -> None:
