@@ -73,8 +73,10 @@ def in_a_block(on: Held) -> tuple[Bytes, Bytes]:
     found = [(of.in_mlp, on._down, nothing)]
     if on.model.ffn != FFN.moe:
         found.append((of.before_mlp, on._down + on._up, nothing))
-    if np.any(on.plans.cp > 2):
-        found.append((of.in_ring - of.after_attention, on._down, on.ring_blocks))
+    ring_runs = on.plans.cp > 2
+    if np.any(ring_runs):  # the plans beside those that have a ring must not see it
+        in_ring = ring_runs * (of.in_ring - of.after_attention)
+        found.append((in_ring, ring_runs * on._down, ring_runs * on.ring_blocks))
     made, there, ring = (np.stack(each) for each in zip(*found, strict=True))
 
     def at(most: Array) -> tuple[Array, Array, Array]:
