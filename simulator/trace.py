@@ -101,7 +101,8 @@ def prepare(trainer: Trainer, options: Options) -> None:
     if schedule is not None:
         initialize(trainer, schedule, options)
     for parameter in trainer.parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:  # a frozen weight never has a gradient
+            parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
 
 

@@ -12,9 +12,11 @@ from costs.messages import payloads
 from costs.program import Message, Wait, Work
 from experiments.config import TrainConfig
 from experiments.figures.agreement import agreements, plans_of, traced
-from experiments.figures.parity import make_config
+from experiments.figures.parity import Plan, make_config
 from minigpt.config import ModelConfig
+from minigpt.finetune import Method
 from parallel.layout import Impl, Layout, Options, Precision
+from simulator import lora
 from simulator.communication import payload_bytes
 from simulator.trace import trace
 from simulator.trace_operators import cost_of
@@ -39,6 +41,28 @@ def test_a_trace_is_what_ranks_measure(world_size: int, changes: dict[str, Any])
         assert traced_peak == pytest.approx(peak, rel=0.06 if world_size == 4 else 0.03), where
         _, sent, formula = one.payloads
         assert formula in (None, sent), where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [(1, [Layout()]), (2, [Layout(dp_replicate=2), Layout(dp_shard=2)])],
+)
+def test_a_trace_of_adapters_has_no_gradients_of_frozen_weights(
+    world_size: int, layouts: list[Layout]
+) -> None:
+    """LoRA: the gradients' bytes are the closed form's, and the peak is the measured one."""
+    plans = [Plan(f"lora {layout.label}", layout, {}) for layout in layouts]
+    for one in agreements(world_size, plans, {"finetune.method": Method.lora}):
+        measured, traced_calls = one.calls
+        assert traced_calls == measured, one.plan.name
+        config, held = one.config, one.traced.memory_bytes
+        adapters = lora.gradient_bytes(config.model, config.finetune, config.layout.dp_shard)
+        assert held["gradients"] in (0, adapters), one.plan.name
+        seen = one.measured["memory_bytes"]
+        for part in ("parameters", "gradients", "optimizer"):
+            assert held[part] == seen[part], (one.plan.name, part)
+        assert held["peak"] == pytest.approx(seen["peak"], rel=0.03), one.plan.name
 
 
 @pytest.mark.slow
