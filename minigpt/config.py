@@ -82,6 +82,9 @@ class ModelConfig:
     d_model: int = 128
     d_ff: int | None = None  # null: 4 D for gelu, else 8/3 D in multiples of 64; of one expert
     vocab_size: int = 256
+    # rows of embedding and head, so that tp divides them; ids from vocab_size on are never read nor
+    # predicted. null: vocab_size
+    pad_vocab_to: int | None = None
     context: int = 128  # the longest sequence (rows of a learned position table); seq_len's default
     norm: Norm = Norm.layernorm
     norm_eps: float = 1e-5
@@ -102,6 +105,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "context"):
             at_least(f"model.{key}", getattr(self, key), 1)
+        require(
+            self.pad_vocab_to is None or self.pad_vocab_to >= self.vocab_size,
+            f"model.pad_vocab_to={self.pad_vocab_to}: must be at least "
+            f"model.vocab_size={self.vocab_size}, which it pads",
+        )
         at_least("model.n_expert", self.n_expert, 1)
         at_least("model.experts_per_token", self.experts_per_token, 1)
         require(
@@ -154,6 +162,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Heads of k and v, with null resolved."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and of the head: the vocabulary and its padding."""
+        return self.vocab_size if self.pad_vocab_to is None else self.pad_vocab_to
 
     @property
     def ff_dim(self) -> int:
@@ -211,7 +224,7 @@ class ModelConfig:
     @property
     def outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """The same for what is in no block; a tied head has no parameter of its own."""
-        v, d = self.vocab_size, self.d_model
+        v, d = self.vocab_rows, self.d_model
         learned = self.positions == Positions.learned
         return {
             "embedding.weight": (v, d),

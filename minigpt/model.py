@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -148,6 +149,9 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+VOCABULARY = ("embedding.weight", "head.weight")  # the weights that have a row for each id
+
+
 class GPT(nn.Module):
     """Decoder-only transformer. A stage of a pipeline has None for what it lacks."""
 
@@ -155,17 +159,21 @@ class GPT(nn.Module):
     positions: nn.Embedding | None
     norm: nn.Module | None
     head: nn.Linear | None
+    # changes logits in place; tensor parallelism puts in one for its columns. None: no padding
+    hide_padding: Callable[[Tensor], None] | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         learned = config.positions == Positions.learned
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(config.vocab_rows, config.d_model)
         self.positions = nn.Embedding(config.context, config.d_model) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layer)})
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        padding = config.vocab_rows > config.vocab_size
+        self.hide_padding = partial(hide_from, config.vocab_size) if padding else None
         self.tie()
 
     def tie(self) -> None:
@@ -195,7 +203,12 @@ class GPT(nn.Module):
             x = block(x, rotary, cache)
         if self.norm is not None:
             x = self.norm(x)
-        return x if self.head is None else self.head(x)
+        if self.head is None:
+            return x
+        logits = self.head(x)
+        if self.hide_padding is not None:
+            self.hide_padding(logits)
+        return logits
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """(B, T) to (B, T, D)."""
@@ -214,6 +227,14 @@ class GPT(nn.Module):
             parameter.copy_(initial_value(name, parameter.shape, self.config, seed))
 
 
+def hide_from(first: int, logits: Tensor) -> None:
+    """Set the logits of the ids from `first` on to -inf, in place: they get no probability.
+
+    Their gradient is 0 by itself, being a probability, so autograd does not have to know.
+    """
+    logits.detach()[..., first:].fill_(-math.inf)
+
+
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """The first value of the parameter `name`: GPT-2's (Radford et al. 2019, section 2.3).
 
@@ -224,6 +245,10 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
         return torch.zeros(*shape)
     if "norm" in name:
         return torch.ones(*shape)
+    if name in VOCABULARY and shape[0] > config.vocab_size:
+        # the rows of real ids are those of a model without padding
+        plain = initial_value(name, (config.vocab_size, *shape[1:]), config, seed)
+        return torch.cat([plain, torch.zeros(shape[0] - len(plain), *shape[1:])])
     std = 0.02
     if name.endswith(("attention.out.weight", "mlp.down.weight", "mlp.experts.down")):
         std /= math.sqrt(2 * config.n_layer)  # so that the residual stream does not grow with depth

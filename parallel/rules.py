@@ -21,6 +21,7 @@ from parallel.layout import (
 )
 
 SHOWN = 3  # alternatives that a refusal names
+VOCAB_MULTIPLE = 128
 MOST_RANKS = 2**15  # for which other layouts are proposed
 
 
@@ -100,6 +101,16 @@ def _divides(key: str, value: int, axis: str, size: int, why: str) -> None:
         raise ValueError(f"layout.{axis}={size}: {said}: {why}")
 
 
+def padded_vocab(model: ModelConfig, *tensor_parallel: int) -> int:
+    """Return the smallest number of rows that each of these sizes of tp divides, and 128 does.
+
+    Multiples of 128 are what Megatron-LM pads to (--make-vocab-size-divisible-by) and what the
+    tiles of matmuls want.
+    """
+    multiple = math.lcm(VOCAB_MULTIPLE, *tensor_parallel)
+    return multiple * math.ceil(model.vocab_size / multiple)
+
+
 def _check_tensor(model: ModelConfig, layout: Layout, options: Options) -> None:
     tp = layout.tp
     if tp == 1:
@@ -109,7 +120,11 @@ def _check_tensor(model: ModelConfig, layout: Layout, options: Options) -> None:
     _divides("model.n_head", model.n_head, "tp", tp, "each rank takes whole heads")
     _divides("model.n_kv_head", model.kv_heads, "tp", tp, "each rank takes whole key-value heads")
     _divides("model.d_ff", model.ff_dim, "tp", tp, "the MLP is cut along its width")
-    _divides("model.vocab_size", model.vocab_size, "tp", tp, "embedding and head are cut by rows")
+    rows, key = model.vocab_rows, "pad_vocab_to" if model.pad_vocab_to else "vocab_size"
+    if rows % tp:
+        why = "embedding and head are cut by rows"
+        why += f"; model.pad_vocab_to={padded_vocab(model, tp)} pads them"
+        _divides(f"model.{key}", rows, "tp", tp, why)
     if options.sequence_parallel:
         part = options.seq_len // layout.cp
         _divides("seq_len / cp", part, "tp", tp, "sequence_parallel cuts the sequence")

@@ -14,7 +14,7 @@ def split_layers(model: ModelConfig, stages: int, seq_len: int) -> list[int]:
     """
     costs = [0.0] * stages
     costs[0] += model.d_model
-    costs[-1] += 2.0 * model.vocab_size * model.d_model
+    costs[-1] += 2.0 * model.vocab_rows * model.d_model
     block, split = flops_of_block(model, seq_len), [1] * stages
     for _ in range(model.n_layer - stages):
         cheapest = min(range(stages), key=lambda stage: costs[stage] + block * split[stage])

@@ -9,12 +9,13 @@ and each all_reduce becomes a reduce_scatter and an all_gather (Korthikanti et a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -25,7 +26,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement
 
-from minigpt.model import GPT
+from minigpt.config import ModelConfig
+from minigpt.model import GPT, hide_from
 
 Plan = dict[str, ParallelStyle]
 
@@ -74,7 +76,20 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, sequence_parallel: bool)
         if model.config.dropout and not sequence_parallel:
             attention: Any = block.attention
             attention.attend = with_own_masks(attention.attend, mesh.get_local_rank())
+    if model.hide_padding is not None:
+        model.hide_padding = partial(hide_columns, model.config, mesh.get_local_rank())
     model.tie()  # parallelize_module drops the tie silently; both are now cut by rows alike
+
+
+def hide_columns(config: ModelConfig, rank: int, logits: Tensor) -> None:
+    """Set the logits of padding ids to -inf where they are among the columns of this tp rank.
+
+    `logits` (..., V/n), a plain tensor or a DTensor, are changed in place.
+    """
+    local = logits.detach()
+    if isinstance(local, DTensor):
+        local = local.to_local()
+    hide_from(max(0, config.vocab_size - rank * local.shape[-1]), local)
 
 
 def _present(module: torch.nn.Module, plan: Plan) -> Plan:

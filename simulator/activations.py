@@ -86,7 +86,7 @@ class Activations:
     @cached_property
     def cast_head(self) -> Array:
         """The same of the head's."""
-        return self._cast({"head.weight": (self.model.vocab_size, self.model.d_model)})
+        return self._cast({"head.weight": (self.model.vocab_rows, self.model.d_model)})
 
     def _cast(self, shapes: dict[str, tuple[int, ...]]) -> Array:
         autocast = (self.low == 2) & (self.between == 4)
@@ -174,7 +174,7 @@ class Activations:
         """Gradients in the backward of an MLP: of its result, its product and both its factors (a
         GELU has one); the product itself has gone. A tied head's waits for the embedding's."""
         factors = 1 if self.model.ffn == FFN.gelu else 2
-        copy = self.rank.alone * self.model.tied * self.model.vocab_size * self.model.d_model
+        copy = self.rank.alone * self.model.tied * self.model.vocab_rows * self.model.d_model
         return self.width + factors * self.wide + self.between * copy // self.plans.tp
 
     @cached_property
@@ -243,7 +243,7 @@ class Activations:
     @cached_property
     def logits(self) -> Array:
         """Numbers of a micro-batch's logits on this rank."""
-        return self.tokens * self.model.vocab_size // self.plans.tp
+        return self.tokens * self.model.vocab_rows // self.plans.tp
 
     @cached_property
     def head_waits(self) -> Array:

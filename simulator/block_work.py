@@ -98,7 +98,7 @@ class BlockWork:
         m = self.model
         tokens = self.activation // m.d_model
         times = 2 if kind == "B" else 1
-        shape = (times, tokens, m.d_model, m.vocab_size // self.layout.tp)
+        shape = (times, tokens, m.d_model, m.vocab_rows // self.layout.tp)
         return self._product(HEAD, kind, shape, stage, i)
 
     def _product(self, name: str, kind: str, shape: tuple[int, ...], stage: int, i: int) -> Work:

@@ -96,7 +96,7 @@ def products(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> 
         "out": block(D * one, heads * H),
     }
     head_count = plans.micro_batches * rank.last
-    head = Product(rows, D * one, model.vocab_size // plans.tp, one, head_count, 0 * head_count)
+    head = Product(rows, D * one, model.vocab_rows // plans.tp, one, head_count, 0 * head_count)
     return {**found, **_feed_forward(rank, rows, count, again), "head": head}
 
 
@@ -129,7 +129,8 @@ def hardware_flops(plans: Plans, place: Array | int = 0, rank: Rank | None = Non
 
 def model_flops(plans: Plans) -> Array:
     """What the mathematics asks for in one optimiser step, of all ranks together: 6 N + 12 L D T a
-    token (Chowdhery et al. 2022, PaLM, appendix B), N the weights that a token is multiplied with.
+    token (Chowdhery et al. 2022, PaLM, appendix B), N the weights that a token is multiplied with;
+    rows that pad a vocabulary do not count.
     """
     return plans.tokens * model_flops_per_token(plans.model, plans.seq_len)
 

@@ -165,7 +165,7 @@ class Work:
             "item": item,
             "tokens": _tokens(plans),
             "width": plans.model.d_model,
-            "vocabulary": plans.model.vocab_size * block.heads / plans.tp,
+            "vocabulary": plans.model.vocab_rows * block.heads / plans.tp,
         }
         values |= of_backward(block, recomputed, habits.stops_early)
         values |= of_messages(block, recomputed, habits)

@@ -96,6 +96,7 @@ def twin_of(model: ModelConfig, layout: Layout, options: Options) -> Twin:
         d_model=heads * HEAD_DIM,
         d_ff=2 * heads * HEAD_DIM,
         vocab_size=tp * math.ceil(VOCABULARY / tp),
+        pad_vocab_to=None,
         context=options.seq_len,
         dropout=0.0,
     )

@@ -42,7 +42,7 @@ from parallel.by_hand.cut_layers import (
     RowParallel,
     VocabularyParallelEmbedding,
 )
-from parallel.tensor_parallel import with_own_masks
+from parallel.tensor_parallel import hide_columns, with_own_masks
 
 Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
@@ -120,6 +120,8 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, sequence_parallel: bool)
     gpt.embedding = VocabularyParallelEmbedding(gpt.embedding, mesh, g)
     gpt.head = ColumnParallel(gpt.head, mesh)  # its logits stay cut
     before(gpt.head, enter)
+    if model.hide_padding is not None:
+        model.hide_padding = partial(hide_columns, model.config, mesh.get_local_rank())
     gpt.tie()  # both are cut by rows alike
 
 
