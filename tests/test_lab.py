@@ -20,7 +20,7 @@ from experiments.__main__ import main
 from experiments.commands import Row
 from experiments.lab import report as lab_report
 from experiments.lab import shaped_links
-from experiments.lab.command import Lab, comparison, delay_of, rate_of, show
+from experiments.lab.command import Lab, comparison, delay_of, predicted_seconds, rate_of, show
 from experiments.lab.profile import PAYLOAD, profile_of, slower_device
 from experiments.lab.shaped_links import Links, Missing
 from experiments.predict import clusters
@@ -157,10 +157,8 @@ def test_a_run_without_a_timed_step_has_no_error(
     ledgers.write(tmp_path / "ledger.json", ledger)
     (tmp_path / "config.yaml").write_text("steps: 2\nlayout: {dp_replicate: 2}\n")
     lab = Lab(Links(2, 1e8), LAPTOP)
-    found = comparison(lab, Row([], "done", tmp_path))
-    assert found["measured_time_s"] is None
-    assert found["predicted"]["formula"]["time_s"] > 0
-    assert found["predicted"]["formula"]["error"] is None
+    found = comparison(lab, Row([], "done", tmp_path), None)
+    assert found["measured_time_s"] is found["predicted_time_s"] is found["error"] is None
     show(lab, found)
     assert "%" not in capsys.readouterr().out
 
@@ -175,7 +173,11 @@ def test_two_nodes_train_over_links_that_slow(namespaces: None, tmp_path: Path) 
     ledger = ledgers.read(tmp_path / "slow" / "ledger.json")
     assert ledger["layout"]["world_size"] == 2
     assert found["measured_time_s"] == ledger["step"]["time_s"]["total"]
-    assert set(found["predicted"]) == {"formula"}
+    fast = tmp_path / "slow" / "fast"
+    assert found["recorded"] == "slow/fast" and (fast / "trace.json.gz").is_file()
+    quoted = predicted_seconds(fast, Links(2, SLOW), LAPTOP)
+    assert found["predicted_time_s"] == quoted, "what docs/lab.md would quote"
+    assert found["error"] == quoted / found["measured_time_s"] - 1
     rows = [r for r in ledger["step"]["communication"] if r["dtype"] == "float32"]
     # what each link lets through at once, a burst, can be there before
     bits = 8 * (sum(row["wire_bytes"] for row in rows) - shaped_links.SMALLEST_BURST)

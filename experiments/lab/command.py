@@ -3,19 +3,21 @@
 ./launch.sh lab nodes=2 rate=100mbit strategy=ddp
 ./launch.sh lab nodes=4 rate=1gbit delay=2ms -m strategy=ddp,fsdp
 ./launch.sh lab nodes=2 trace=true run.dir=runs/fast           links as fast as the machine
-./launch.sh lab nodes=2 rate=1gbit recorded=runs/fast          and what its replay predicts of them
+./launch.sh lab nodes=2 rate=1gbit recorded=runs/fast          predicted from that run
 
 Each node is a network namespace with a link of its own (experiments/lab/shaped_links.py), and a
 torchrun, as on a cluster: one rank a node unless the layout asks for more. The run folder has the
-network as a cluster profile, cluster.yaml, and the simulator's step on it stands beside the
-measured one. The machine's own speed is taken from machine=NAME or FILE (./launch.sh calibrate).
+network as a cluster profile, cluster.yaml. Beside the measured step stands the predicted one: a
+run on links as fast as the machine, replayed over these (predicted_seconds), which is recorded=RUN
+or else a short one that the command makes in RUN/fast. The machine's own limits are those of
+machine=NAME or FILE (./launch.sh calibrate).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from experiments.calibrate.profile import yaml_of
 from experiments.commands import Command, Row
 from experiments.compose import jobs_of, run_hydra
 from experiments.config import Device, TrainConfig
-from experiments.console import DASH, human_seconds, make_console
+from experiments.console import DASH, human_seconds, make_console, progress
 from experiments.environment import physical_cores
 from experiments.lab import shaped_links
 from experiments.lab.profile import profile_of
@@ -37,13 +39,17 @@ from experiments.predict import clusters
 from experiments.predict.replay import recorded
 from experiments.refused import Refused
 from experiments.run_folder import read_config
-from parallel.layout import Impl
 from simulator.event_times import EventTimes, measured_message, measured_work
-from simulator.formula_ledger import formula_steps
 from simulator.hardware import Cluster
 from simulator.replay import replay
 
 KEYS = ("nodes", "rate", "delay", "machine", "recorded")
+FAST, FAST_STEPS = "fast", 16  # the folder in a run's own of the run on fast links, and its steps
+# of that run: a trace, and nothing that takes time or leaves files besides
+ALONE = (
+    *("trace=true", "sample.tokens=0", "validation.batches=0", "run.save=false"),
+    *("checkpoint.every=0", "logging=none", "resume=null"),
+)
 PORT = 29500  # nothing else is in these namespaces
 PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -120,7 +126,8 @@ def command(argv: list[str]) -> int:
         if row.status == "refused":
             complain(row.reason)
         elif row.status == "done":
-            found = comparison(lab, row)
+            slower = lab.links.rate is not None or lab.links.delay > 0
+            found = comparison(lab, row, lab.recorded or (fast_run(lab, row) if slower else None))
             print(json.dumps(found, indent=1)) if as_json else show(lab, found)
     return made.status
 
@@ -165,31 +172,50 @@ def delay_of(text: str) -> float:
     return float(match[1]) * SECONDS[match[2]]
 
 
-def comparison(lab: Lab, row: Row) -> dict[str, Any]:
-    """A run's measured step, and the simulator's: from closed forms, and where there is a recorded
-    run, from its replay."""
+def fast_run(lab: Lab, row: Row) -> Path:
+    """Train the job of `row` on links as fast as the machine, with a trace, and return its folder.
+
+    It is RUN/fast, and has as many steps as the prediction needs. Raises Refused where it fails.
+    """
+    assert row.folder is not None
+    progress("the same on links as fast as the machine, which the prediction replays")
+    fast = replace(lab, links=Links(lab.links.nodes, None))
+    folder, steps = row.folder / FAST, min(FAST_STEPS, read_config(row.folder).steps)
+    made = LabCommand(torchrun(fast.links, 0), as_json=True, lab=fast)
+    run_hydra("train", [*row.overrides, *ALONE, f"steps={steps}", f"run.dir={folder}"], made)
+    if any(job.status != "done" for job in made.rows):
+        reasons = "; ".join(job.reason or job.status for job in made.rows)
+        raise Refused(f"lab: the run on fast links, {folder}: {reasons}")
+    return folder
+
+
+def comparison(lab: Lab, row: Row, recorded_run: Path | None) -> dict[str, Any]:
+    """A run's measured step, and what the replay of the recorded run predicts of it."""
     ledger = row.ledger()
     assert ledger is not None and row.folder is not None
-    config = read_config(row.folder)
-    cluster = profile_of_run(lab.links, row.folder, lab.machine)
     measured = ledger["step"]["time_s"]["total"]
-    predicted: dict[str, float | None] = {"formula": formula_seconds(config, cluster)}
-    if lab.recorded:
-        predicted["replay"] = seconds_over(lab.recorded, cluster)
+    seconds = None
+    if recorded_run is not None:
+        seconds = predicted_seconds(recorded_run, lab.links, lab.machine)
     return {
         "run": str(row.folder),
         "nodes": lab.links.nodes,
         "rate": lab.links.rate,
         "delay": lab.links.delay,
+        "machine": lab.machine.name,
+        "recorded": None if recorded_run is None else str(recorded_run),
         "measured_time_s": measured,
-        "predicted": {
-            name: {
-                "time_s": seconds,
-                "error": seconds / measured - 1 if seconds and measured else None,
-            }
-            for name, seconds in predicted.items()
-        },
+        "predicted_time_s": seconds,
+        "error": seconds / measured - 1 if seconds and measured else None,
     }
+
+
+def predicted_seconds(fast: Path, links: Links, machine: Cluster) -> float:
+    """Seconds of a step over `links`, by the replay of a run that was recorded on fast links.
+
+    This is the one prediction of the lab: the command shows it, and docs/lab.md quotes it.
+    """
+    return seconds_over(fast, profile_of_run(links, fast, machine))
 
 
 def seconds_over(fast: Path, cluster: Cluster) -> float:
@@ -203,24 +229,18 @@ def seconds_over(fast: Path, cluster: Cluster) -> float:
     return replay(recorded(fast).programs, measured_work, message_seconds).total
 
 
-def formula_seconds(config: TrainConfig, cluster: Cluster) -> float | None:
-    """A step by the closed forms, which know torch's own strategies alone."""
-    if config.impl != Impl.torch or config.compile:
-        return None
-    clipped = config.clip is not None
-    steps = formula_steps(config.model, config.layout, config.options, cluster, clipped)
-    return steps[0]["time_s"]["total"]
-
-
 def show(lab: Lab, found: dict[str, Any]) -> None:
     """One table."""
     table = Table(title="time of a step in the lab", title_justify="left")
     for name in ("from", "step", "error"):
         table.add_column(name, justify="left" if name == "from" else "right")
     table.add_row("measured", human_seconds(found["measured_time_s"]), "")
-    for name, said in found["predicted"].items():
-        off = DASH if said["error"] is None else f"{said['error']:+.1%}"
-        table.add_row(f"{name}, {lab.machine.name}", human_seconds(said["time_s"]), off)
+    off = DASH if found["error"] is None else f"{found['error']:+.1%}"
+    if found["recorded"] is not None:
+        table.add_row("predicted", human_seconds(found["predicted_time_s"]), off)
     console = make_console()
     console.print(table)
+    if found["recorded"] is not None:
+        said = f"predicted: the replay of {found['recorded']} with messages of {lab.machine.name}"
+        console.print(f"{said} and of these links", markup=False, soft_wrap=True)
     console.print(f"the network as a cluster profile: {found['run']}/cluster.yaml", markup=False)

@@ -4,8 +4,8 @@
                                                                   namespaces
 
 DDP and FSDP train on two nodes of one rank over links of several rates (command.py). The
-prediction knows nothing of them: it is a run on links as fast as the machine, replayed over the
-lab's cluster profile (command.py: seconds_over). Rates take turns, in rounds.
+prediction is the one that `./launch.sh lab` shows (command.py: predicted_seconds): a run on links
+as fast as the machine, replayed over these. Rates take turns, in rounds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from costs import ledger as ledgers
 from experiments.calibrate.command import measured as calibrated
 from experiments.console import DASH, progress
 from experiments.document import heading, rule, table
-from experiments.lab.command import profile_of_run, rate_of, seconds_over
+from experiments.lab.command import predicted_seconds, rate_of
 from experiments.lab.shaped_links import Links
 from simulator.hardware import Cluster
 
@@ -123,19 +123,16 @@ def measure(folder: Path, machine: Cluster) -> dict[str, Found]:
             its.fast.append(step["time_s"]["total"])
             its.others = max(its.others, share)
             for rate in RATES:
-                _, step, share = run(of_round / rate, f"strategy={strategy}", f"rate={rate}")
+                slow = (f"strategy={strategy}", f"rate={rate}", f"recorded={fast}")
+                _, step, share = run(of_round / rate, *slow)
                 its.others = max(its.others, share)
                 its.measured.setdefault(rate, []).append(step["time_s"]["total"])
                 its.exposed.setdefault(rate, []).append(step["time_s"]["exposed_communication"])
-                one = predicted(fast, rate_of(rate), machine)
+                one = predicted_seconds(fast, Links(NODES, rate_of(rate)), machine)
                 its.predicted.setdefault(rate, []).append(one)
-            its.curves.append([predicted(fast, r, machine) for r in CURVE])
+            curve = [predicted_seconds(fast, Links(NODES, rate), machine) for rate in CURVE]
+            its.curves.append(curve)
     return found
-
-
-def predicted(fast: Path, rate: float | None, machine: Cluster) -> float:
-    """Seconds of the recorded run's step over links of another rate."""
-    return seconds_over(fast, profile_of_run(Links(NODES, rate), fast, machine))
 
 
 def crossover(its: Found) -> float:
