@@ -101,11 +101,19 @@ def write(path: Path, trace: Trace) -> None:
         part.unlink(missing_ok=True)
 
 
+NO_PROGRAMS = (
+    "it lacks the program of each rank (torch's profiler writes none); ./launch.sh trace=true ... "
+    "records a trace that has them"
+)
+
+
 def read(path: Path) -> Trace:
     """What write() wrote. Raises ValueError, one line with the file's name."""
     try:
         with gzip.open(path, "rt") as file:
             whole = json.load(file)
+        if not isinstance(whole, dict) or "programs" not in whole:
+            raise ValueError(NO_PROGRAMS)
         return Trace(
             slices=[_slice(e) for e in whole["traceEvents"] if e["ph"] == "X"],
             programs={
@@ -122,7 +130,8 @@ def read(path: Path) -> Trace:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
-        raise ValueError(f"{path}: not a trace: {type(error).__name__}: {error}") from error
+        said = str(error) if error.args == (NO_PROGRAMS,) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a trace: {said}") from error
 
 
 def events_of(trace: Trace) -> Iterator[dict[str, Any]]:

@@ -204,7 +204,7 @@ def test_a_bad_ledger_is_a_line_and_the_others_go_on(
     (good[2] / "ledger.json").unlink()
     (good[3] / "metrics.jsonl").write_text('{"loss": 1}\n')
     status, out, err = said([str(tmp_path / "runs"), str(tmp_path / "no"), "--json"], capsys)
-    assert status == 0
+    assert status == 2, "there is no such run"
     assert [run["name"] for run in json.loads(out)["runs"]] == ["a", "d"]
     lines = err.splitlines()
     assert len(lines) == 4 and all(line.startswith("launch.sh: ") for line in lines)
@@ -228,6 +228,24 @@ def test_words_become_ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ), "each once"
     runs, problems = find_runs(["sweep", "none*"])
     assert [run.name for run in runs] == ["2", "10", "1"] and len(problems) == 1
+
+
+def test_a_run_that_is_not_there_is_named_and_the_status_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path / "sweep" / "1")
+    a_run(tmp_path / "sweep" / "2")
+    (tmp_path / "sweep" / "2" / "ledger.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    assert main(["compare", "sweep"]) == 0, "one of its runs is there"
+    assert "sweep/2/ledger.json: not a ledger" in capsys.readouterr().err
+    missing = {"none": "no such file or folder", "empty": "no run is in it", "sweep/2": "not a led"}
+    for word, why in missing.items():
+        for verb in (["compare"], ["report", f"out={tmp_path / 'page.html'}"]):
+            assert main([*verb, "sweep/1", word]) == 2
+            captured = capsys.readouterr()
+            assert word in captured.err and why in captured.err and captured.out
 
 
 def test_names_are_as_long_as_they_must_be(tmp_path: Path) -> None:

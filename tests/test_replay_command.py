@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import statistics
 from pathlib import Path
@@ -84,12 +85,26 @@ def test_the_table_says_how_well_the_run_is_given_back(
     assert "replayed on its own messages 500.00 ms, measured 500.00 ms" in text
 
 
+def test_the_trace_of_a_run_is_taken_for_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = a_run(tmp_path / "run") / "trace.json.gz"
+    status, text, _ = said([str(trace), "cluster=h100", f"out={tmp_path / 'out'}"], capsys)
+    assert status == 0 and "measured 500.00 ms" in text
+
+
 REFUSED: list[tuple[list[str], str]] = [
     (["RUN", "cluster=moon"], "cluster=moon: no such option; allowed: a100_40g,"),
     (["RUN"], "cluster is not set: give it as cluster=..., a100_40g,"),
     (["RUN", "cluster=h100", "speed=2"], "speed=2: replay takes RUN, cluster=NAME|FILE, out="),
     (["cluster=h100"], "replay takes one run's folder, not 0: replay RUN cluster=NAME"),
     (["BARE", "cluster=h100"], "BARE: no trace.json.gz there; ./launch.sh trace=true ..."),
+    (["KINETO/trace.json.gz", "cluster=h100"], "(torch's profiler writes none); ./launch.sh tr"),
+    (
+        ["KINETO/trace.json", "cluster=h100"],
+        "trace.json: replay takes a run's folder, or its trace",
+    ),
+    (["RUN", "cluster=KINETO/notes.txt"], "notes.txt: not a cluster's profile: "),
     (["RUN", "cluster=h100", "out=RUN"], "run.dir=RUN: already holds a run"),
 ]
 
@@ -98,7 +113,18 @@ REFUSED: list[tuple[list[str], str]] = [
 def test_bad_input_is_one_line(
     argv: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"RUN": a_run(tmp_path / "run"), "BARE": a_run(tmp_path / "bare", with_trace=False)}
+    kineto = tmp_path / "kineto"
+    kineto.mkdir()
+    text = json.dumps({"traceEvents": [], "schemaVersion": 1, "displayTimeUnit": "ms"})
+    (kineto / "trace.json").write_text(text)
+    (kineto / "notes.txt").write_text("two racks of eight\n")
+    with gzip.open(kineto / "trace.json.gz", "wt") as file:
+        file.write(text)
+    places = {
+        "KINETO": kineto,
+        "RUN": a_run(tmp_path / "run"),
+        "BARE": a_run(tmp_path / "bare", with_trace=False),
+    }
 
     def filled(text: str) -> str:
         for name, folder in places.items():

@@ -6,7 +6,8 @@
 ./launch.sh compare runs/* sort=memory out=pictures
 
 RUN is a run's folder, a ledger, a folder of runs, or a pattern. The first run is what the others
-are compared with. A ledger that is missing or damaged is one line, and the others go on.
+are compared with. A ledger that is missing or damaged is one line, and the others go on; the exit
+status is 2 where all of a RUN is.
 sort=tokens (default), time, memory, bytes, loss, given; out=DIR: pictures, as .png and .svg.
 """
 
@@ -61,7 +62,7 @@ def command(argv: list[str]) -> int:
         files = draw(comparison, asked.out)
         if asked.format is None:
             print(f"pictures {', '.join(map(str, files))}")
-    return 0
+    return 2 if comparison.unread else 0
 
 
 def asked_for(argv: list[str], verb: str = "compare") -> Asked:

@@ -17,7 +17,7 @@ from experiments.compare.config_differences import (
     Differences,
     differences_of,
 )
-from experiments.compare.find_runs import Run, find_runs
+from experiments.compare.find_runs import Run, find_runs, unread
 from experiments.compare.run_costs import (
     LOSS,
     MEMORY,
@@ -59,6 +59,7 @@ class Comparison:
     differences: Differences
     costs: list[Costs]
     problems: list[str]  # a line for each ledger that could not be read
+    unread: list[str]  # what was asked for and gave no run at all
     order: str = "tokens"
 
     def by_cost(self) -> list[int]:
@@ -187,7 +188,9 @@ def compared(words: list[str], order: str = "tokens") -> Comparison:
     if not runs:
         raise ValueError("; ".join(problems) or "no run is given")
     differences = differences_of(runs)
-    return Comparison(runs, differences, costs_of_all(runs, differences), problems, order)
+    return Comparison(
+        runs, differences, costs_of_all(runs, differences), problems, unread(words, runs), order
+    )
 
 
 def names_of_predictions(costs: Costs) -> list[str]:

@@ -63,6 +63,12 @@ def find_runs(words: list[str]) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
+def unread(words: list[str], runs: list[Run]) -> list[str]:
+    """The words of which no run came: nothing of that name, no run in it, or a damaged ledger."""
+    read = {run.path.resolve() for run in runs}
+    return [w for w in words if read.isdisjoint(path.resolve() for path in ledger_paths([w])[0])]
+
+
 def ledger_paths(words: list[str]) -> tuple[list[Path], list[str]]:
     """Where the ledgers should be, and a line for each word that names nothing."""
     paths: dict[Path, Path] = {}  # by what they resolve to: a run given twice is one

@@ -55,7 +55,7 @@ def command(argv: list[str]) -> int:
     except OSError as error:
         raise ValueError(f"out={out}: {error.strerror}") from error
     print(f"report {out}, {len(page) / 1e6:.1f} MB")
-    return 0
+    return 2 if comparison.unread else 0
 
 
 def sections_of(comparison: Comparison) -> tuple[list[Section], list[str]]:

@@ -43,8 +43,12 @@ def read(path: Path) -> Cluster:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Cluster), OmegaConf.load(path))
         made = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError, YAMLError) as error:
-        raise Refused(f"{path.name}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, OSError, ValueError, YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise Refused(
+            f"{path.name}: not a cluster's profile: {reason}; ./launch.sh calibrate to=FILE "
+            "writes one"
+        ) from error
     assert isinstance(made, Cluster)
     return made
 

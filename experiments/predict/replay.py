@@ -35,6 +35,8 @@ from simulator.replay import replay
 from simulator.timeline import Timeline
 
 Step = dict[str, Any]
+TRACE = "trace.json.gz"
+RECORDS = "./launch.sh trace=true ... records one"
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,23 @@ def options(argv: list[str]) -> tuple[Path, dict[str, str]]:
         raise Refused(f"replay takes one run's folder, not {len(runs)}: replay RUN cluster=NAME")
     if "cluster" not in given:
         raise Refused(f"cluster is not set: give it as cluster=..., {', '.join(clusters.names())}")
-    return Path(runs[0]), given
+    return folder_of(Path(runs[0])), given
+
+
+def folder_of(path: Path) -> Path:
+    """Return the run's folder, of which its trace.json.gz may be given. Raises Refused."""
+    if path.name == TRACE:
+        return path.parent
+    if path.is_file():
+        raise Refused(f"{path}: replay takes a run's folder, or its {TRACE}; {RECORDS}")
+    return path
 
 
 def recorded(run: Path) -> Trace:
     """The trace of a run, with what its ranks took to go on after each wait. Raises Refused."""
-    path = run / "trace.json.gz"
+    path = run / TRACE
     if not path.is_file():
-        again = "./launch.sh trace=true ... records one"
-        raise Refused(f"{run}: no trace.json.gz there; {again}")
+        raise Refused(f"{run}: no {TRACE} there; {RECORDS}")
     trace = traces.read(path)
     if not any(trace.programs.values()):
         raise Refused(f"{run}: its trace has no programs; messages are metered on gloo only")
