@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -64,7 +64,7 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     store_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
     schema = SCHEMAS[name]
-    argv = [quoted(argument) for argument in argv]
+    argv = [as_list(quoted(argument), schema) for argument in argv]
     given = check_options(argv)
     # nothing that Hydra itself is asked for
     plain = given.overrides == argv and not any("hydra" in override for override in argv)
@@ -130,6 +130,27 @@ def quoted(argument: str) -> str:
         return argument
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}{equals}"{escaped}"'
+
+
+def as_list(argument: str, schema: type) -> str:
+    """Return KEY=VALUE with VALUE in brackets where the key takes a list and VALUE is one value."""
+    key, equals, value = argument.partition("=")
+    single = equals and value and not value.startswith(("[", "$")) and value != "null"
+    return f"{key}=[{value}]" if single and key in lists_of(schema) else argument
+
+
+@cache
+def lists_of(schema: type, prefix: str = "") -> frozenset[str]:
+    """Return every key that takes a list, dotted."""
+    found: set[str] = set()
+    hints: dict[str, Any] = get_type_hints(schema)
+    for item in fields(schema):
+        hint = hints[item.name]
+        if any(get_origin(kind) is list for kind in (hint, *get_args(hint))):
+            found.add(prefix + item.name)
+        elif is_dataclass(hint):
+            found |= lists_of(hint, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return frozenset(found)
 
 
 def check_options(argv: list[str]) -> argparse.Namespace:

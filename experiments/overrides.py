@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import is_dataclass, replace
 from enum import Enum
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
 from experiments.compose import GROUPS, configs_of, no_such_key
 from experiments.refused import Refused
+
+FIRST = ("model.", "data.")  # other keys are derived from these, or checked against them
 
 
 @cache
@@ -26,14 +28,17 @@ def composed(command: str, overrides: tuple[str, ...]) -> Any:
     Hydra composes groups and the model once, which takes a tenth of a second; what nothing else is
     derived from is put on top of that, as often as there are plans.
     """
-    first = tuple(o for o in overrides if _comes_first(o.partition("=")[0]))
+    groups: tuple[str, ...] = FIRST
+    if any(o.startswith(("strategy=", "experiment=")) for o in overrides):
+        groups = (*FIRST, "layout.")  # a preset's -1 is what the other axes leave
+    first = tuple(o for o in overrides if _comes_first(o.partition("=")[0], groups))
     rest = [o for o in overrides if o not in first]
     values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(rest))
     return changed(_base(command, first), values)
 
 
-def _comes_first(key: str) -> bool:
-    return key in GROUPS or key.startswith("model.")
+def _comes_first(key: str, others: tuple[str, ...]) -> bool:
+    return key in GROUPS or key.startswith(others)
 
 
 def changed(node: Any, values: dict[str, Any]) -> Any:
@@ -52,6 +57,8 @@ def changed(node: Any, values: dict[str, Any]) -> Any:
 
 def _typed(hint: Any, value: Any) -> Any:
     """What a schema's field takes."""
+    if get_origin(hint) is list and not isinstance(value, list):
+        value = [value]
     kind = next((a for a in (hint, *get_args(hint)) if isinstance(a, type)), None)
     if kind is not None and issubclass(kind, Enum) and value is not None:
         values = value if isinstance(value, list) else [value]

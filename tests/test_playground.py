@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -36,13 +37,15 @@ PLACES = [
     replace(START, model="llama3_70b", cluster="a100_80g", tp=8, dp_shard=1, dp_replicate=2),
     replace(START, model="gpt2", cluster="laptop", pp=1, tp=1, seq_len=1024),
     replace(START, pp=1, gradient_sync="micro_batch"),
+    replace(START, pp=8, schedule="interleaved_1f1b", tp=1),  # a rank between the ends is fullest
 ]
 
 
 @pytest.mark.parametrize("controls", PLACES)
 def test_the_command_says_what_the_page_shows(controls: Controls) -> None:
-    assert composed("simulate", controls.overrides) == controls.config()
-    ledger = Evidence().simulated("same", *controls.overrides).ledger
+    overrides = shlex.split(controls.command.removeprefix("./launch.sh simulate"))
+    assert composed("simulate", tuple(overrides)) == controls.config()
+    ledger = Evidence().simulated("same", *overrides).ledger
     shown = view(controls)
     assert shown.step and shown.devices == ledger["layout"]["world_size"]
     for key in ("tokens", "time_s", "memory_bytes", "tokens_per_s", "mfu"):

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
+from experiments.compose import configs_of
+from experiments.overrides import composed
 from experiments.predict.clusters import load
 from experiments.predict.search_picture import draw
 from experiments.predict.search_tables import broken, thinned
 from experiments.predict.verify import compare_bytes, options_at_twin, twin_of
+from experiments.refused import Refused
 from minigpt.config import ModelConfig
-from parallel.layout import ActivationCheckpointing, GradientSync
+from parallel.layout import ActivationCheckpointing, GradientSync, Precision
 from simulator.hardware import Cluster
 from simulator.memory import memory
 from simulator.search import (
@@ -142,6 +145,42 @@ def test_better_clusters_never_make_it_slower(found: Found) -> None:
     for rising in (by_memory, by_network):
         assert rising[-1] < rising[0]
         assert all(b <= a * slack for a, b in itertools.pairwise(rising))
+
+
+def test_one_value_is_taken_for_a_list_of_one() -> None:
+    """Through Hydra and without it."""
+    given = ("gpus=16", "micro_batch_size=2", "precision=fp32", "zero_stage=3", "schedule=1f1b")
+    (composed_by_hydra,) = configs_of("search", list(given))
+    assert composed("search", given) == composed_by_hydra
+    assert composed_by_hydra.micro_batch_size == [2]
+    assert composed_by_hydra.precision == [Precision.fp32]
+    (split,) = configs_of("train", ["strategy=pp", "pipeline.split=[3,1]"])
+    assert split.pipeline.split == [3, 1]
+    with pytest.raises(Refused, match="micro_batch_size"):
+        configs_of("search", ["micro_batch_size=two"])
+
+
+def test_a_vocabulary_that_tp_does_not_divide_is_padded_and_said_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """GPT-2's 50257 ids are odd: without padding no plan has tp at all."""
+    given = ("model=gpt2_xl", "cluster=h100", "gpus=16", "global_batch_tokens=256k", "top=500")
+    for more, padded in (
+        ((), 50304),
+        (("model.pad_vocab_to=50257",), 50257),
+        (("layout.tp=1",), None),
+    ):
+        assert main(["search", *given, *more, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["pad_vocab_to"] == padded
+        sizes = {plan["layout"]["tp"] for plan in said["plans"]}
+        assert (len(sizes) > 1) == (padded == 50304)
+        assert padded is None or all(f"={padded} " in plan["command"] for plan in said["plans"])
+    assert not composed("search", (*given, "model=tiny_moe")).odd_tensor_parallel
+    assert main(["search", *given[:-1]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = next(i for i, line in enumerate(lines) if "model.pad_vocab_to=50304" in line)
+    assert place < lines.index(next(line for line in lines if line.startswith("the fastest")))
 
 
 def test_json_has_what_scripts_read(capsys: pytest.CaptureFixture[str]) -> None:

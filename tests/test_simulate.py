@@ -14,6 +14,8 @@ from costs import trace as traces
 from costs.trace import COMPUTE
 from experiments.__main__ import main
 from experiments.compare.comparison import compared
+from experiments.compose import CONFIGS
+from experiments.overrides import composed
 from experiments.pictures import COLOURS, NAMES
 from experiments.predict.clusters import load
 from minigpt.config import ModelConfig
@@ -118,7 +120,10 @@ def test_the_verdict_names_what_to_change_first() -> None:
     ("argv", "says"),
     [
         (["cluster=abacus"], "cluster=abacus: no such option"),
-        (["layout.dp_shard=-1"], "layout.dp_shard=-1: a simulated world"),
+        (["layout.dp_shard=-1", "layout.tp=2", "gpus=5"], "layout.dp_shard=-1: 5 ranks / "),
+        (["layout.dp_shard=2", "gpus=4"], "= 2 != 4 ranks"),
+        (["gpus=0"], "gpus=0: must be at least 1"),
+        (["headroom=1"], "headroom=1.0: must be at least 0 and below 1"),
         (["rank=3"], "rank=3: the layout has 1 ranks"),
         (["rank=0"], "rank=0: method=formula gives all ranks"),
         (["impl=by_hand", "precision=fp32"], "impl=by_hand: only impl=torch is simulated"),
@@ -133,6 +138,42 @@ def test_bad_input_is_one_line(
 ) -> None:
     status, out, err = said([*argv, f"run.dir={tmp_path / 'run'}"], capsys)
     assert status == 2 and out == "" and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("strategy", sorted(p.stem for p in (CONFIGS / "strategy").glob("*")))
+def test_every_strategy_preset_is_simulated_or_refused_in_a_line(
+    strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"strategy={strategy}", "model.dropout=0", f"run.dir={tmp_path / 'run'}"]
+    status, out, err = said([*argv, "--json"], capsys)
+    if strategy in ("accelerate", "ep"):  # another program; a model that has no experts
+        assert (status, out) == (2, "") and err.count("\n") == 1
+        return
+    assert (status, err) == (0, "")
+    sizes = json.loads(out)["layout"]
+    named = {"ddp": "dp_replicate", "fsdp": "dp_shard", "zero1": "dp_shard", "zero2": "dp_shard"}
+    if strategy in named:
+        assert sizes[named[strategy]] == sizes["world_size"] == load("h100").node_size
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONFIGS / "experiment").glob("*")))
+def test_every_experiment_is_simulated_or_refused_in_a_line(
+    experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"experiment={experiment}", f"run.dir={tmp_path / 'run'}", "--json"]
+    status, out, err = said(argv, capsys)
+    if experiment == "gpt2":
+        assert (status, out) == (2, "") and err.count("\n") == 1 and "compile=false" in err
+        status, out, err = said([*argv, "compile=false"], capsys)
+    assert (status, err) == (0, "") and json.loads(out)["step"]["time_s"]["total"] > 0
+
+
+def test_minus_one_is_what_the_other_axes_leave_of_a_node_or_of_gpus() -> None:
+    for given, ranks in ((("gpus=16",), 16), ((), 8), (("cluster=gb200_nvl72",), 72)):
+        config = composed("simulate", ("strategy=fsdp", "layout.tp=2", *given))
+        assert (config.layout.dp_shard, config.layout.world_size) == (ranks // 2, ranks)
+    wide = composed("simulate", ("strategy=ddp", "layout.dp_shard=16"))
+    assert wide.layout.world_size == 16, "more than a node where the other axes take more"
 
 
 def drawn(folder: Path) -> dict[str, float]:

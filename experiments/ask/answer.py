@@ -19,8 +19,10 @@ from rich.table import Table as RichTable
 from experiments.ask.kept import code_of, digest
 from experiments.ask.quantity import Quantity
 from experiments.console import DASH
+from experiments.predict.plan_command import wrapped
 
 DRAWN_BY = ("experiments/ask/charts.py", "experiments/pictures.py")  # beside a question's own file
+MARKDOWN_WIDTH = 100  # of a command's line
 LEGEND = "[m] measured, [t] traced, [p] published by others, [f] by formula"
 
 
@@ -147,6 +149,7 @@ class Answer:
 
     conclusion: list[Said]
     tables: list[Table] = field(default_factory=list)
+    commands: list[tuple[str, str]] = field(default_factory=list)  # a plan's name, and its command
     pictures: list[Picture] = field(default_factory=list)
     carries_over: list[Said] = field(default_factory=list)  # from a laptop to GPUs
     does_not: list[Said] = field(default_factory=list)
@@ -166,6 +169,7 @@ class Answer:
             "question": question,
             "conclusion": joined(self.conclusion),
             "numbers": [number.said() for number in self.numbers],
+            "commands": [{"plan": plan, "command": command} for plan, command in self.commands],
             "carries_over": joined(self.carries_over),
             "does_not": joined(self.does_not),
         }
@@ -183,6 +187,10 @@ def show(console: Console, name: str, question: str, answer: Answer, pictures: P
         console.print(f"- {one.text}", markup=False)
     for table in answer.tables:
         console.print(rich_table(table))
+    for plan, command in answer.commands:
+        console.print(f"{plan}:", markup=False)
+        said = wrapped(command, console.width) if console.is_terminal else command
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     for picture in answer.pictures:
         console.print(f"{picture.caption}: {picture.at(pictures)}", markup=False, soft_wrap=True)
     for title, sentences in (
@@ -222,6 +230,11 @@ def markdown(question: str, answer: Answer, place: Callable[[Picture], str]) -> 
         aligned = ["--:" if table.is_number(i) else "---" for i in range(len(table.head))]
         every = [table.heads, aligned, *table.cells()]
         lines += ["| " + " | ".join(row) + " |" for row in every]
+    if answer.commands:
+        lines += ["", "The plans as commands:", "", "```"]
+        for plan, command in answer.commands:
+            lines += [f"# {plan}", wrapped(command, MARKDOWN_WIDTH)]
+        lines.append("```")
     for picture in answer.pictures:
         lines += ["", f"![{picture.caption}]({place(picture)})"]
     lines += ["", "What carries over from a laptop to GPUs:", ""]

@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # what a search and its plans are computed by; what it was asked for is in its configuration
 SIMULATOR = (
     *("costs", "minigpt", "parallel", "simulator"),
-    *(f"experiments/predict/{name}.py" for name in ("plan_config", "scale", "search")),
+    *(
+        f"experiments/predict/{name}.py"
+        for name in ("plan_command", "plan_config", "scale", "search")
+    ),
+    # what simulate assumes decides which keys a plan's command needs
+    *("experiments/config.py", "configs/simulate.yaml"),
 )
 
 

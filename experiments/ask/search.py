@@ -37,6 +37,7 @@ def answer(asked: Wanted, evidence: Evidence) -> Answer:
     return Answer(
         conclusion=[taken, *said],
         tables=[plans_table(found)] if plans else [],
+        commands=commands_of(found),
         carries_over=[say("Bytes and memory: closed forms that tests hold to real ranks.")],
         does_not=[
             say(
@@ -163,6 +164,14 @@ def cells_of(found: Run, i: int) -> list[Cell]:
     """A plan's row of a table, under HEAD."""
     lost = [part(found, i, name) for name in ("exposed_communication", "bubble")]
     return [*shortly(found.ledger["plans"][i]), *headline(found, i).values(), *lost]
+
+
+def commands_of(found: Run, name: str = "") -> list[tuple[str, str]]:
+    """The commands that rebuild the plans of `plans_table`, and the simplest one."""
+    ledger, named = found.ledger, f"{name}: " if name else ""
+    shown = ledger["plans"][:TOP]
+    shown += [ledger["simplest"]] if ledger["simplest"] not in (*shown, None) else []
+    return [(named + described(plan), plan["command"]) for plan in shown]
 
 
 def plans_table(found: Run) -> Table:

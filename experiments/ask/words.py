@@ -8,12 +8,9 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from experiments.compose import CONFIGS
 from experiments.predict import clusters
+from experiments.predict.models import load_all as load_models
 from minigpt.config import ModelConfig
 
 # words that say nothing of what is asked
@@ -96,11 +93,7 @@ def wanted(text: str) -> Wanted:
 @lru_cache
 def model_configs() -> dict[str, ModelConfig]:
     """Each model of configs/model that is not made for a laptop."""
-    found = {}
-    for path in sorted((CONFIGS / "model").glob("*.yaml")):
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
-        found[path.stem] = ModelConfig(**values)
-    return {name: model for name, model in found.items() if model.parameters > 5e7}
+    return {name: m for name, m in load_models().items() if m.parameters > 5e7}
 
 
 @lru_cache

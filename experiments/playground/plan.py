@@ -10,23 +10,29 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from costs.ledger import MEMORY_PARTS, step_of
 from experiments.ask.words import model_configs
 from experiments.overrides import composed
 from experiments.predict import clusters
+from experiments.predict.plan_command import plan_values, simulate_command
 from experiments.predict.plan_config import SimulateConfig
-from minigpt.config import DataConfig
+from minigpt.config import DataConfig, ModelConfig
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
     GradientSync,
     Layout,
+    Options,
     PipelineConfig,
     PipelineSchedule,
     Precision,
 )
 from simulator.coarse_programs import coarse_timeline
 from simulator.formula_ledger import formula_steps
+from simulator.memory import memory
+from simulator.plans import Plans
 from simulator.timeline import Timeline
 from simulator.verdict import verdict
 
@@ -55,28 +61,6 @@ class Controls:
     sequence_parallel: bool = True
 
     @property
-    def overrides(self) -> tuple[str, ...]:
-        """Keys of `simulate` that say the same; what changes nothing is left out."""
-        keys = [f"model={self.model}", f"cluster={self.cluster}", f"seq_len={self.seq_len}"]
-        sizes = zip(MESH_AXES, self.layout.sizes, strict=True)
-        keys += [f"layout.{axis}={size}" for axis, size in sizes if size > 1]
-        if self.dp_shard > 1:
-            keys.append(f"zero_stage={self.zero_stage}")
-        if self.gradient_sync != GradientSync.step.value:
-            keys.append(f"gradient_sync={self.gradient_sync}")
-        if self.sequence:
-            keys.append("sequence_parallel=true")
-        if self.pp > 1:
-            keys.append(f"pipeline.schedule={self.schedule}")
-        keys += [
-            f"micro_batch_size={self.micro_batch_size}",
-            f"gradient_accumulation_steps={self.gradient_accumulation_steps}",
-            f"precision={self.precision}",
-            f"activation_checkpointing={self.activation_checkpointing}",
-        ]
-        return tuple(keys)
-
-    @property
     def layout(self) -> Layout:
         return Layout(**{axis: getattr(self, axis) for axis in MESH_AXES})
 
@@ -86,8 +70,21 @@ class Controls:
 
     @property
     def command(self) -> str:
-        """To copy."""
-        return " ".join(["./launch.sh simulate", *self.overrides])
+        """The command line that simulates what is shown, to copy."""
+        staged = PipelineConfig(PipelineSchedule(self.schedule))
+        options = Options(
+            precision=Precision(self.precision),
+            activation_checkpointing=ActivationCheckpointing(self.activation_checkpointing),
+            zero_stage=self.zero_stage,
+            gradient_sync=GradientSync(self.gradient_sync),
+            sequence_parallel=self.sequence,
+            pipeline=staged,
+            micro_batch_size=self.micro_batch_size,
+            seq_len=self.seq_len,
+            micro_batches=self.gradient_accumulation_steps,
+        )
+        values = plan_values(self.layout, options)
+        return simulate_command(model_configs()[self.model], cluster_of(self.cluster), values)
 
     def config(self) -> SimulateConfig:
         """What the command composes, in microseconds. Raises ValueError where it is refused."""
@@ -174,6 +171,16 @@ class View:
         return [(part, self.memory[part]) for part in MEMORY_PARTS]
 
 
+def shown_places(model: ModelConfig, layout: Layout, options: Options) -> list[int]:
+    """Return the pp ranks that are looked at: the first, the fullest and the last.
+
+    With several stages a rank any of them may be the fullest, so the peaks of all are compared.
+    """
+    every = np.arange(layout.pp)
+    peaks = memory(Plans.of(model, layout, options)[np.zeros_like(every)], every).peak
+    return sorted({0, int(np.argmax(peaks)), layout.pp - 1})
+
+
 def view(controls: Controls) -> View:
     """Predict one position of the controls."""
     devices = controls.layout.world_size
@@ -182,13 +189,11 @@ def view(controls: Controls) -> View:
     except ValueError as error:
         return View(controls, devices, refused=str(error))
     plan = (config.model, config.layout, config.options)
-    # the first place has most micro-batches under way, the last the logits
-    ends = sorted({0, config.layout.pp - 1})
-    steps = formula_steps(*plan, config.cluster, places=ends)
-    memory = config.cluster.device.memory_bytes
-    said = verdict(steps, config.layout, config.options, memory)
+    steps = formula_steps(*plan, config.cluster, places=shown_places(*plan))
+    limit = config.cluster.device.memory_bytes
+    said = verdict(steps, config.layout, config.options, limit)
     passes = config.layout.pp * config.options.pipeline.local_stages * 2
     timeline = None
     if passes * config.options.micro_batches <= MOST_PASSES:
         timeline = coarse_timeline(*plan, config.cluster)
-    return View(controls, devices, None, step_of(steps), said, memory, timeline)
+    return View(controls, devices, None, step_of(steps), said, limit, timeline)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
 
 from experiments.config import TrainConfig
-from minigpt.config import ModelConfig, above, at_least, fraction, require
+from minigpt.config import FFN, ModelConfig, above, at_least, fraction, require
 from parallel.layout import (
     MESH_AXES,
     ActivationCheckpointing,
@@ -18,6 +18,7 @@ from parallel.layout import (
     PipelineSchedule,
     Precision,
 )
+from parallel.rules import padded_vocab
 from simulator.at_scale import Failures
 from simulator.hardware import Cluster
 from simulator.space import Space
@@ -70,21 +71,22 @@ class SimulateConfig(TrainConfig):
     cluster: Cluster = MISSING
     method: Method = Method.formula
     rank: int | None = None  # the one to trace; null: the first
+    gpus: int | None = None  # devices that an axis of -1 fills; null: one node of the cluster
+    headroom: float = 0.0  # share of the device's memory that must stay free for a plan to fit
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
     def __post_init__(self) -> None:
+        at_least("gpus", self.gpus, 1)
+        if self.layout.open_axis or self.gpus is not None:
+            self.layout = self.layout.resolve(self.gpus or self._devices)
         super().__post_init__()
-        if self.layout.open_axis:
-            raise ValueError(
-                f"layout.{self.layout.open_axis}=-1: a simulated world has the size that its "
-                "layout gives it, so every axis is a number"
-            )
         require(
             not self.finetune.on or self.method == Method.trace,
             "finetune=lora: method=formula is of full training; method=trace runs the program "
             "itself, and a run's own ledger has the closed forms of simulator/lora.py",
         )
         at_least("rank", self.rank, 0)
+        fraction("headroom", self.headroom)
         size = self.layout.world_size
         require(
             self.rank is None or self.rank < size,
@@ -94,6 +96,13 @@ class SimulateConfig(TrainConfig):
             self.rank is None or self.method == Method.trace,
             f"rank={self.rank}: method=formula gives all ranks; method=trace gives one",
         )
+
+    @property
+    def _devices(self) -> int:
+        """One node of the cluster, or more devices where the other axes already take more."""
+        axis = self.layout.open_axis
+        fixed = replace(self.layout, **{axis: 1}) if axis else self.layout
+        return max(self.cluster.node_size, fixed.world_size)
 
 
 @dataclass
@@ -169,6 +178,29 @@ class SearchConfig:
         if self.explain is not None:
             axes_of(self.explain)
         require(self.batch_size >= 1, f"global_batch_tokens={self.global_batch_tokens}: too few")
+
+    @property
+    def odd_tensor_parallel(self) -> list[int]:
+        """The sizes of tp that would do but for the vocabulary, which they do not divide."""
+        model = self.model
+        if model.pad_vocab_to is not None or model.ffn == FFN.moe:
+            return []
+        most = self.cluster.node_size if self.tensor_parallel_in_node else self.gpus
+        given = self.layout.tp
+        return [
+            tp
+            for tp in range(2, min(most, self.gpus, model.kv_heads) + 1)
+            if self.gpus % tp == 0 and given in (None, tp) and model.vocab_size % tp
+            if not (model.n_head % tp or model.kv_heads % tp or model.ff_dim % tp)
+        ]
+
+    @property
+    def searched_model(self) -> ModelConfig:
+        """The model, its vocabulary padded where some tp does not divide it (Megatron-LM pads)."""
+        odd = self.odd_tensor_parallel
+        return (
+            replace(self.model, pad_vocab_to=padded_vocab(self.model, *odd)) if odd else self.model
+        )
 
     @property
     def batch_size(self) -> int:

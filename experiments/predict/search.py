@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.compose import configs_of
 from experiments.console import human_bytes
+from experiments.predict.plan_command import command_of_plan
 from experiments.predict.plan_config import SearchConfig, axes_of
 from experiments.predict.scale import run_to_the_end
 from experiments.predict.search_tables import show
@@ -53,7 +54,7 @@ def command(argv: list[str]) -> int:
 def find(config: SearchConfig) -> Found:
     """All plans. Raises Refused where there is none."""
     space = Space(
-        config.model,
+        config.searched_model,
         config.seq_len,
         config.gpus,
         config.batch_size,
@@ -79,9 +80,10 @@ def said_of(config: SearchConfig, found: Found) -> dict[str, Any]:
     said: dict[str, Any] = {
         "considered": len(found.predicted) + sum(found.refused.values()),
         "predicted": len(found.predicted),
-        "plans": [plan_of(found, int(i)) for i in order[: config.top]],
-        "simplest": None if simplest is None else plan_of(found, simplest),
-        "front": [plan_of(found, int(i)) for i in found.front()],
+        "pad_vocab_to": found.predicted.plans.model.pad_vocab_to,
+        "plans": [rebuildable(config, found, int(i)) for i in order[: config.top]],
+        "simplest": None if simplest is None else rebuildable(config, found, simplest),
+        "front": [rebuildable(config, found, int(i)) for i in found.front()],
         "rejected": dict(found.reasons().most_common()),
         "lost_by": found.margins(),
     }
@@ -93,7 +95,7 @@ def said_of(config: SearchConfig, found: Found) -> dict[str, Any]:
     if len(order):
         said["to_the_end"] = run_to_the_end(
             config.scale,
-            config.model.parameters,
+            config.searched_model.parameters,
             float(found.predicted.plans.tokens[order[0]]),
             said["plans"][0]["time_s"],
             config.gpus,
@@ -106,6 +108,13 @@ def cost_of(config: SearchConfig, time_s: float) -> float:
     assert config.scale.price is not None
     hours = config.gpus * time_s / HOUR
     return config.scale.price * hours * 1e6 / (config.batch_size * config.seq_len)
+
+
+def rebuildable(config: SearchConfig, found: Found, i: int) -> dict[str, Any]:
+    """Return one plan with the command line that simulates it again."""
+    plans = found.predicted.plans
+    command = command_of_plan(config, layout_at(plans, i), options_at(plans, i))
+    return {"command": command, **plan_of(found, i)}
 
 
 def plan_of(found: Found, i: int) -> dict[str, Any]:
@@ -157,4 +166,4 @@ def explain(config: SearchConfig, found: Found) -> dict[str, Any]:
         reason = f"out of memory by {human_bytes(float(over))}"
     elif len(order) and best != order[0]:
         reason = str(found.lost(np.array([best]), int(order[0]))[0])
-    return {"plan": plan_of(found, best), "loses_by": reason}
+    return {"plan": rebuildable(config, found, best), "loses_by": reason}

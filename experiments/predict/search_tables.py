@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.console import DASH, human_bytes, human_seconds, make_console, share
+from experiments.predict.plan_command import wrapped
 from experiments.predict.plan_config import SearchConfig
 from experiments.predict.scale import say_scale
 from parallel.layout import GradientSync, PipelineConfig, PipelineSchedule
@@ -35,16 +36,28 @@ def show(config: SearchConfig, found: Found, said: dict[str, Any]) -> None:
         f"{human_bytes(found.limit)} may be filled",
         highlight=False,
     )
+    odd = config.odd_tensor_parallel
+    if odd:
+        size, rows = config.model.vocab_size, said["pad_vocab_to"]
+        console.print(
+            f"model.vocab_size={size} does not divide by tp={', '.join(map(str, odd))}: all plans "
+            f"pad it, model.pad_vocab_to={rows}; model.pad_vocab_to={size} searches without",
+            highlight=False,
+            soft_wrap=True,
+        )
     if not said["plans"]:
         console.print("no plan fits: more devices, or a smaller micro-batch, would be needed")
     else:
         console.print(plans_table("the fastest plans that fit", said["plans"]))
+        print_commands(console, said["plans"])
         if said["simplest"] != said["plans"][0]:
             title = f"fewest axes of those within {100 * CLOSE:g} % of the fastest"
             console.print(plans_table(title, [said["simplest"]]))
+            print_commands(console, [said["simplest"]])
         less = thinned(said["front"])[1:]
         if less:
             console.print(plans_table("less memory, more time", less))
+            print_commands(console, less)
     reasons = Table(title="why the others lost", title_justify="left")
     reasons.add_column("reason")
     reasons.add_column("plans", justify="right")
@@ -65,6 +78,19 @@ def show(config: SearchConfig, found: Found, said: dict[str, Any]) -> None:
         say_scale(console, said["to_the_end"])
     if "verified" in said:
         console.print(said["verified"]["says"], markup=False)
+
+
+def print_commands(console: Console, plans: list[dict[str, Any]]) -> None:
+    """Print the command that rebuilds each row of a table, in the order of its rows.
+
+    On a terminal a command is broken so that a shell still takes it as one; elsewhere each is one
+    line.
+    """
+    console.print("the same plans as commands, row by row" if len(plans) > 1 else "as a command")
+    for plan in plans:
+        command = plan["command"]
+        said = wrapped(command, console.width) if console.is_terminal else command
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _margin(reason: str, by: float | None) -> str:
@@ -148,6 +174,7 @@ def say_explained(console: Console, said: dict[str, Any]) -> None:
     """The named layout's parts beside the winner's."""
     own, reason = said["explained"]["plan"], said["explained"]["loses_by"]
     console.print(plans_table(f"explained: loses by {reason or 'nothing, it is the best'}", [own]))
+    print_commands(console, [own])
     if not said["plans"]:
         return
     best = said["plans"][0]

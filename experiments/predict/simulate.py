@@ -27,6 +27,7 @@ from experiments.console import (
     make_console,
     share,
 )
+from experiments.predict.plan_command import command_of
 from experiments.predict.plan_config import Method, SimulateConfig, plain
 from experiments.predict.scale import run_to_the_end, say_scale
 from experiments.refused import Refused
@@ -61,9 +62,9 @@ def command(argv: list[str]) -> int:
 def check(config: SimulateConfig) -> None:
     """Raise Refused for what no simulation has."""
     if config.impl != Impl.torch:
-        raise Refused(f"impl={config.impl.value}: only impl=torch is simulated")
+        raise Refused(f"impl={config.impl.value}: only impl=torch is simulated; give impl=torch")
     if config.compile:
-        raise Refused("compile=true: a compiled step is not simulated")
+        raise Refused("compile=true: a compiled step is not simulated; compile=false is")
 
 
 def simulate(config: SimulateConfig, folder: Path) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def simulate(config: SimulateConfig, folder: Path) -> dict[str, Any]:
 def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[str, Any]:
     """A ledger of one rank of each pipeline place, or of the one that was traced."""
     layout, device = config.layout, config.cluster.device
+    limit = device.memory_bytes * (1 - config.headroom)
     step, end = ledgers.step_of(steps), None
     seconds = step["time_s"]["total"]
     if seconds is not None:
@@ -105,7 +107,9 @@ def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[st
             "cluster": config.cluster.name,
             "device": device.name,
             "device_memory_bytes": device.memory_bytes,
-            "verdict": verdict(steps, layout, config.options, device.memory_bytes),
+            "command": command_of(config),
+            "fits": step["memory_bytes"]["peak"] <= limit,
+            "verdict": verdict(steps, layout, config.options, limit),
             "to_the_end": end,
         },
         "step": step,

@@ -21,6 +21,7 @@ from experiments.ask.runs import (
 from experiments.ask.search import (
     HEAD,
     cells_of,
+    commands_of,
     described,
     headline,
     part,
@@ -83,6 +84,11 @@ def answer(evidence: Evidence) -> Answer:
             practice(),
         ],
         tables=[family_table(families), size_table(sizes), plans_table(families[FREE])],
+        commands=[
+            *commands_of(families[FREE]),
+            *(best for n, run in families.items() if n != FREE for best in commands_of(run, n)[:1]),
+            *(best for n, run in sizes.items() for best in commands_of(run, n)[:1]),
+        ],
         carries_over=agreement(runs, twins),
         does_not=[
             say(
