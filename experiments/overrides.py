@@ -30,7 +30,7 @@ def composed(command: str, overrides: tuple[str, ...]) -> Any:
     """
     groups: tuple[str, ...] = FIRST
     if any(o.startswith(("strategy=", "experiment=")) for o in overrides):
-        groups = (*FIRST, "layout.")  # a preset's -1 is what the other axes leave
+        groups = (*FIRST, "layout.", "gpus")  # a preset's -1 is what the other axes leave
     first = tuple(o for o in overrides if _comes_first(o.partition("=")[0], groups))
     rest = [o for o in overrides if o not in first]
     values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(rest))

@@ -164,7 +164,7 @@ def test_a_vocabulary_that_tp_does_not_divide_is_padded_and_said_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """GPT-2's 50257 ids are odd: without padding no plan has tp at all."""
-    given = ("model=gpt2_xl", "cluster=h100", "gpus=16", "global_batch_tokens=256k", "top=500")
+    given = ("model=gpt2_medium", "cluster=h100", "gpus=8", "global_batch_tokens=64k", "top=500")
     for more, padded in (
         ((), 50304),
         (("model.pad_vocab_to=50257",), 50257),
