@@ -178,7 +178,7 @@ def tied_numel(to: Sending) -> Array:
     """Return the numel of the gradient that the first and the last stage of a tied model add up: 0
     where one rank has both."""
     n, model = to.rank.weight_shards, to.plans.model
-    head = weights_of({"embedding.weight": (model.vocab_size, model.d_model)})
+    head = weights_of({"embedding.weight": (model.vocab_rows, model.d_model)})
     apart = model.tied & (to.plans.pp > 1) & ~to.rank.v_shaped
     return apart * padded(head, to.plans, n) // n
 
