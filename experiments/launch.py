@@ -204,10 +204,12 @@ def run(job: Job, quiet: bool) -> Ended:
     lost = unprinted(job.folder)
     if lost is not None:
         progress(output_lost(lost))
-    return _ended(job.folder, status, forwarding.received, oom_kills() > kills)
+    return _ended(job.folder, status, forwarding.received, oom_kills() > kills, job.log)
 
 
-def _ended(folder: Path, status: int, received: int, oom_killed: bool) -> Ended:
+def _ended(
+    folder: Path, status: int, received: int, oom_killed: bool, log: Path | None = None
+) -> Ended:
     """Return how a run ended, of which torchrun has ended with `status` (negative: by a signal)
     after this process had received a signal (0: none)."""
     if was_stopped(folder):  # the signal may have come to another node
@@ -218,12 +220,12 @@ def _ended(folder: Path, status: int, received: int, oom_killed: bool) -> Ended:
     if status == 0:  # a signal may come when there is nothing left to do
         return Ended("done", received)
     if not received:
-        return Ended("failed", 0, failure(folder, status, oom_killed))
+        return Ended("failed", 0, failure(folder, status, oom_killed, log))
     name, lost = signal.Signals(received).name, unsaved_steps(folder)
     if received in Forwarding.END or not lost:
         return Ended("stopped", received, f"by {name}; what was measured is in {folder}")
     # a scheduler that asked for a save must not take this for one
-    why = failure(folder, status, oom_killed)
+    why = failure(folder, status, oom_killed, log)
     return Ended("failed", received, f"{name} came and {lost} steps were not saved: {why}")
 
 

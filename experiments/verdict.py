@@ -48,6 +48,7 @@ ENDED_BY_TORCHRUN = re.compile(r"Sending process (\d+) closing signal")
 TORCHRUN_ENDED_BY = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 NODE_ENDED = re.compile(r"^node \d+: torchrun was ended by .*$", re.MULTILINE)  # of the lab
 TRACEBACK = "Traceback (most recent call last):"
+MESSAGE = re.compile(r"\[?[IWEF]\d{4} |=+$")  # of torch's own logs: not why something ended
 NO_ERROR = "ChildFailedError"  # torchrun's own, which only says that a rank failed
 
 
@@ -250,22 +251,27 @@ def _in_step(standing: Standing) -> str:
 # --- read by the launcher, and by ranks that are started again
 
 
-def failure(folder: Path, status: int = 1, oom_killed: bool = False) -> str:
+def failure(
+    folder: Path, status: int = 1, oom_killed: bool = False, log: Path | None = None
+) -> str:
     """Return one line: who failed first and how, and where more is.
 
     `status` is the exit status of torchrun, negative for the signal that ended it; `oom_killed`
-    says that the kernel has killed a process for want of memory meanwhile.
+    says that the kernel has killed a process for want of memory meanwhile. `log` is torchrun's, if
+    it is not that of the first node.
     """
+    log = log or folder / "logs" / "torchrun.log"
     errors = list(_errors(folder))
     last = max((error["start"] for error in errors), default=0)
     errors = sorted((e for e in errors if e["start"] == last), key=lambda error: error["time"])
     timed_out = any(TIMED_OUT in error["error"] for error in errors)
     unlike = next((e["unlike"] for e in errors if e["unlike"]), None)
-    killed = None if timed_out else _killed(folder, status, oom_killed, bool(errors))
+    killed = None if timed_out else _killed(log, status, oom_killed, bool(errors))
     if not errors:
         unlike = next(mismatches(standings(folder)), None)
-        silent = None if killed else _silent(folder)
-        return "; ".join(filter(None, (unlike, killed, _full_disk(folder), silent)))
+        full = _full_disk(folder)
+        silent = None if killed or full else _silent(log)
+        return "; ".join(filter(None, (unlike, killed, full, silent)))
     first = errors[0]
     line = f" at {first['line']}" if first["line"] else ""
     said = f"rank {first['rank']}: {first['error']}{line} (traceback: {first['traceback']})"
@@ -292,10 +298,10 @@ def _errors(folder: Path) -> Iterator[dict]:
             continue
 
 
-def _report(folder: Path) -> str:
+def _report(log: Path) -> str:
     """Return torchrun's log, as far as it can be read."""
     try:
-        return (folder / "logs" / "torchrun.log").read_text(errors="replace")
+        return log.read_text(errors="replace")
     except OSError:
         return ""
 
@@ -305,9 +311,9 @@ def _ended_ranks(report: str) -> list[re.Match]:
     return list(REPORTED.finditer(report)) or list(STARTED_AGAIN.finditer(report))[-1:]
 
 
-def _killed(folder: Path, status: int, oom_killed: bool, has_errors: bool) -> str | None:
+def _killed(log: Path, status: int, oom_killed: bool, has_errors: bool) -> str | None:
     """Return who was ended by a signal that torchrun did not send: torchrun itself, or a rank."""
-    log, report = folder / "logs" / "torchrun.log", _report(folder)
+    report = _report(log)
     if status < 0:
         return f"torchrun was {_ended_by(-status, oom_killed)}"
     if node := NODE_ENDED.search(report):
@@ -341,14 +347,15 @@ def _full_disk(folder: Path) -> str | None:
         free = shutil.disk_usage(folder).free
     except OSError:
         return None
-    return f"run.dir={folder}: {free:,} bytes are left on its disk" if free < FULL else None
+    room = f"run.dir={folder}: {free:,} bytes are left on its disk"
+    return f"{room}, too few for a rank to leave its error" if free < FULL else None
 
 
-def _silent(folder: Path) -> str:
+def _silent(log: Path) -> str:
     """Return what can be said if no rank left an error: what Python wrote before it ended."""
-    log, report = folder / "logs" / "torchrun.log", _report(folder)
+    report = _report(log)
     for found in _ended_ranks(report):
-        files = (folder / "logs").glob(f"*/attempt_*/{found['local']}/stderr.log")
+        files = log.parent.glob(f"*/attempt_*/{found['local']}/stderr.log")
         own = max(files, key=lambda path: path.stat().st_mtime, default=log)
         own = own if own.stat().st_size else log  # a rank that keeps the terminal has none
         said = last_error(own.read_text(errors="replace"))
@@ -368,4 +375,5 @@ def last_error(text: str) -> str | None:
             return " ".join(after[:2] if after[0].endswith(":") else after[:1])
     if TRACEBACK in lines:
         return None
-    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+    words = (line.strip() for line in reversed(lines) if not MESSAGE.match(line))
+    return next(filter(None, words), None)
