@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from costs.outside import read_json
 from costs.program import PHASES
 
 SCHEMA = "worldsize.ledger/1"
@@ -129,20 +130,16 @@ def write(path: Path, ledger: dict[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Read and check a ledger. Raises ValueError, one line with the file's name."""
     try:
-        ledger = json.loads(path.read_text(), parse_constant=_no_constant)
+        ledger = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not a ledger: {str(error).splitlines()[0]}") from error
     try:
         check(ledger)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return ledger
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def check(ledger: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+MOST_RANKS = 2**32  # of a group that is read
 LISTED = 64  # ranks of a group that a file lists one by one; a larger group is written as its grid
 
 
@@ -73,7 +74,12 @@ class RankGrid(Sequence[int]):
 def ranks_from_json(value: Any) -> Sequence[int]:
     """Return the ranks that `to_json` wrote. Raises ValueError, TypeError or KeyError."""
     if isinstance(value, dict):
-        return RankGrid(value["first"], tuple((size, stride) for size, stride in value["axes"]))
+        axes = tuple((size, stride) for size, stride in value["axes"])
+        numbers = [value["first"], *(number for axis in axes for number in axis)]
+        right = all(type(number) is int and number >= 0 for number in numbers)
+        if not right or prod(size for size, _ in axes) > MOST_RANKS:
+            raise ValueError(f"ranks: no group of at most {MOST_RANKS:,}")
+        return RankGrid(value["first"], axes)
     return tuple(value)
 
 

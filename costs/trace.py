@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from costs.program import Event, Message, Program, Wait, Work
+from costs.outside import read_json
+from costs.program import PHASES, Event, Message, Program, Wait, Work
 from costs.rank_grid import RankGrid, ranks_from_json
 
 COMPUTE, COMMUNICATION = "compute", "communication"  # tracks
@@ -110,26 +111,22 @@ NO_PROGRAMS = (
 def read(path: Path) -> Trace:
     """What write() wrote. Raises ValueError, one line with the file's name."""
     try:
-        with gzip.open(path, "rt") as file:
-            whole = json.load(file)
+        whole = read_json(path, packed=True)
         if not isinstance(whole, dict) or "programs" not in whole:
             raise ValueError(NO_PROGRAMS)
+        _need(type(whole["about"]) is dict, "about", whole["about"])
         return Trace(
             slices=[_slice(e) for e in whole["traceEvents"] if e["ph"] == "X"],
             programs={
                 int(rank): [_from_json(event) for event in program]
                 for rank, program in whole["programs"].items()
             },
-            memory=[
-                MemorySample(e["pid"], e["ts"] / MICRO, e["args"])
-                for e in whole["traceEvents"]
-                if e["ph"] == "C"
-            ],
+            memory=[_sample(e) for e in whole["traceEvents"] if e["ph"] == "C"],
             about=whole["about"],
         )
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         said = str(error) if error.args == (NO_PROGRAMS,) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not a trace: {said}") from error
 
@@ -189,7 +186,64 @@ def _slice(event: dict[str, Any]) -> Slice:
     args, start = dict(event["args"]), event["ts"]
     place = args.pop("stage", None), args.pop("micro_batch", None)
     end = start + event["dur"]
-    return Slice(event["pid"], track, kind, start / MICRO, end / MICRO, *place, args)
+    piece = Slice(event["pid"], track, kind, start / MICRO, end / MICRO, *place, args)
+    _check_fields(piece)
+    for key, kinds in ARGS.items():
+        _need(_fits(args.get(key), kinds), key, args.get(key))
+    return piece
+
+
+# what is read of a slice's args; all else is for viewers
+ARGS = {
+    "number": "int | None",
+    "axis": "str | None",
+    "collective": "str | None",
+    **dict.fromkeys(("ready", "seconds", "bubble_s"), "float | None"),
+}
+
+
+def _sample(event: dict[str, Any]) -> MemorySample:
+    sample = MemorySample(event["pid"], event["ts"] / MICRO, event["args"])
+    _check_fields(sample)
+    for part, held in sample.held.items():
+        _need(_whole(held), part, held)
+    return sample
+
+
+def _check_fields(made: Any) -> None:
+    """Raise ValueError unless every field has the type that its class states."""
+    for f in fields(made):
+        value = getattr(made, f.name)
+        _need(_fits(value, str(f.type)), f.name, value)
+
+
+def _fits(value: Any, kinds: str) -> bool:
+    return any(FITS[kind](value) for kind in kinds.split(" | "))
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _ranks(value: Any) -> bool:
+    return isinstance(value, RankGrid) or (type(value) is tuple and all(map(_whole, value)))
+
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    "None": lambda value: value is None,
+    "str": lambda value: type(value) is str,
+    "int": _whole,
+    "float": lambda value: type(value) in (int, float),
+    "tuple[int, ...]": _ranks,
+    "Sequence[int]": _ranks,
+    "dict[str, Any]": lambda value: type(value) is dict,
+    "dict[str, int]": lambda value: type(value) is dict,
+}
+
+
+def _need(holds: bool, key: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{key}: {repr(value)[:60]} is none")
 
 
 def _to_json(event: Event) -> dict[str, Any]:
@@ -205,4 +259,10 @@ def _from_json(event: dict[str, Any]) -> Event:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in event.items()}
     if "ranks" in values:
         values["ranks"] = ranks_from_json(values["ranks"])
-    return EVENTS[str(values.pop("event"))](**values)
+    made: Event = EVENTS[str(values.pop("event"))](**values)
+    _check_fields(made)
+    _need(made.phase in PHASES, "phase", made.phase)
+    if isinstance(made, Message):
+        ends = made.collective in ("send", "recv")
+        _need(len(made.ranks) == 2 if ends else len(made.ranks) > 0, "ranks", made.ranks)
+    return made

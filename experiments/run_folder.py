@@ -21,8 +21,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from costs.outside import read_json
 from experiments import verdict
 from experiments.config import TrainConfig
+from experiments.outside_yaml import load_yaml
 from experiments.resume import RUNS
 from parallel.layout import Layout
 
@@ -110,7 +112,7 @@ def read_config(folder: Path) -> TrainConfig:
     path = folder / "config.yaml"
     try:
         schema = OmegaConf.structured(TrainConfig)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(path)))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, load_yaml(path)))
     except OSError as error:
         raise ValueError(f"run={folder}: config.yaml: {error.strerror}") from error
     except Exception as error:  # YAML, OmegaConf and the checks of the schema raise many kinds
@@ -123,8 +125,8 @@ def read_config(folder: Path) -> TrainConfig:
 def read_launched(folder: Path) -> Launched:
     """What write_config wrote down. Raises ValueError, one line."""
     try:
-        return Launched(**json.loads((folder / "launch.json").read_text()))
+        return Launched(**read_json(folder / "launch.json"))
     except OSError as error:
         raise ValueError(f"run={folder}: launch.json: {error.strerror}") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"run={folder}: launch.json is damaged: {error}") from error

@@ -8,6 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from costs.outside import read_bytes
+
 MEMORY_STEP = 2  # the third: by then DDP has its final buckets and AdamW its moments
 WARMUP_STEPS = 5  # left out of times: caches, compilation, first touches of memory
 KEPT_STEPS = 500  # the last ones, of which the median is taken: a long run must not grow
@@ -48,9 +50,11 @@ def read_seconds(path: Path) -> list[float]:
     """What each step took, of metrics.jsonl; a last line that was cut off is left out. A run that
     was killed has fewer than it wanted. Raises ValueError, one line."""
     try:
-        whole, _, _ = path.read_bytes().rpartition(b"\n")
+        whole, _, _ = read_bytes(path).rpartition(b"\n")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     # of three hundred thousand lines only this is asked for, and a parser reads all that they say
     found = SECONDS.findall(whole)
     lines = whole.count(b"\n") + 1 if whole else 0

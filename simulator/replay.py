@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from costs.ledger import TIME_PARTS
 from costs.program import Message, Program, Work
@@ -93,7 +94,7 @@ class _Replay:
         hidden_slows: float,
     ) -> None:
         self.queued, self.hidden_slows = queued, hidden_slows
-        self.programs, self.like = programs, like or (lambda rank: rank)
+        self.programs, self.like = programs, like or _itself
         self.work_seconds, self.message_seconds = work_seconds, message_seconds
         self.channels: dict[tuple, Channel] = {}
         self.known: dict[tuple, tuple[Channel, object]] = {}  # hashing a thousand ranks takes long
@@ -223,9 +224,9 @@ class _Replay:
 
     def _standing_for(self, ranks: Sequence[int]) -> set[int]:
         """Return the ranks whose programs stand for those of a group."""
-        return (
-            ranks.images(self.like) if isinstance(ranks, RankGrid) else set(map(self.like, ranks))
-        )
+        if self.like is _itself:  # a file may name any ranks: one too many is one without program
+            return set(islice(ranks, len(self.programs) + 1))
+        return ranks.images(self.like) if isinstance(ranks, RankGrid) else {*map(self.like, ranks)}
 
     def _check_members(self, rank: int, place: int, message: Message, standing: set[int]) -> None:
         for other in sorted(standing):
@@ -268,6 +269,10 @@ class _Replay:
             return f"rank {other} has ended without it"
         wanted = self.flights[other][program[place].number][0].message  # type: ignore[union-attr]
         return f"rank {other} has not come to it: it waits at event {place} for {_said(wanted)}"
+
+
+def _itself(rank: int) -> int:
+    return rank
 
 
 def _span(flight: Flight, seconds: float) -> tuple[float, float]:

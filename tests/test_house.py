@@ -51,6 +51,7 @@ PURE = (
     "parallel/layout.py",
     "costs/ledger.py",
     "costs/program.py",
+    "costs/outside.py",
     "costs/rank_grid.py",
 )
 ONLY_IN_EXPERIMENTS = {"hydra", "omegaconf", "wandb", "tensorboard", "rich", "matplotlib"}

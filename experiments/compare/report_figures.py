@@ -261,12 +261,12 @@ def memory_over_time(trace: Trace, title: str) -> PlotlyFigure | None:
             **area,
             "name": part,
             "x": _ms([s.time for s in own]),
-            "y": [s.held[part] / 1e6 for s in own],
+            "y": [s.held.get(part, 0) / 1e6 for s in own],
             "fillcolor": MEMORY_COLOURS[part],
             "hovertemplate": "%{y:.2f} MB",
         }
         for part in MEMORY_PARTS
-        if any(s.held[part] for s in own)
+        if any(s.held.get(part, 0) for s in own)
     ]
     says = f"Rank {rank}, the fullest of {len(by_rank)}; peak {peaks[rank] / 1e6:.2f} MB."
     axes = {"xaxis": {"title": {"text": "ms"}}, "yaxis": {"title": {"text": "MB"}}}

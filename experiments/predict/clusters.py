@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from experiments.compose import CONFIGS
+from experiments.outside_yaml import load_yaml
 from experiments.refused import Refused
 from simulator.hardware import Cluster
 
@@ -41,7 +42,7 @@ def named_or_file(text: str, key: str = "cluster") -> Cluster:
 def read(path: Path) -> Cluster:
     """A cluster's file. Raises Refused, one line with the file's name."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Cluster), OmegaConf.load(path))
+        merged = OmegaConf.merge(OmegaConf.structured(Cluster), load_yaml(path))
         made = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, OSError, ValueError, YAMLError) as error:
         reason = str(error).splitlines()[0]
