@@ -208,7 +208,10 @@ def one_line(error: Exception, argv: list[str], schema: type) -> str:
         options = re.findall(r"^\t(.+)$", text.partition("Config search path")[0], re.MULTILINE)
         group, _, value = str(error.missing_cfg_file).partition("/")
         allowed = ", ".join(sorted(options)) or "nothing of that name"
-        return f"{group}={value}: no such option; allowed: {allowed}"
+        reason = "no such option"
+        if value and Path(value).is_file():
+            reason = f"is a file, and {group} takes the name of one in configs/{group}"
+        return f"{group}={value}: {reason}; allowed: {allowed}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; write KEY=VALUE"
     cause = error.__cause__ or error

@@ -120,6 +120,7 @@ def test_the_verdict_names_what_to_change_first() -> None:
     ("argv", "says"),
     [
         (["cluster=abacus"], "cluster=abacus: no such option"),
+        ([f"cluster={__file__}"], "is a file, and cluster takes the name of one in configs/clus"),
         (["layout.dp_shard=-1", "layout.tp=2", "gpus=5"], "layout.dp_shard=-1: 5 ranks / "),
         (["layout.dp_shard=2", "gpus=4"], "= 2 != 4 ranks"),
         (["gpus=0"], "gpus=0: must be at least 1"),
