@@ -27,13 +27,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from experiments.config import ExportConfig, GenerateConfig, TrainConfig
+from experiments.free_text import quoted, settle_text
 from experiments.predict.plan_config import SearchConfig, SimulateConfig
 from experiments.refused import Refused
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
-PROMPTS = ("prompt", "sample.prompt")
-PATHS = ("run", "run.dir", "data.path", "data.cache", "resume", "init", "out")
 ALL_KEYS = "--help lists all that there are"
 # what each command takes: configs/NAME.yaml and its schema
 SCHEMAS: dict[str, type] = {
@@ -64,7 +63,8 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     store_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
     schema = SCHEMAS[name]
-    argv = [as_list(quoted(argument), schema) for argument in argv]
+    given = check_options(argv)
+    argv = [as_list(quoted(one, schema, given.multirun), schema) for one in argv]
     given = check_options(argv)
     # nothing that Hydra itself is asked for
     plain = given.overrides == argv and not any("hydra" in override for override in argv)
@@ -96,18 +96,19 @@ def compose_once(name: str, overrides: list[str]) -> DictConfig:
 def configs_of(name: str, argv: list[str]) -> list[Any]:
     """The checked configurations that a command line composes: none with --help and its like."""
     composed: list[DictConfig] = []
-    for job in jobs_of(argv) or [argv]:
+    for job in jobs_of(argv, name) or [argv]:
         run_hydra(name, job, composed.append)
     return [to_config(job, SCHEMAS[name]) for job in composed]
 
 
-def jobs_of(argv: list[str]) -> list[list[str]] | None:
+def jobs_of(argv: list[str], name: str = "train") -> list[list[str]] | None:
     """The command line of each job of a sweep (-m), in Hydra's own order; None for a single run.
 
     Hydra's sweeper would compose all jobs first and let one bad value end them all. It still does
     where a launcher or sweeper of Hydra's is asked for.
     """
-    argv = [quoted(argument) for argument in argv]
+    given, schema = check_options(argv), SCHEMAS[name]
+    argv = [quoted(argument, schema, given.multirun) for argument in argv]
     given = check_options(argv)
     theirs = ("hydra/launcher=", "hydra/sweeper=")
     if not given.multirun or any(override.startswith(theirs) for override in given.overrides):
@@ -117,19 +118,9 @@ def jobs_of(argv: list[str]) -> list[list[str]] | None:
         try:
             (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(given.overrides), None)
         except HydraException as error:
-            raise Refused(one_line(error, argv, TrainConfig)) from error
+            raise Refused(one_line(error, argv, schema)) from error
     options = [a for a in argv if a not in given.overrides and a not in ("-m", "--multirun")]
     return [[*options, *job] for job in jobs]
-
-
-def quoted(argument: str) -> str:
-    """Free text in the quotes that Hydra's grammar wants: it would strip or refuse parts of it."""
-    key, equals, value = argument.partition("=")
-    is_text = key in PROMPTS or (key in PATHS and re.search(r"[\s()\[\]{}]", value))
-    if not is_text or value[:1] in ("'", '"', ""):
-        return argument
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}{equals}"{escaped}"'
 
 
 def as_list(argument: str, schema: type) -> str:
@@ -180,6 +171,7 @@ def to_config(config: DictConfig, schema: type[Config]) -> Config:
     if unknown:  # Hydra's +key=value adds what no schema knows
         raise Refused(no_such_key(unknown, unknown, schema))
     try:
+        settle_text(config, schema)
         made = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise Refused(one_line(error, [], schema)) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from minigpt.checks import share_of_all
+from minigpt.checks import PATH, PROSE, share_of_all
 from minigpt.config import (
     LR_TIMES_WIDTH,
     DataConfig,
@@ -84,7 +84,7 @@ class SampleConfig:
     """The text that is printed after training."""
 
     tokens: int = 200  # 0: none
-    prompt: str = "def "
+    prompt: str = field(default="def ", metadata=PROSE)
     temperature: float = 0.7
     top_k: int | None = 40  # of the likeliest so many; null: of all
     top_p: float | None = (
@@ -113,7 +113,7 @@ class LoggingConfig:
 class RunConfig:
     """Where a run leaves its files."""
 
-    dir: str | None = None  # null: runs/DATE-TIME-LAYOUT
+    dir: str | None = field(default=None, metadata=PATH)  # null: runs/DATE-TIME-LAYOUT
     save: bool = True  # keep the trained weights, which `generate` reads
 
 
@@ -157,8 +157,10 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
 
-    resume: str | None = None  # auto, RUN or RUN/step-N: see experiments/resume.py
-    init: str | None = None  # weights to start from: a .safetensors file, of ours or GPT-2's
+    # auto, RUN or RUN/step-N: see experiments/resume.py
+    resume: str | None = field(default=None, metadata=PATH)
+    # weights to start from: a .safetensors file, of ours or GPT-2's
+    init: str | None = field(default=None, metadata=PATH)
     steps: int = 300
     micro_batch_size: int = 8  # sequences of one forward, for each data-parallel rank
     gradient_accumulation_steps: int = 1
@@ -267,16 +269,16 @@ class TrainConfig:
 class ExportConfig:
     """Everything `./launch.sh export` takes."""
 
-    run: str = "???"  # RUN, or RUN/step-N
-    out: str = "model.safetensors"
+    run: str = field(default="???", metadata=PATH)  # RUN, or RUN/step-N
+    out: str = field(default="model.safetensors", metadata=PATH)
 
 
 @dataclass
 class GenerateConfig:
     """Everything `./launch.sh generate` takes."""
 
-    run: str = "???"
-    prompt: str = "def "
+    run: str = field(default="???", metadata=PATH)
+    prompt: str = field(default="def ", metadata=PROSE)
     tokens: int = 400
     temperature: float = 0.7
     top_k: int | None = 40

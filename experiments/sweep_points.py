@@ -19,6 +19,7 @@ from pathlib import Path
 from costs import ledger as ledgers
 from experiments.checkpoints import steps_of
 from experiments.config import TrainConfig
+from experiments.free_text import path_in
 from experiments.resume import RUNS, newest_step
 from experiments.run_folder import read_config, read_launched
 
@@ -31,7 +32,7 @@ def folder_of(jobs: list[list[str]]) -> Path:
     """The folder that was asked for, that of the same sweep before, or a new one."""
     given = [word.partition("=")[2] for word in jobs[0] if word.startswith(FOLDER_KEYS)]
     if given:
-        return Path(given[0].strip("'\""))
+        return path_in(given[0])
     points = sorted(sorted(_of_a_point(job)) for job in jobs)
     digest = hashlib.sha256(json.dumps(points).encode()).hexdigest()[:HASH_LENGTH]
     before = sorted(RUNS.glob(f"sweep-*-{digest}"))

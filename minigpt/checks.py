@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+# marks of text fields (dataclasses.field's metadata), which experiments/free_text.py reads
+PATH = {"text": "path"}
+PROSE = {"text": "prose"}
+
 
 def require(holds: bool, message: str) -> None:
     """Raise a ValueError with `message` unless `holds`."""

@@ -7,10 +7,10 @@ Shape letters: T sequence, D width, H head width, F MLP width, E experts, L laye
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from minigpt.checks import above, at_least, fraction, require
+from minigpt.checks import PATH, above, at_least, fraction, require
 
 
 class Norm(str, Enum):
@@ -250,17 +250,20 @@ class DataConfig:
     """The text that is trained on, and how it becomes tokens."""
 
     source: Source = Source.stdlib
-    path: str | None = None  # of data=text: a file, a folder or a pattern of files
+    # of data=text: a file, a folder or a pattern of files
+    path: str | None = field(default=None, metadata=PATH)
     text_field: str | None = "text"  # of JSON lines and parquet; null: the lines as they are
     sha256: str | None = None  # of the raw text; a text with another one is refused
-    tokenizer: str = "bytes"  # bytes, bpe, by_hand_bpe, ids, or a tokenizer.json file
+    # bytes, bpe, by_hand_bpe, ids, or a tokenizer.json file
+    tokenizer: str = field(default="bytes", metadata=PATH)
     # ids: bytes always make 256, a bpe is trained to this many; null: 256, or all of a file's
     vocab_size: int | None = None
     bpe_sample: int = 10_000_000  # bytes that a bpe is learnt from, spread over the training split
     validation_fraction: float = 0.1  # the tail of the text, held out
     tokens: int = 1_000_000  # how much data=generated and data=random make
     ragged: bool = False  # sequences of uneven length: targets behind a random end are ignored
-    cache: str = "~/.cache/worldsize"  # where encoded text is kept, by its SHA-256
+    # where encoded text is kept, by its SHA-256
+    cache: str = field(default="~/.cache/worldsize", metadata=PATH)
 
     def __post_init__(self) -> None:
         require(

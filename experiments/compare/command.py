@@ -82,7 +82,7 @@ def asked_for(argv: list[str], verb: str = "compare") -> Asked:
             if value not in (*ORDERS, "given"):
                 raise Refused(f"sort={value}: must be one of {', '.join((*ORDERS, 'given'))}")
         elif name == "out" and value:
-            asked.out = Path(value)
+            asked.out = Path(value).expanduser()
         elif word.startswith("-") or (equals and not Path(word).exists()):
             raise Refused(f"{word}: {verb} takes RUN..., sort=, out=, --format, --json")
         else:

@@ -148,7 +148,7 @@ def options(argv: list[str]) -> tuple[Lab, list[str]]:
         raise Refused(f"nodes={count}: must be a whole number from 2 to {MOST_NODES}")
     rate, delay = given.get("rate", "none"), given.get("delay", "0ms")
     links = Links(int(count), rate_of(rate), delay_of(delay))
-    run = Path(given["recorded"]) if "recorded" in given else None
+    run = Path(given["recorded"]).expanduser() if "recorded" in given else None
     if run:
         recorded(run)  # refused now, not when the training is over
     return Lab(links, clusters.named_or_file(given.get("machine", "laptop"), "machine"), run), rest

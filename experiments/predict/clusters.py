@@ -33,10 +33,11 @@ def named_or_file(text: str, key: str = "cluster") -> Cluster:
     one line."""
     if text in names():
         return load(text)
-    if not Path(text).is_file():
+    path = Path(text).expanduser()
+    if not path.is_file():
         known = f"{', '.join(names())}, or a file (./launch.sh calibrate to=FILE writes one)"
         raise Refused(f"{key}={text}: no such option; allowed: {known}")
-    return read(Path(text))
+    return read(path)
 
 
 def read(path: Path) -> Cluster:

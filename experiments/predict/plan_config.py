@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from experiments.config import TrainConfig
+from minigpt.checks import PATH
 from minigpt.config import FFN, ModelConfig, above, at_least, fraction, require
 from parallel.layout import (
     MESH_AXES,
@@ -149,7 +150,8 @@ class SearchConfig:
     tensor_parallel_in_node: bool = True  # only plans whose tp ranks share a node
     top: int = 10  # plans that are shown
     explain: str | None = None  # a layout, as tp8-pp4-dp_shard16: why it is not the best
-    plot: str | None = None  # where the picture of memory against time goes
+    # where the picture of memory against time goes
+    plot: str | None = field(default=None, metadata=PATH)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
     def __post_init__(self) -> None:
