@@ -31,7 +31,7 @@ from experiments.outside_text import complain, say
 from experiments.process import end
 from experiments.refused import Refused
 from experiments.resume import AUTO, run_dir
-from experiments.run_folder import Launched
+from experiments.run_folder import Launched, settled_keys
 from experiments.sweep_points import Points, folder_of
 from experiments.tracking import make_tracker
 from experiments.warn import warn, warning
@@ -91,6 +91,7 @@ class Command:
     status: int = 0
     signal: int = 0  # that came meanwhile: no other job is started
     logging: LoggingConfig = field(default_factory=LoggingConfig)  # of the last job of a sweep
+    asked: DictConfig | None = None  # the job as it was composed
 
     def __call__(self, composed: DictConfig) -> None:
         if self.signal:  # a sweep of Hydra's own goes on, and jobs are left
@@ -101,6 +102,7 @@ class Command:
         overrides: list[str] = OmegaConf.to_container(hydra.overrides.task)  # type: ignore
         row = Row(overrides, "done")
         self.rows.append(row)
+        self.asked = composed
         try:
             status = self._launch(to_config(composed, TrainConfig), overrides, row)
         except (Refused, ValueError) as error:
@@ -123,7 +125,7 @@ class Command:
 
     def prepare(self, config: TrainConfig, overrides: list[str], folder: Path | None) -> launch.Job:
         """Check all that can be checked, and make the run folder. Raises ValueError, Refused."""
-        return launch.prepare_job(config, overrides, self.torchrun, folder, self.fault)
+        return launch.prepare_job(config, overrides, self.torchrun, folder, self.fault, self.asked)
 
     def _launch(self, config: TrainConfig, overrides: list[str], row: Row) -> int:
         folder = run_dir(config.resume, config.run.dir)
@@ -257,7 +259,9 @@ def train_as_rank(argv: list[str], rank: Rank) -> int:
             warning(line)
     environment.check_memory(config, rank.world_size // nodes)
     corpus = prepare_for(config.data, config.model.vocab_size, config.seq_len)
-    launched = Launched(argv, str(corpus.folder), psutil.Process().create_time())
+    settled = settled_keys(composed[0], config)
+    started = psutil.Process().create_time()
+    launched = Launched(argv, str(corpus.folder), started, settled=settled)
     environment.restarts()  # refused now if it is no number
     if rank.rank == 0 and environment.others_may_be_missing(rank):
         say_waiting(rank)  # at once; the others only if it takes long

@@ -22,17 +22,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from experiments import saved_config
 from experiments.config import ExportConfig, GenerateConfig, TrainConfig
-from experiments.free_text import quoted, settle_text
+from experiments.free_text import ELEMENT, quoted, settle_text
 from experiments.predict.plan_config import SearchConfig, SimulateConfig
 from experiments.refused import Refused
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
+SAVED = "saved_run"  # the name of a primary configuration that begins with a file
 ALL_KEYS = "--help lists all that there are"
 # what each command takes: configs/NAME.yaml and its schema
 SCHEMAS: dict[str, type] = {
@@ -63,6 +65,7 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     store_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions over, do not print and exit
     schema = SCHEMAS[name]
+    file, argv = saved_config.taken_out(argv)
     given = check_options(argv)
     argv = [as_list(quoted(one, schema, given.multirun), schema) for one in argv]
     given = check_options(argv)
@@ -70,6 +73,8 @@ def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> 
     plain = given.overrides == argv and not any("hydra" in override for override in argv)
     saved, sys.argv = sys.argv, ["launch.sh", *argv]
     try:
+        if file is not None:
+            name, job = begin_with(file, name, given), named(job, file)
         if plain:
             job(compose_once(name, argv))
         else:
@@ -93,6 +98,38 @@ def compose_once(name: str, overrides: list[str]) -> DictConfig:
     return job
 
 
+def begin_with(file: str, name: str, given: argparse.Namespace) -> str:
+    """Store a primary configuration of a saved one and return its name. Raises Refused."""
+    if name != "train":
+        raise Refused(f"config={file}: a training run begins with a file; {name} takes keys")
+    train, values = OmegaConf.load(CONFIGS / "train.yaml"), saved_config.read_saved(file)
+    assert isinstance(train, DictConfig)
+    chosen = dict.fromkeys((one.partition("=")[0] for one in given.overrides), "in the sweep")
+    if not given.multirun:
+        store_saved(saved_config.primary(train, values))
+        compose_once(SAVED, given.overrides)
+        chosen = dict(HydraConfig.get().runtime.choices)
+    store_saved(saved_config.primary(train, saved_config.without_groups(values, chosen)))
+    return SAVED
+
+
+def store_saved(primary: dict[str, Any]) -> None:
+    """Let Hydra find it under the name SAVED, in the place of an earlier one."""
+    ConfigStore.instance().store(name=SAVED, node=primary)
+
+
+def named(job: Callable[[DictConfig], None], file: str) -> Callable[[DictConfig], None]:
+    """Return `job` with config=FILE among the overrides that Hydra tells it."""
+
+    def with_file(config: DictConfig) -> None:
+        overrides: Any = HydraConfig.get().overrides
+        with read_write(overrides):
+            overrides.task.insert(0, f"{saved_config.KEY}={file}")
+        job(config)
+
+    return with_file
+
+
 def configs_of(name: str, argv: list[str]) -> list[Any]:
     """The checked configurations that a command line composes: none with --help and its like."""
     composed: list[DictConfig] = []
@@ -107,7 +144,9 @@ def jobs_of(argv: list[str], name: str = "train") -> list[list[str]] | None:
     Hydra's sweeper would compose all jobs first and let one bad value end them all. It still does
     where a launcher or sweeper of Hydra's is asked for.
     """
-    given, schema = check_options(argv), SCHEMAS[name]
+    schema = SCHEMAS[name]
+    files, argv = saved_config.taken_out(argv)
+    given = check_options(argv)
     argv = [quoted(argument, schema, given.multirun) for argument in argv]
     given = check_options(argv)
     theirs = ("hydra/launcher=", "hydra/sweeper=")
@@ -120,7 +159,8 @@ def jobs_of(argv: list[str], name: str = "train") -> list[list[str]] | None:
         except HydraException as error:
             raise Refused(one_line(error, argv, schema)) from error
     options = [a for a in argv if a not in given.overrides and a not in ("-m", "--multirun")]
-    return [[*options, *job] for job in jobs]
+    begins = [[f"{saved_config.KEY}={file}"] for file in ELEMENT.findall(files)] if files else [[]]
+    return [[*begin, *options, *job] for begin in begins for job in jobs]
 
 
 def as_list(argument: str, schema: type) -> str:
@@ -153,6 +193,7 @@ def check_options(argv: list[str]) -> argparse.Namespace:
 
     parser.error = refuse  # type: ignore[method-assign]
     given = parser.parse_args(argv)
+    refuse_ignored(given)
     for override in given.overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if "_target_" in override:  # Hydra imports and calls what it names
@@ -162,6 +203,16 @@ def check_options(argv: list[str]) -> argparse.Namespace:
         if key in GROUPS and value.startswith(("[", "{")):
             raise Refused(f"{override}: {key} takes one option")
     return given
+
+
+def refuse_ignored(given: argparse.Namespace) -> None:
+    """Refuse Hydra's flags that would do nothing here, or run what a file says."""
+    if given.config_path or given.config_name or given.config_dir:
+        raise Refused("--config-path and --config-name: write them out, or give config=FILE")
+    if given.experimental_rerun:
+        raise Refused("--experimental-rerun: it runs a pickle; config=RUN/config.yaml runs again")
+    if (given.resolve or given.package) and not given.cfg:
+        raise Refused(f"{'--resolve' if given.resolve else '--package'}: goes with --cfg job")
 
 
 def to_config(config: DictConfig, schema: type[Config]) -> Config:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import psutil
+from omegaconf import DictConfig
 
 from experiments import accelerate_launch, environment
 from experiments.config import TrainConfig
@@ -25,7 +26,7 @@ from experiments.process import (
     module_command,
 )
 from experiments.resume import check_fits, choose, goes_on_in, newest_step
-from experiments.run_folder import Launched, make_folder, settings_of, write_config
+from experiments.run_folder import Launched, make_folder, settings_of, settled_keys, write_config
 from experiments.run_weights import check_base, is_base
 from experiments.step_log import read_metrics
 from experiments.verdict import failure, steps_before_stop, unprinted, was_stopped
@@ -102,11 +103,12 @@ def prepare_job(
     torchrun: Torchrun,
     folder: Path | None,
     fault: str | None = None,
+    asked: DictConfig | None = None,
 ) -> Job:
     """Check all that can be checked before a process starts, then write the run folder.
 
-    `folder` None: one is picked. Raises ValueError with one line. Nothing is written where the
-    input is refused.
+    `folder` None: one is picked. `asked` is what `config` was made of. Raises ValueError with one
+    line. Nothing is written where the input is refused.
     """
     nodes, here = torchrun.nodes, torchrun.on_one_machine
     config = settle(config, torchrun)
@@ -138,7 +140,9 @@ def prepare_job(
     if torchrun.is_first_node:
         # launch.sh hands its process over, so this is when the user's command began
         started = psutil.Process().create_time()
-        write_config(folder, config, Launched(overrides, str(corpus.folder), started, fault=fault))
+        settled = settled_keys(asked, config) if asked is not None else {}
+        about = Launched(overrides, str(corpus.folder), started, fault=fault, settled=settled)
+        write_config(folder, config, about)
     command = torchrun_command(folder, world_size // nodes, torchrun)
     return Job(folder, command, environment.of_a_rank(nodes), folder / "logs" / torchrun.log)
 

@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from costs.outside import read_json
 from experiments import verdict
 from experiments.config import TrainConfig
 from experiments.outside_yaml import load_yaml
-from experiments.resume import RUNS
+from experiments.resume import RUNS, dotted
 from parallel.layout import Layout
 
 
@@ -38,6 +38,8 @@ class Launched:
     started: float  # time.time() when the user's command began
     run: str = field(default_factory=lambda: uuid.uuid4().hex)  # no other run has this name
     fault: str | None = None  # of `debug`: what the ranks are to do wrongly
+    # keys that the run settled for itself, as they were before: -1, auto, null, ${...}
+    settled: dict[str, Any] = field(default_factory=dict)
 
 
 def make_folder(
@@ -96,6 +98,14 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain values, which JSON takes."""
     settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     return settings
+
+
+def settled_keys(asked: DictConfig, config: TrainConfig) -> dict[str, Any]:
+    """Return what was composed (`asked`, interpolations as they are) for each key that is another
+    value in the settled configuration."""
+    before: Any = OmegaConf.to_container(asked, enum_to_str=True)
+    after = dotted(settings_of(config))
+    return {key: value for key, value in dotted(before).items() if after.get(key, value) != value}
 
 
 def write_config(folder: Path, config: TrainConfig, launched: Launched) -> None:

@@ -77,7 +77,7 @@ class LabCommand(Command):
             raise Refused("device=cuda: the lab's ranks are CPU ranks; device=cpu is what it takes")
         config.device = Device.cpu
         links = self.lab.links
-        job = launch.prepare_job(config, overrides, self.torchrun, folder)
+        job = launch.prepare_job(config, overrides, self.torchrun, folder, asked=self.asked)
         lines = [
             launch.torchrun_command(job.folder, local_ranks(job.folder, links), torchrun(links, i))
             for i in range(links.nodes)
