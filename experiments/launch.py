@@ -208,14 +208,20 @@ def run(job: Job, quiet: bool) -> Ended:
     lost = unprinted(job.folder)
     if lost is not None:
         progress(output_lost(lost))
-    return _ended(job.folder, status, forwarding.received, oom_kills() > kills, job.log)
+    received, second = forwarding.received, forwarding.second
+    return _ended(job.folder, status, received, oom_kills() > kills, job.log, second)
 
 
 def _ended(
-    folder: Path, status: int, received: int, oom_killed: bool, log: Path | None = None
+    folder: Path,
+    status: int,
+    received: int,
+    oom_killed: bool,
+    log: Path | None = None,
+    second: int = 0,
 ) -> Ended:
     """Return how a run ended, of which torchrun has ended with `status` (negative: by a signal)
-    after this process had received a signal (0: none)."""
+    after this process had received a signal, and maybe a second one (0: none)."""
     if was_stopped(folder):  # the signal may have come to another node
         number = received or signal.SIGUSR1
         steps = steps_before_stop(folder)
@@ -230,6 +236,8 @@ def _ended(
         return Ended("stopped", received, f"by {name}; what was measured is in {folder}")
     # a scheduler that asked for a save must not take this for one
     why = failure(folder, status, oom_killed, log)
+    if second:  # this process has killed torchrun then
+        why = f"a second signal, {signal.Signals(second).name}, ended the run"
     return Ended("failed", received, f"{name} came and {lost} steps were not saved: {why}")
 
 

@@ -97,6 +97,7 @@ class Forwarding:
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
         self.received = 0
+        self.second = 0  # the signal that came after it
         self.saving = False
 
     def __enter__(self) -> Forwarding:
@@ -112,6 +113,7 @@ class Forwarding:
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         if self.received:
+            self.second = number
             self.process.kill()  # the ranks die with it: die_with_parent
             return
         self.received = number

@@ -57,6 +57,10 @@ def test_a_run_that_was_asked_to_save_and_lost_steps_has_failed(
     assert (ended.outcome, ended.status, ended.signal) == ("failed", 1, number)
     said = f"{number.name} came and 2 steps were not saved: torchrun was ended by SIGKILL"
     assert ended.reason and ended.reason.startswith(said)
+    twice = END(run, -signal.SIGKILL, number, False, None, signal.SIGINT)
+    assert twice.reason == (
+        f"{number.name} came and 2 steps were not saved: a second signal, SIGINT, ended the run"
+    )
     (run / "checkpoints" / "step-000005").mkdir()
     assert unsaved_steps(run) == 0
     assert END(run, 1, number, False).status == 128 + number, "nothing was lost"
