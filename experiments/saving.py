@@ -20,6 +20,7 @@ from experiments.process import REQUESTS
 from experiments.resume import AUTO, check_fits, choose, same_layout
 from experiments.run_folder import settings_of
 from experiments.run_weights import is_base
+from experiments.schedule_warnings import schedule_warnings
 from experiments.verdict import failure
 from minigpt.corpus import Corpus
 from parallel.checkpoint import Writer, restore, state_of
@@ -83,6 +84,8 @@ class Saver:
         said = [f"start {again + 1} of this run: {failure(self.folder)}"] if again else []
         said += left
         if found is None:
+            said += [f"warning: {line}" for line in schedule_warnings(self.config, None)]
+        if found is None:
             if again or resume == AUTO:
                 said.append(f"no checkpoint in {self.folder}: starting from step 0")
             return None, said
@@ -94,6 +97,7 @@ class Saver:
             newer = checkpoints.steps_of(found.run)
             aside = checkpoints.set_aside(newer[: newer.index(found.folder)])
             said += [f"warning: {line}" for line in aside if "could not" in line]
+        said += [f"warning: {line}" for line in schedule_warnings(self.config, found)]
         return found, [*said, f"going on from {found.folder}, after {found.step} steps"]
 
     def after(self, step: int, stop: bool) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from experiments.reliability.resuming import train_on, write
 from experiments.reliability.state import DAMAGE, faulty
 from experiments.resume import check_fits, choose, goes_on_in, run_dir, same_layout
 from experiments.run_folder import make_folder, settings_of
+from experiments.schedule_warnings import schedule_warnings
+from minigpt.config import Schedule
 from parallel.checkpoint import Writer
 from parallel.checkpoint_index import read_index
 from parallel.checkpoint_reader import read_whole
@@ -263,6 +266,29 @@ def test_what_is_learned_may_not_change_and_how_may(tmp_path: Path) -> None:
             check_fits(found, settings_of(wrong), wrong.batch_size)
     with pytest.raises(ValueError, match="global batch size 8"):
         check_fits(found, settings_of(CONFIG), 8)
+
+
+def test_a_learning_rate_that_jumps_is_told_with_its_numbers(tmp_path: Path) -> None:
+    def config_of(steps: int, **optimizer: Any) -> Any:
+        keys = {f"optimizer.{key}": value for key, value in optimizer.items()}
+        return make_config(Layout(), {"steps": steps, **keys})
+
+    first = config_of(300, lr=3e-3, warmup_steps=30)
+    found = check(save(tmp_path, 9))
+    manifest = {**found.manifest, "step": 300, "config": settings_of(first)}
+    ended = replace(found, manifest=manifest)
+    (line,) = schedule_warnings(config_of(600, lr=3e-3, warmup_steps=30), ended)
+    assert "from 0.0003 in step 300 of 300 to 0.00176 in step 301 of 600" in line
+    assert "optimizer.schedule=constant optimizer.lr=0.0003 would keep it" in line
+    keeps = config_of(600, lr=3e-4, warmup_steps=30, schedule=Schedule.constant)
+    assert schedule_warnings(keeps, ended) == []
+    half = replace(found, manifest={**manifest, "step": 150})
+    assert schedule_warnings(first, half) == [], "the same schedule goes on"
+    (line,) = schedule_warnings(config_of(400, lr=3e-3, warmup_steps=30), half)
+    assert "in step 150 of 300" in line
+    (line,) = schedule_warnings(config_of(20, lr=3e-3, warmup_steps=30), None)
+    assert "steps=20 end before it does; the learning rate rises to 0.00194" in line
+    assert schedule_warnings(config_of(31, lr=3e-3, warmup_steps=30), None) == []
 
 
 def test_a_save_that_cannot_be_written_is_an_error_and_leaves_the_old_one(tmp_path: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.launching import launch
 from tests.soak.trial import trial
@@ -284,3 +288,80 @@ def drift_before_a_checkpoint(folder: Path) -> str:
     differ = sum(a != b for a, b in zip(*losses, strict=True))
     assert len(losses[0]) == 80 and differ == 0
     return f"{shown(start)}; {shown(again)}; {differ} of 80 losses differ from a sound run's"
+
+
+# --- learning rate
+
+
+@trial(WRONG, "a finished cosine run resumed with more steps, and a warm-up longer than the run")
+def learning_rate_jumps(folder: Path) -> str:
+    keys = (*ONE, "optimizer.lr=0.003", "optimizer.warmup_steps=3", "checkpoint.every=10")
+    done(launch(*keys, "steps=10", "run.dir=run", cwd=folder))
+    (jump,) = warnings_in(done(launch(*keys, "steps=20", "run.dir=run", "resume=auto", cwd=folder)))
+    assert "from 0.0003 in step 10 of 10 to " in jump, jump
+    (warm_up,) = warnings_in(done(launch(*ONE, "steps=5", cwd=folder)))
+    assert "optimizer.warmup_steps=30: steps=5 end before it does" in warm_up, warm_up
+    return f"{jump}; {warm_up}"
+
+
+# --- made to do harm
+
+
+@trial(LET_IN, "an index whose pickle sets an attribute of an allowed class, sealed again")
+def index_that_builds(folder: Path) -> str:
+    from pathlib import PosixPath
+
+    def crafted(_index: Metadata) -> bytes:
+        # the class, an empty dict, "name": 1 put into it, BUILD
+        name = pickle.dumps(PosixPath, protocol=2)[2:-1]
+        return b"\x80\x02" + name + b"}" + pickle.dumps("name", protocol=2)[2:-1] + b"I1\nsb."
+
+    line = resealed(folder, crafted)
+    assert isinstance(vars(PosixPath).get("name", PosixPath("a").name), str)
+    return line
+
+
+@trial(LET_IN, "an index whose sizes, offsets, chunks or lengths lie, sealed again")
+def index_that_lies(folder: Path) -> str:
+    return "; ".join(resealed(folder, lie) for lie in (half_a_tensor, beyond_the_file, too_large))
+
+
+def half_a_tensor(index: Metadata) -> bytes:
+    about: Any = index.state_dict_metadata["model/embedding.weight"]
+    about.chunks[0].sizes = torch.Size([about.size[0] // 2, about.size[1]])
+    return pickle.dumps(index)
+
+
+def beyond_the_file(index: Metadata) -> bytes:
+    next(iter(index.storage_data.values())).offset = 2**40
+    return pickle.dumps(index)
+
+
+def too_large(index: Metadata) -> bytes:
+    about: Any = index.state_dict_metadata["model/embedding.weight"]
+    about.size = about.chunks[0].sizes = torch.Size([2**40, about.size[1]])
+    return pickle.dumps(index)
+
+
+def resealed(folder: Path, change: Callable[[Metadata], bytes]) -> str:
+    """Return what export says of a checkpoint with another index and a manifest made for it."""
+    from experiments.checkpoints import MANIFEST, SEAL, check, facts_of, seal
+    from parallel.checkpoint_index import read_index
+
+    run = folder / "run"
+    checkpoint = run / "checkpoints" / "step-000002"
+    if not run.exists():
+        done(launch(*ONE, "steps=2", "checkpoint.every=2", "run.dir=run", cwd=folder))
+    kept = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    index = checkpoint / ".metadata"
+    index.write_bytes(change(read_index(checkpoint)))
+    manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+    manifest["files"][index.name] = facts_of(index)
+    content = json.dumps(manifest).encode()
+    (checkpoint / MANIFEST).write_bytes(content)
+    (checkpoint / SEAL).write_bytes(seal(content))
+    check(checkpoint)
+    line = refused(launch("export", "run=run", cwd=folder), ".metadata")
+    for path, before in kept.items():
+        path.write_bytes(before)
+    return line
