@@ -14,7 +14,7 @@ def schedule_warnings(config: TrainConfig, found: Checkpoint | None) -> list[str
     """Return one line if the warm-up is longer than the run, and one if a resume from `found`
     changes the learning rate that the run before would have gone on with.
 
-    A finished run is taken to go on with the rate of its last step.
+    A finished run would have gone on with the lowest rate of its cosine.
     """
     ours, steps = config.optimizer, config.steps
     warnings = []
@@ -29,7 +29,7 @@ def schedule_warnings(config: TrainConfig, found: Checkpoint | None) -> list[str
     theirs, before = _schedule_in(found)
     step = found.step
     last, now = learning_rate(theirs, step - 1, before), learning_rate(ours, step, steps)
-    if not math.isclose(now, learning_rate(theirs, min(step, before - 1), before), rel_tol=1e-6):
+    if not math.isclose(now, learning_rate(theirs, step, before), rel_tol=1e-6):
         keeps = f"; optimizer.schedule=constant optimizer.lr={last:.3g} would keep it"
         warnings.append(
             f"resume: the learning rate goes from {last:.3g} in step {step} of {before} to "
