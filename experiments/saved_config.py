@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from experiments.config import TrainConfig
 from experiments.free_text import path_in
+from experiments.outside_yaml import load_yaml
 from experiments.refused import Refused
 from experiments.run_folder import read_launched
 
@@ -76,7 +77,7 @@ def read_saved(typed: str) -> dict[str, Any]:
     if path.is_dir() and (path / "config.yaml").is_file():
         raise Refused(f"config={path}: is a folder; config={path / 'config.yaml'} is its file")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = load_yaml(path)
         if not isinstance(loaded, DictConfig):
             raise ValueError("is no table of keys")
         OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded)

@@ -1,20 +1,23 @@
 """Mirrors of a run: Weights & Biases, TensorBoard, or nothing. The run's own files are the record.
 
 A mirror that fails says so once and stays silent: it never stops training. It never asks for a
-login: offline unless logging.mode=online, and online without a key is a failure like any other.
+login: offline unless logging.mode=online or WANDB_MODE says otherwise, and online without a key is
+a failure like any other.
 It ends with the tables and pictures of `./launch.sh compare`: a run's own, and a sweep's in a
 record of its own beside its runs.
 """
 
 from __future__ import annotations
 
+import netrc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
-from experiments.config import Logger, LoggingConfig, WandbMode
+from experiments.config import Logger, LoggingConfig
 from experiments.sheets import Sheet
 
 SECRET = re.compile(r"key|token$|secret|password", re.IGNORECASE)
@@ -72,9 +75,14 @@ class WandbTracker(Mirror):
         self.guard(lambda: self._start(config, settings))
 
     def _start(self, config: LoggingConfig, settings: dict) -> None:
-        online = config.mode == WandbMode.online
-        if online and not os.environ.get("WANDB_API_KEY"):
-            raise RuntimeError("logging.mode=online needs WANDB_API_KEY")
+        mode = wandb_mode(config)
+        if mode == "disabled":
+            self.on = False
+            self.say("W&B is off for this run: WANDB_MODE=disabled")
+            return
+        online = mode == "online"
+        if online and not has_login():
+            raise RuntimeError("online needs WANDB_API_KEY, or a key that `wandb login` has saved")
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
         import wandb
@@ -85,7 +93,7 @@ class WandbTracker(Mirror):
             group=config.group,
             job_type="run" if settings else "comparison",
             dir=str(self.folder),
-            mode="online" if online else "offline",
+            mode=mode,
             config=without_secrets(settings),
         )
         self.run.define_metric("*", step_metric="step")
@@ -112,6 +120,37 @@ class WandbTracker(Mirror):
         images = {f"pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
         self.run.log({**tables, **images})
         self.run.finish()
+
+
+def wandb_mode(
+    config: LoggingConfig, environ: Mapping[str, str] = os.environ
+) -> Literal["online", "offline", "disabled"]:
+    """Return what WANDB_MODE says, W&B's own variable, else logging.mode. Raises ValueError."""
+    given = environ.get("WANDB_MODE") or config.mode.value
+    modes: dict[str, Literal["online", "offline", "disabled"]] = {
+        "online": "online",
+        "run": "online",  # W&B's older names
+        "offline": "offline",
+        "dryrun": "offline",
+        "disabled": "disabled",
+    }
+    if given not in modes:
+        raise ValueError(f"WANDB_MODE={given}: must be online, offline or disabled")
+    return modes[given]
+
+
+def has_login(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether W&B finds a key without asking: in a variable, or where `wandb login` has
+    saved it (.netrc)."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    path = Path(environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        found = netrc.netrc(path).hosts.get(host)
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return found is not None and bool(found[2])
 
 
 def shown_of(folder: Path) -> tuple[list[Sheet], dict[str, Path]]:

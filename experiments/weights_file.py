@@ -62,6 +62,12 @@ def read_header(path: Path) -> Header:
     """Return the header. Raises ValueError, one line, unless it describes the file's bytes."""
     from safetensors import SafetensorError, safe_open
 
+    sharded = path.name.endswith(".index.json")
+    require(
+        not path.is_dir() and not sharded,
+        f"init={path}: is {'an index of several files' if sharded else 'a folder'}; what is read "
+        "is one .safetensors file, of ours (./launch.sh export) or GPT-2's from Hugging Face",
+    )
     try:
         # safetensors' own reader checks that the tensors tile the file, without gap or overlap
         with safe_open(path, framework="np"), open(path, "rb") as file:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from costs import ledger as ledgers
-from experiments.config import Logger, LoggingConfig
-from experiments.tracking import make_tracker
+from experiments.config import Logger, LoggingConfig, WandbMode
+from experiments.tracking import has_login, make_tracker, wandb_mode
 from tests.launching import SMALL, launch
 from tests.made_runs import a_run
 
@@ -112,6 +112,46 @@ def test_a_mirror_whose_package_is_not_there_says_so_once(
     assert len(said) == 1 and said[0].startswith("TensorBoard is off for this run: ")
 
 
+@pytest.mark.parametrize(
+    ("variable", "key", "mode"),
+    [
+        (None, WandbMode.offline, "offline"),
+        (None, WandbMode.online, "online"),
+        ("disabled", WandbMode.online, "disabled"),
+        ("offline", WandbMode.online, "offline"),
+        ("dryrun", WandbMode.online, "offline"),
+        ("online", WandbMode.offline, "online"),
+    ],
+)
+def test_wandbs_own_variable_is_obeyed(variable: str | None, key: WandbMode, mode: str) -> None:
+    environ = {"WANDB_MODE": variable} if variable else {}
+    assert wandb_mode(LoggingConfig(mode=key), environ) == mode
+    with pytest.raises(ValueError, match="WANDB_MODE=on: must be online, offline or disabled"):
+        wandb_mode(LoggingConfig(mode=key), {"WANDB_MODE": "on"})
+
+
+def test_what_wandb_login_has_saved_is_a_login(tmp_path: Path) -> None:
+    path = tmp_path / "netrc"
+    environ = {"NETRC": str(path)}
+    assert not has_login(environ) and has_login({**environ, "WANDB_API_KEY": "k"})
+    path.write_text(f"machine api.wandb.ai\n  login user\n  password {'a' * 40}\n")
+    path.chmod(0o600)
+    assert has_login(environ)
+    assert not has_login({**environ, "WANDB_BASE_URL": "https://wandb.example.com"})
+    path.write_text("machine api.wandb.ai login")
+    assert not has_login(environ)
+
+
+def test_a_disabled_mirror_says_so_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    said: list[str] = []
+    mirrored(Logger.wandb, a_run(tmp_path / "run"), {"steps": 2}, said)
+    assert said == ["W&B is off for this run: WANDB_MODE=disabled"]
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
 @pytest.mark.slow
 def test_wandb_is_offline_and_holds_config_steps_and_ledger(tmp_path: Path) -> None:
     done = launch(*SMALL, "logging=wandb", "run.dir=mine", cwd=tmp_path)
@@ -141,9 +181,7 @@ def test_a_mirror_that_fails_says_so_once_and_stops_nothing(tmp_path: Path) -> N
     online = ("logging=wandb", "logging.mode=online")
     done = launch(*SMALL, *online, "run.dir=mine", cwd=tmp_path)
     assert done.returncode == 0
-    assert (
-        done.stdout.count("W&B is off for this run: logging.mode=online needs WANDB_API_KEY") == 1
-    )
+    assert done.stdout.count("W&B is off for this run: online needs WANDB_API_KEY") == 1
     assert ledgers.read(tmp_path / "mine" / "ledger.json")["training"]["steps"] == 4
 
 

@@ -365,3 +365,16 @@ def test_a_checkpoint_becomes_a_file_and_the_file_a_run(tmp_path: Path) -> None:
     started = full_weights(make_trainer(again, mesh_of(again.layout)).replica)
     assert all(torch.equal(started[name], value) for name, value in trained.items())
     assert started.keys() == trained.keys()
+
+
+@pytest.mark.parametrize("name", ["model", "model.safetensors.index.json"])
+def test_a_folder_of_hugging_faces_is_refused_with_what_is_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "model":
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+    else:
+        path.write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match=r"; what is read is one \.safetensors file") as said:
+        check_init(path, ModelConfig())
+    assert "\n" not in str(said.value)

@@ -84,3 +84,44 @@ def accelerate_config(folder: Path) -> str:
     config = read_config(folder / "run")
     assert config.layout.dp_shard == 2 and config.precision.value == "bf16"
     return f"exit {other.returncode}: {lines.pop()}; with those keys: exit 0, dp_shard2 in bf16"
+
+
+def refused(*words: str, cwd: Path) -> str:
+    """Launch what must be refused; return its one line."""
+    done = launch(*words, cwd=cwd)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.strip()
+
+
+@trial(SILENT, "a run's own `config.yaml` given back, by `config=` and by Hydra's flags")
+def config_again(folder: Path) -> str:
+    first = ("data=generated", "strategy=tp", "model.n_layer=3", "run.dir=old", "launch=dry")
+    assert launch(*first, cwd=folder).returncode == 0
+    for number, words in enumerate(
+        (["config=old/config.yaml"], ["--config-path=old", "--config-name=config"])
+    ):
+        new = f"new{number}"
+        done = launch(*words, "steps=10", "launch=dry", f"run.dir={new}", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        config = read_config(folder / new)
+        assert (config.model.n_layer, config.layout.tp, config.steps) == (3, 2, 10)
+    line = refused("--config-dir=old", cwd=folder)
+    return f"both: its model and layout, steps=10; --config-dir alone: exit 2: {line}"
+
+
+@trial(
+    TYPED, "run folders named `lr=0.1`, `it's #1 & [x]; $y!`, in unicode, with commas and spaces"
+)
+def any_path(folder: Path) -> str:
+    names = ("lr=0.1", "it's #1 & [x]; $y!", "\u00fc/\u65e5", "a, b")
+    for name in names:
+        done = launch("data=generated", "launch=dry", f"run.dir={name}", cwd=folder)
+        assert done.returncode == 0 and (folder / name / "config.yaml").is_file(), done.stderr
+    return f"exit 0, each in its folder ({len(names)} names)"
+
+
+@trial(TYPED, "`init=` a Hugging Face folder")
+def hugging_face_folder(folder: Path) -> str:
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    return f"exit 2: {refused('data=generated', 'init=hf', cwd=folder)}"
