@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from experiments.outside_text import complain
 from experiments.process import die_with_parent, end, end_stopped_siblings, hear_requests
 
 if __name__ == "__main__":  # at once: the imports below take time, in which the parent may die
@@ -37,7 +38,7 @@ def last_act(rank: int, folder: Path | None) -> Iterator[None]:
             write_error(folder, rank, error, environment.restarts())
             end_stopped_siblings()
         elif type(error).__name__ == "NotMet":  # its module imports torch
-            print(f"launch.sh: {error}", file=sys.stderr)
+            complain(error)
         else:
             traceback.print_exception(error)
         end(1)
