@@ -53,6 +53,12 @@ def store_schemas() -> None:
     store = ConfigStore.instance()
     for command, node in SCHEMAS.items():
         store.store(name=f"{command}_schema", node=node)
+    OmegaConf.register_new_resolver("usual_precision", usual_precision, replace=True)
+
+
+def usual_precision(asynchronous: bool) -> str:
+    """Return the precision that `simulate` assumes: bf16 on accelerators, on cores train's own."""
+    return "bf16" if asynchronous else TrainConfig.precision.value
 
 
 def run_hydra(name: str, argv: list[str], job: Callable[[DictConfig], None]) -> None:

@@ -35,8 +35,9 @@ class Product:
 
     @property
     def of_one(self) -> Array:
-        """Flops of one forward: 2 a multiply-add."""
-        return 2 * self.batch * self.rows * self.inner * self.columns
+        """Flops of one forward, 2 a multiply-add: whole numbers in float64, because those of a step
+        may be more than 2^63."""
+        return np.float64(2) * self.batch * self.rows * self.inner * self.columns
 
     @property
     def flops(self) -> Array:
@@ -45,7 +46,7 @@ class Product:
 
     @property
     def backward_flops(self) -> Array:
-        return (self.backward * self.of_one).astype(np.int64) * self.count
+        return np.floor(self.backward * self.of_one) * self.count
 
 
 def products(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> dict[str, Product]:
@@ -122,9 +123,9 @@ def _feed_forward(rank: Rank, rows: Array, count: Array, again: Array) -> dict[s
 
 
 def hardware_flops(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Array:
-    """What pp rank `place` runs in one optimiser step, recomputation included."""
+    """What pp rank `place` runs in one optimiser step, recomputation included, in float64."""
     found = products(plans, place, rank).values()
-    return sum((product.flops for product in found), np.zeros_like(plans.pp))
+    return sum((product.flops for product in found), np.zeros(len(plans)))
 
 
 def model_flops(plans: Plans) -> Array:

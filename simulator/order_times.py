@@ -18,7 +18,7 @@ from simulator.pipeline_messages import Steps, steps_of
 from simulator.plans import SCHEDULES, Array, distinct
 
 PASSES = ("F", "B", "I", "W")  # forward, backward, its halves
-ROUNDS = 3  # of as many micro-batches as ranks; then each round takes as long as the one before
+ROUNDS = 2  # of as many micro-batches as ranks; then each round takes as long as the one before
 MOST_ENDS = 4_000_000  # numbers at a time: nodes times plans
 IN_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")  # all of a round have one length
 NEEDS = 3  # nodes that a node waits for, at most
@@ -43,7 +43,7 @@ class Graph:
         """Append a node and return its id."""
         self.needs.append((*needs, *(0,) * (NEEDS - len(needs))))
         self.costs.append(cost)
-        self.levels.append(1 + max(self.levels[need] for need in needs))
+        self.levels.append(1 + max(map(self.levels.__getitem__, needs)))
         return len(self.costs) - 1
 
 
@@ -71,6 +71,10 @@ def levels_of(
         Walker(rank, steps) for rank, steps in enumerate(steps_of(pipeline, ranks, micro_batches))
     ]
     stages = ranks * local
+    home = [pipeline.rank_of(stage, ranks) for stage in range(stages)]
+    for walker in walkers:  # sends that are waited for when all is done are over with it
+        while walker.steps[-1][0].startswith("WAIT_"):
+            walker.steps.pop()
     sent: dict[tuple, list[int]] = {}  # by message: node of each end that has handed it over
     over: dict[tuple, int] = {}  # by message: its own node
     channels: dict[tuple[int, int], int] = {}  # by source and destination: the last message
@@ -85,7 +89,7 @@ def levels_of(
     def go_on(walker: Walker) -> bool:
         """Do the next step; False where it must wait for another rank."""
         kind, stage, i = walker.steps[walker.place]
-        if kind in PASSES:
+        if len(kind) == 1:
             walker.node(graph, PASSES.index(kind) * stages + stage)
             return True
         key = key_of(kind, stage, i)
@@ -103,7 +107,7 @@ def levels_of(
         if len(ends) == 2:
             way, taker, _ = key
             giver = taker - 1 if way == "F" else taker + 1
-            channel = pipeline.rank_of(giver, ranks), pipeline.rank_of(taker, ranks)
+            channel = home[giver], home[taker]
             over[key] = graph.add(message, *ends, channels.get(channel, 0))
             channels[channel] = over[key]
         return True
@@ -152,9 +156,10 @@ def bases(schedule: PipelineSchedule, ranks: int, micro_batches: int) -> tuple[i
     """Return the numbers of micro-batches that are walked through for so many: themselves, or where
     they are many two smaller ones, from which the rest goes on in a straight line."""
     uneven = schedule.value in IN_ROUNDS and micro_batches % ranks
-    if micro_batches <= ROUNDS * ranks or uneven:
+    if micro_batches <= ROUNDS * ranks + 2 or uneven:
         return (micro_batches,)
-    return ((ROUNDS - 1) * ranks, ROUNDS * ranks)
+    more = ranks if schedule.value in IN_ROUNDS else 2
+    return (ROUNDS * ranks, ROUNDS * ranks + more)
 
 
 def pipeline_seconds(

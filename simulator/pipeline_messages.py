@@ -93,6 +93,7 @@ def _looped(work: list[Steps], pipeline: PipelineConfig, ranks: int) -> list[Ste
     order, and waited for by what needs it; sends are waited for when all is done (torch's
     _add_send_recv and _PipelineScheduleRuntime)."""
     count = ranks * pipeline.local_stages
+    home = [pipeline.rank_of(stage, ranks) for stage in range(count)]
     made: list[Steps] = [[] for _ in work]
     left = [list(reversed(own)) for own in work]
     arrived: list[set[Step]] = [set() for _ in work]
@@ -103,7 +104,7 @@ def _looped(work: list[Steps], pipeline: PipelineConfig, ranks: int) -> list[Ste
         other = stage - 1 if kind == "F" else stage + 1
         if kind == "W" or not 0 <= other < count:
             return None
-        return other, pipeline.rank_of(other, ranks)
+        return other, home[other]
 
     def do(rank: int, step: Step) -> None:
         kind, stage, i = step
@@ -114,7 +115,7 @@ def _looped(work: list[Steps], pipeline: PipelineConfig, ranks: int) -> list[Ste
         other = stage + 1 if kind == "F" else stage - 1
         if kind == "W" or not 0 <= other < count:
             return
-        there = pipeline.rank_of(other, ranks)
+        there = home[other]
         if there != rank:
             made[rank].append((f"SEND_{_way(kind)}", stage, i))
             made[there].append((f"RECV_{_way(kind)}", other, i))

@@ -16,7 +16,7 @@ from simulator.hardware import DTYPES, Cluster
 from simulator.memory import memory
 from simulator.plans import NONE, Array, Plans
 from simulator.space import Space, plans_of
-from simulator.work import WIDE_DTYPE, Work
+from simulator.work import OWN_DTYPE, Work
 
 OUT_OF_MEMORY = "out of memory"
 # what a plan loses by, where it takes longer than the winner
@@ -58,10 +58,10 @@ def predict(plans: Plans, cluster: Cluster) -> Predicted:
 
 
 def peak_flops(precision: Array, cluster: Cluster) -> Array:
-    """FLOP/s of a device's datasheet in the dtype of the products, by place in PRECISIONS; fp8 is
-    held to bf16's, as a measured run is (experiments/metering.py)."""
+    """FLOP/s of a device's datasheet in the dtype that the products run in, by place in
+    PRECISIONS."""
     rates = np.array([cluster.device.flops(name) for name in DTYPES])
-    return rates[WIDE_DTYPE[precision]]
+    return rates[OWN_DTYPE[precision]]
 
 
 Bytes = dict[str, Array]  # peak, and costs.ledger.MEMORY_PARTS

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.layout import PipelineConfig
+from parallel.layout import PipelineConfig, Precision
 from simulator.block_products import Block
 from simulator.block_values import of_attention, of_backward, of_block, of_messages
 from simulator.data_messages import block_gathers
@@ -26,6 +26,13 @@ Values = dict[str, Any]  # fields of Work: arrays, or one for all plans
 # places in simulator.hardware.DTYPES: of a block's products, and of all others
 OWN = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16", "fp8": "fp8"}
 OWN_DTYPE = np.array([DTYPES.index(OWN[p.value]) for p in PRECISIONS])
+
+
+def peak_dtype(precision: Precision) -> str:
+    """Return the dtype of simulator.hardware.DTYPES that matmuls run in."""
+    return OWN[precision.value]
+
+
 WIDE_DTYPE = np.minimum(OWN_DTYPE, DTYPES.index("bf16"))
 SPLITS_BACKWARD = np.array([PipelineConfig(schedule).splits_backward for schedule in SCHEDULES])
 

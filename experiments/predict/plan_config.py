@@ -27,12 +27,19 @@ from simulator.space import Space
 SUFFIXES = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}  # thousands
 
 
-def count_of(key: str, text: str, thousand: int = 1000) -> float:
-    """A number with a suffix: 4M, 1.5T. Raises ValueError with the key."""
+MOST_TOKENS, MOST_BATCH_TOKENS = 1e18, 1e12  # of a training run; of a step
+MOST_RANK_TOKENS = 10**10  # of one rank and step: the bytes that it sends are counted in 64 bits
+MOST_RANKS = 1_000_000
+
+
+def count_of(key: str, text: str, thousand: int = 1000, most: float = MOST_TOKENS) -> float:
+    """A number with a suffix, at most `most`: 4M, 1.5T. Raises ValueError with the key."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kKMGBT]?)\s*", str(text))
     if not match or not float(match[1]):
         raise ValueError(f"{key}={text}: must be a number above 0, as 4194304, 128K, 4M or 1.5T")
-    return float(match[1]) * thousand ** SUFFIXES[match[2]]
+    value = float(match[1]) * thousand ** SUFFIXES[match[2]]
+    require(value <= most, f"{key}={text}: must be a number above 0 and at most {most:g}")
+    return value
 
 
 def plain(node: Any) -> Any:
@@ -89,6 +96,18 @@ class SimulateConfig(TrainConfig):
         at_least("rank", self.rank, 0)
         fraction("headroom", self.headroom)
         size = self.layout.world_size
+        require(
+            size <= MOST_RANKS,
+            f"layout: {size:,} ranks; a simulated world has 1 to {MOST_RANKS:,}: make an axis "
+            "smaller",
+        )
+        tokens = self.micro_batch_size * self.gradient_accumulation_steps * self.seq_len
+        require(
+            tokens <= MOST_RANK_TOKENS,
+            f"gradient_accumulation_steps={self.gradient_accumulation_steps}: with micro_batch_size"
+            f"={self.micro_batch_size} and seq_len={self.seq_len} a rank has {tokens:,} tokens a "
+            f"step; it may have 1 to {MOST_RANK_TOKENS:,}",
+        )
         require(
             self.rank is None or self.rank < size,
             f"rank={self.rank}: the layout has {size} ranks, 0 to {size - 1}",
@@ -156,6 +175,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         at_least("gpus", self.gpus, 1)
+        require(self.gpus <= MOST_RANKS, f"gpus={self.gpus}: must be 1 to {MOST_RANKS:,}")
         at_least("seq_len", self.seq_len, 1)
         at_least("top", self.top, 1)
         fraction("headroom", self.headroom)
@@ -207,7 +227,7 @@ class SearchConfig:
     @property
     def batch_size(self) -> int:
         """Sequences of one optimiser step: as many as fit into the tokens."""
-        tokens = count_of("global_batch_tokens", self.global_batch_tokens, thousand=1024)
+        tokens = count_of("global_batch_tokens", self.global_batch_tokens, 1024, MOST_BATCH_TOKENS)
         return int(tokens / self.seq_len)
 
 

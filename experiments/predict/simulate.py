@@ -35,6 +35,7 @@ from experiments.run_folder import make_folder
 from parallel.layout import Impl
 from simulator.formula_ledger import formula_steps
 from simulator.verdict import verdict
+from simulator.work import peak_dtype
 
 Step = dict[str, Any]
 
@@ -56,6 +57,8 @@ def command(argv: list[str]) -> int:
             print(json.dumps(ledger, indent=1))
         else:
             show(config, ledger, folder)
+            if not any(argument.lstrip("+").startswith("precision=") for argument in argv):
+                print(f"precision={config.precision.value} was assumed; precision= sets it")
     return 0
 
 
@@ -110,11 +113,19 @@ def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[st
             "command": command_of(config),
             "fits": step["memory_bytes"]["peak"] <= limit,
             "verdict": verdict(steps, layout, config.options, limit),
+            "peak_flops_per_s": device.flops(peak_dtype(config.precision)),
+            "peak_dtype": peak_dtype(config.precision),
             "to_the_end": end,
         },
         "step": step,
         "ranks": steps,
     }
+
+
+def human_peak(ledger: dict[str, Any]) -> str:
+    """Return the peak that MFU and HFU are shares of."""
+    known = ledger["environment"]
+    return f"{known['peak_flops_per_s'] / 1e12:,.4g} TFLOP/s ({known['peak_dtype']})"
 
 
 def show(config: SimulateConfig, ledger: dict[str, Any], folder: Path) -> None:
@@ -133,7 +144,8 @@ def show(config: SimulateConfig, ledger: dict[str, Any], folder: Path) -> None:
     speed = DASH if step["tokens_per_s"] is None else f"{step['tokens_per_s']:,.0f}"
     console.print(
         f"{human_seconds(total)} a step, {speed} tokens/s  MFU {share(step['mfu'], 1.0)}  "
-        f"HFU {share(step['hfu'], 1.0)}; peak {human_bytes(step['memory_bytes']['peak'])} of "
+        f"HFU {share(step['hfu'], 1.0)} of {human_peak(ledger)}; "
+        f"peak {human_bytes(step['memory_bytes']['peak'])} of "
         f"{human_bytes(config.cluster.device.memory_bytes)}"
     )
     console.print(ledger["environment"]["verdict"], markup=False, style="bold", soft_wrap=True)
