@@ -59,6 +59,7 @@ LLAMA = (
     "layout.dp_shard=8",
     "micro_batch_size=1",
 )
+LAST_LOSSES = "mean loss of the last ten steps"
 
 
 def answer(evidence: Evidence) -> Answer:
@@ -124,24 +125,28 @@ def memory_and_speed(runs: dict[str, Run], large: dict[str, Run]) -> list[Said]:
     return said
 
 
-def last_loss(run: Run) -> Quantity | None:
+def mean_last_losses(run: Run) -> Quantity | None:
     """The mean of the last ten steps, of those that had a finite one."""
     count = len(run.losses)
     finite = [i for i in range(count - 10, count) if run.losses[i] is not None]
     if not finite:
         return None
     each = [run.at(f"training.losses[{i}]", "nats", "loss") for i in finite]
-    return mean(f"{run.name}: mean loss of the last ten steps", each)
+    return mean(f"{run.name}: {LAST_LOSSES}", each)
 
 
 def stability(runs: dict[str, Run]) -> Said:
-    losses = {kind: last_loss(run) for kind, run in runs.items()}
+    losses = {kind: mean_last_losses(run) for kind, run in runs.items()}
     values = [math.inf if q is None else q.value for q in losses.values()]
     same = "do not train alike"
     if max(values) - min(values) < ALIKE * min(values):
         same = "train alike"
     each = listed([say("{k} {l}", k=kind, l=q or UNKNOWN) for kind, q in losses.items()])
-    return say("With what is tuned they {same}: after 80 steps {all}.", same=same, all=each)
+    return say(
+        "With what is tuned they {same}: in the mean of the last ten of 80 steps {all}.",
+        same=same,
+        all=each,
+    )
 
 
 def scaler(runs: dict[str, Run]) -> Said:
@@ -162,8 +167,10 @@ def guards(trials: dict[str, Run | str]) -> list[Said]:
             said.append(say("{n}: stopped. {why}.", n=name, why=short(found)))
             continue
         skipped = found.at("training.skipped_steps", COUNT, "skipped steps")
-        text = "{n}: went on to {loss}" + (", with {s} steps skipped" if skipped.value else "")
-        said.append(say(text + ".", n=name, loss=last_loss(found) or UNKNOWN, s=skipped))
+        text = "{n}: went on to a mean loss of {loss} in the last ten steps" + (
+            ", with {s} steps skipped" if skipped.value else ""
+        )
+        said.append(say(text + ".", n=name, loss=mean_last_losses(found) or UNKNOWN, s=skipped))
     stopped = [n for n, found in trials.items() if isinstance(found, str)]
     went_on = [n for n in trials if n not in stopped]
     said.append(
@@ -195,12 +202,12 @@ def measured_table(runs: dict[str, Run]) -> Table:
             run.memory("activations"),
             run.seconds(),
             run.speed,
-            last_loss(run),
+            mean_last_losses(run),
             run.at("training.skipped_steps", COUNT, "skipped steps"),
         ]
         for kind, run in runs.items()
     ]
-    head = ["precision", "peak", "activations", "step", "speed", "last loss", "skipped"]
+    head = ["precision", "peak", "activations", "step", "speed", LAST_LOSSES, "skipped"]
     return Table("One process, 80 steps on real text: two blocks of width 64", head, rows)
 
 
@@ -219,8 +226,8 @@ def trial_table(trials: dict[str, Run | str]) -> Table:
         if isinstance(found, str):
             rows.append([name, short(found), None])
         else:
-            rows.append([name, "went on", last_loss(found)])
-    return Table("Runs that ask for trouble", ["trial", "what became of it", "last loss"], rows)
+            rows.append([name, "went on", mean_last_losses(found)])
+    return Table("Runs that ask for trouble", ["trial", "what became of it", LAST_LOSSES], rows)
 
 
 def picture(runs: dict[str, Run], trials: dict[str, Run | str]) -> Picture:
