@@ -263,6 +263,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "batch_size": _is_count,
     "config": lambda value: isinstance(value, dict),
     "corpus": lambda value: isinstance(value, str),
+    "tokenizer": lambda value: value is None or isinstance(value, str),  # older ones have none
     "scaler": lambda value: value is None or isinstance(value, dict),
 }
 

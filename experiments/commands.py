@@ -32,10 +32,11 @@ from experiments.process import end
 from experiments.refused import Refused
 from experiments.resume import AUTO, run_dir
 from experiments.run_folder import Launched, settled_keys
+from experiments.run_weights import check_base, is_base
 from experiments.sweep_points import Points, folder_of
 from experiments.tracking import make_tracker
 from experiments.warn import warn, warning
-from experiments.weights_file import check_init
+from experiments.weights_file import check_init, check_init_tokenizer
 from experiments.worker import last_act
 from minigpt.corpus import prepare_for
 
@@ -255,13 +256,21 @@ def train_as_rank(argv: list[str], rank: Rank) -> int:
         raise refused_to_rank("launch=dry", rank)
     if rank.rank == 0:
         warn(config, nodes)
-        for line in check_init(Path(config.init), config.model) if config.init else []:
-            warning(line)
     environment.check_memory(config, rank.world_size // nodes)
     corpus = prepare_for(config.data, config.model.vocab_size, config.seq_len)
-    settled = settled_keys(composed[0], config)
+    unsure: list[str] = []  # every rank refuses what one would, so that none waits for another
+    if config.init:
+        unsure += check_init(Path(config.init), config.model)
+        unsure += check_init_tokenizer(Path(config.init), corpus.vocabulary)
+    if is_base(config):
+        unsure += check_base(config, corpus.vocabulary)
+    for line in unsure if rank.rank == 0 else []:
+        warning(line)
     started = psutil.Process().create_time()
-    launched = Launched(argv, str(corpus.folder), started, settled=settled)
+    settled = settled_keys(composed[0], config)
+    launched = Launched(
+        argv, str(corpus.folder), started, settled=settled, tokenizer=corpus.vocabulary
+    )
     environment.restarts()  # refused now if it is no number
     if rank.rank == 0 and environment.others_may_be_missing(rank):
         say_waiting(rank)  # at once; the others only if it takes long

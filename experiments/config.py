@@ -199,6 +199,7 @@ class TrainConfig:
         require(self.timeout_s <= LONGEST_S, f"timeout_s={self.timeout_s:g}: must be at most 1e8")
         require(self.seed < 2**63, f"seed={self.seed}: must be below 2^63")
         model, data = self.model, self.data
+        data.vocab_size = data.id_count
         if self.optimizer.lr is None:
             self.optimizer.lr = LR_TIMES_WIDTH / model.d_model
         require(

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from experiments.compose import run_hydra, to_config
 from experiments.config import ExportConfig
 from experiments.refused import Refused
-from experiments.run_weights import check_source, weights_of
+from experiments.run_weights import check_source, tokenizer_of, weights_of
 from experiments.warn import warning
 from experiments.weights_file import write
 
@@ -44,6 +44,6 @@ def run(config: ExportConfig) -> dict[str, Any]:
     for line in warnings:
         warning(line)
     weights, source = weights_of(given, "run")
-    write(out, weights, {"model": model})
+    write(out, weights, {"model": model, "tokenizer": tokenizer_of(given, "run")})
     numbers = sum(weight.numel() for weight in weights.values())
     return {"out": str(out), "from": str(source), "tensors": len(weights), "parameters": numbers}

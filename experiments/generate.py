@@ -13,10 +13,11 @@ from pathlib import Path
 from experiments.compose import configs_of
 from experiments.config import GenerateConfig, TrainConfig
 from experiments.environment import gpu_count, pick_device
-from experiments.model_file import check_model_file
+from experiments.model_file import MODEL, check_model_file, read_about
 from experiments.outside_text import visible
 from experiments.refused import Refused
 from experiments.run_folder import read_config
+from experiments.same_tokenizer import check_tokenizer, recorded
 from experiments.warn import warning
 from minigpt.corpus import kind_of_tokens
 from minigpt.tokenizer import BPE_FILE, WITH_FILE, make_tokenizer
@@ -40,12 +41,16 @@ def run(config: GenerateConfig) -> str:
     trained = check_run(config, folder)
     for line in check_model_file(folder, trained.model):
         warning(line)
+    about = read_about(folder)
+    if about and about.get("tokenizer"):
+        said = f"run={folder}: {MODEL}"
+        check_tokenizer(said, about["tokenizer"], recorded(folder, trained.data))
     # after the checks: torch takes seconds
     from experiments.sample import continue_text, read_model
 
     device = pick_device(config.device, gpu_count())
     model = read_model(folder, trained.model, device.value)
-    tokenizer = make_tokenizer(kind_of_tokens(trained.data), trained.data.vocab_size or 0, folder)
+    tokenizer = make_tokenizer(kind_of_tokens(trained.data), trained.data.id_count or 0, folder)
     sampling = (config.temperature, config.top_k, config.top_p, config.seed)
     return continue_text(model, tokenizer, config.prompt, config.tokens, *sampling)
 

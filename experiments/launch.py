@@ -31,7 +31,7 @@ from experiments.run_weights import check_base, is_base
 from experiments.step_log import read_metrics
 from experiments.verdict import failure, steps_before_stop, unprinted, was_stopped
 from experiments.warn import warn, warning
-from experiments.weights_file import check_bytes, check_init
+from experiments.weights_file import check_bytes, check_init, check_init_tokenizer
 from minigpt.corpus import prepare_for
 
 NUMBERS = {  # of torchrun's options: the least and the most
@@ -125,14 +125,16 @@ def prepare_job(
         raise ValueError("run.dir is not set: every node must be told the same run.dir")
     found, only_weights = None, is_base(config)
     if only_weights:
-        for line in check_base(config):
+        for line in check_base(config, corpus.vocabulary):
             warning(line)
     else:
         found = choose(config.resume, folder)
     if found:
-        check_fits(found, settings_of(config), config.batch_size)
+        check_fits(found, settings_of(config), config.batch_size, corpus)
     if config.init:
         for line in check_init(Path(config.init), config.model):
+            warning(line)
+        for line in check_init_tokenizer(Path(config.init), corpus.vocabulary):
             warning(line)
         check_bytes(Path(config.init))
     again = goes_on_in(config.resume, folder) and not only_weights
@@ -141,7 +143,14 @@ def prepare_job(
         # launch.sh hands its process over, so this is when the user's command began
         started = psutil.Process().create_time()
         settled = settled_keys(asked, config) if asked is not None else {}
-        about = Launched(overrides, str(corpus.folder), started, fault=fault, settled=settled)
+        about = Launched(
+            overrides,
+            str(corpus.folder),
+            started,
+            fault=fault,
+            settled=settled,
+            tokenizer=corpus.vocabulary,
+        )
         write_config(folder, config, about)
     command = torchrun_command(folder, world_size // nodes, torchrun)
     return Job(folder, command, environment.of_a_rank(nodes), folder / "logs" / torchrun.log)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.checkpoints import are_files, check_file, facts_of
 from experiments.same_model import check_same, unverified
 from minigpt.config import ModelConfig, require
-from minigpt.tokenizer import BPE_FILE
+from minigpt.tokenizer import BPE_FILE, WITH_FILE
 from parallel.damaged import Damaged
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ def save_model(
     try:
         torch.save(weights, parts[MODEL])
         files = {MODEL: facts_of(parts[MODEL])}
-        if (corpus.folder / BPE_FILE).exists():
-            shutil.copyfile(corpus.folder / BPE_FILE, folder / BPE_FILE)
+        if corpus.tokenizer in WITH_FILE:
+            if not (folder / BPE_FILE).exists():  # write_config keeps one, this is no run's folder
+                shutil.copyfile(corpus.folder / BPE_FILE, folder / BPE_FILE)
             files[BPE_FILE] = facts_of(folder / BPE_FILE)
         parts[ABOUT].write_text(json.dumps({"schema": SCHEMA, "files": files, **about}, indent=1))
         (folder / ABOUT).unlink(missing_ok=True)

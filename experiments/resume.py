@@ -22,12 +22,16 @@ from experiments.checkpoints import (
     newest_whole,
     steps_of,
 )
+from experiments.same_tokenizer import check_tokenizer
+from minigpt.corpus import Corpus
 from parallel.damaged import Damaged
 
 AUTO = "auto"
 RUNS = Path("runs")
 # keys that may differ among those that say what is learned from what
 HOW_ONLY = ("data.cache", "data.path", "model.attention", "model.impl")
+BY_CONTENT = ("data.text_field", "data.bpe_sample")  # what they change has a digest of its own
+OF_TOKENIZER = ("data.tokenizer", "data.vocab_size")  # so have these, where both sides name it
 
 
 def choose(resume: str | None, run: Path | None) -> Checkpoint | None:
@@ -114,7 +118,9 @@ def _same(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
 
 
-def check_fits(found: Checkpoint, settings: dict[str, Any], batch_size: int) -> None:
+def check_fits(
+    found: Checkpoint, settings: dict[str, Any], batch_size: int, corpus: Corpus | None = None
+) -> None:
     """Raise ValueError, one line, where a run would not go on with what the checkpoint began.
 
     Layout, precision, learning rate and the number of steps may differ. What is learned, from
@@ -122,10 +128,11 @@ def check_fits(found: Checkpoint, settings: dict[str, Any], batch_size: int) -> 
     """
     theirs = dotted(found.manifest["config"])
     ours = dotted(settings)
+    free = (*HOW_ONLY, *BY_CONTENT, *_check_corpus(found, corpus))
     for key in sorted(theirs | ours):
         what = ("model.", "data.", "finetune.")
         must = key.startswith(what) or key in ("seed", "seq_len", "optimizer.name")
-        if not must or key in HOW_ONLY:
+        if not must or key in free:
             continue
         if theirs.get(key) != ours.get(key):
             raise ValueError(
@@ -143,6 +150,25 @@ def check_fits(found: Checkpoint, settings: dict[str, Any], batch_size: int) -> 
             f"steps={settings['steps']}: {found.folder} has {found.step} done already; "
             "more steps go on from there"
         )
+
+
+def _check_corpus(found: Checkpoint, corpus: Corpus | None) -> tuple[str, ...]:
+    """Return the keys that need not be equal because the tokenizers themselves are.
+
+    Raises ValueError, one line, if the checkpoint is of another text or tokenizer.
+    """
+    if corpus is None:
+        return ()
+    theirs = found.manifest.get("tokenizer")
+    known = theirs is not None and corpus.vocabulary is not None
+    if known:
+        check_tokenizer(str(found.folder), theirs, corpus.vocabulary, found.run)
+    if found.manifest["corpus"] != corpus.sha256:
+        raise ValueError(
+            f"data: its SHA-256 is not that of {found.folder}'s; "
+            "export and init=FILE start anew from its weights"
+        )
+    return OF_TOKENIZER if known else ()
 
 
 def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The one folder of a run: who makes it, and what is frozen in it.
 
 config.yaml      the resolved configuration; ranks read it and never compose
-launch.json      overrides, corpus, when the command began
+launch.json      overrides, corpus, tokenizer, when the command began
+tokenizer.json   the corpus's tokenizer, if it has a file
 logs/            torchrun's messages, the other ranks' output, and see experiments/verdict.py
-metrics.jsonl, ledger.json, model.pt, tokenizer.json   written while and after it trains
+metrics.jsonl, ledger.json, model.pt   written while and after it trains
 trace.json.gz, timeline.png, memory.png (and .svg)     with trace=true
 checkpoints/     see experiments/checkpoints.py
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -26,6 +28,7 @@ from experiments import verdict
 from experiments.config import TrainConfig
 from experiments.outside_yaml import load_yaml
 from experiments.resume import RUNS, dotted
+from minigpt.tokenizer import BPE_FILE
 from parallel.layout import Layout
 
 
@@ -40,6 +43,7 @@ class Launched:
     fault: str | None = None  # of `debug`: what the ranks are to do wrongly
     # keys that the run settled for itself, as they were before: -1, auto, null, ${...}
     settled: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None  # Corpus.vocabulary: what tells it from others
 
 
 def make_folder(
@@ -109,8 +113,11 @@ def settled_keys(asked: DictConfig, config: TrainConfig) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: TrainConfig, launched: Launched) -> None:
-    """Freeze what the ranks will read."""
+    """Freeze what the ranks will read, and keep the corpus's tokenizer, if it has a file."""
+    tokenizer = Path(launched.corpus) / BPE_FILE
     try:
+        if launched.corpus and tokenizer.is_file():
+            shutil.copyfile(tokenizer, folder / BPE_FILE)
         (folder / "launch.json").write_text(json.dumps(asdict(launched), indent=1))
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     except OSError as error:

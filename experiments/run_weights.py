@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.checkpoints import check, steps_of
+from experiments.checkpoints import check, read_manifest, steps_of
 from experiments.config import TrainConfig
 from experiments.model_file import MODEL, check_model_file, read_about
 from experiments.resume import AUTO, named_checkpoint, run_of
 from experiments.run_folder import read_config, settings_of
 from experiments.same_model import HOW_ONLY, check_same, override, unverified
+from experiments.same_tokenizer import check_tokenizer, recorded
 from minigpt.config import require
 from parallel.damaged import Damaged
 
@@ -79,13 +80,24 @@ def is_base(config: TrainConfig) -> bool:
     return (run / "config.yaml").is_file() and not read_config(run).finetune.on
 
 
-def check_base(config: TrainConfig) -> list[str]:
-    """Return warnings about the base's weights, one line each.
+def tokenizer_of(given: Path, key: str) -> str | None:
+    """Return what tells the tokenizer of a run's weights, which check_source has read."""
+    source, run = source_of(given, key), run_of(given)
+    found = read_about(source.parent) if source.name == MODEL else read_manifest(source)
+    theirs: str | None = (found or {}).get("tokenizer")
+    return theirs or recorded(run, read_config(run).data)
 
-    Raises ValueError, one line, where they are not there, damaged, or of another model.
+
+def check_base(config: TrainConfig, tokenizer: str | None) -> list[str]:
+    """Return warnings about the base's weights, one line each. `tokenizer` is that of the data.
+
+    Raises ValueError, one line, where they are not there, damaged, or of another model or
+    tokenizer.
     """
     base = Path(str(config.resume))
     theirs, warnings = check_source(base, "resume")
+    of_base = tokenizer_of(base, "resume")
+    warnings += check_tokenizer(f"resume={base}", of_base, tokenizer, run_of(base))
     for key, value in settings_of(config)["model"].items():
         require(
             theirs.get(key) == value or key in HOW_ONLY,

@@ -89,9 +89,7 @@ class Saver:
             if again or resume == AUTO:
                 said.append(f"no checkpoint in {self.folder}: starting from step 0")
             return None, said
-        check_fits(found, self.settings, self.config.batch_size)
-        if found.manifest["corpus"] != self.corpus.sha256:
-            raise ValueError(f"data: its SHA-256 is not that of {found.folder}'s")
+        check_fits(found, self.settings, self.config.batch_size, self.corpus)
         said += [f"skipped, damaged: {reason}" for reason in found.skipped]
         if found.skipped:
             newer = checkpoints.steps_of(found.run)
@@ -136,6 +134,7 @@ class Saver:
             "step": done,
             "batch_size": self.config.batch_size,
             "corpus": self.corpus.sha256,
+            "tokenizer": self.corpus.vocabulary,
             "scaler": vars(scaler).copy() if scaler else None,
             "torch": torch.__version__,
             "config_sha256": hashlib.sha256(text.encode()).hexdigest(),

@@ -108,7 +108,8 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
     if ledger:  # rank 0
         tracker.finish(ledger)
         if config.run.save:
-            save_model(folder, weights, corpus, {"model": record.settings["model"]})
+            about = {"model": record.settings["model"], "tokenizer": corpus.vocabulary}
+            save_model(folder, weights, corpus, about)
         if config.sample.tokens:
             tokenizer = make_tokenizer(corpus.tokenizer, corpus.vocab_size, corpus.folder)
             reporter.say(sample_text(config, weights, tokenizer))

@@ -5,6 +5,7 @@ in JSON, and bytes. So the launcher checks a file without torch, and nothing of 
 format has no checksum; in the metadata of its header our own files have
 
     model       every field of the model that the weights were trained in, as JSON
+    tokenizer   what tells the tokenizer that they were trained with (same_tokenizer.py), as JSON
     digests     SHA-256 of each tensor's bytes, by its name, as JSON
     seal        SHA-256 of the rest of the header: names, types, shapes, and the entries above
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.same_model import check_same, override, unverified
+from experiments.same_tokenizer import check_tokenizer
 from minigpt.config import FFN, ModelConfig, Norm, Positions, require
 from minigpt.gpt2 import from_gpt2, gpt2_name, gpt2_shape
 
@@ -151,6 +153,15 @@ def check_init(path: Path, model: ModelConfig) -> list[str]:
         require(dtype in FLOATS.values(), f"init={path}: {name} is {dtype}; weights are {known}")
     unhashed = [] if header.digests else [f"init={path}: has no digests; its bytes are unverified"]
     return [*unverified(f"init={path}", missing), *unhashed]
+
+
+def check_init_tokenizer(path: Path, tokenizer: str | None) -> list[str]:
+    """Return the warning, one line or none, that the file does not name its tokenizer.
+
+    `tokenizer` is that of the data (Corpus.vocabulary). Raises ValueError, one line, if the
+    weights were trained with another.
+    """
+    return check_tokenizer(f"init={path}", read_header(path).about.get("tokenizer"), tokenizer)
 
 
 def check_bytes(path: Path) -> None:

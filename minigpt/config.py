@@ -271,12 +271,11 @@ class DataConfig:
             "data.path is not set: data=text needs data.path=FILE",
         )
         kind = self.kind
-        if self.vocab_size is None and kind not in (Tokenizer.file, Tokenizer.ids):
-            self.vocab_size = 256
+        size = self.id_count
         makes_tokens = self.source in (Source.generated, Source.random)
         require(
-            kind != Tokenizer.bytes or makes_tokens or self.vocab_size == 256,
-            f"data.vocab_size={self.vocab_size}: data.tokenizer=bytes always has 256",
+            kind != Tokenizer.bytes or makes_tokens or size == 256,
+            f"data.vocab_size={size}: data.tokenizer=bytes always has 256",
         )
         require(
             kind == Tokenizer.bytes or not makes_tokens,
@@ -289,18 +288,24 @@ class DataConfig:
                 f"data.tokenizer=ids: data={self.source.value} is text; use bytes or bpe",
             )
             require(
-                self.vocab_size is not None,
+                size is not None,
                 "data.vocab_size is not set: data.tokenizer=ids needs the size of the vocabulary",
             )
         learns = kind in (Tokenizer.bpe, Tokenizer.by_hand_bpe)
-        at_least("data.vocab_size", self.vocab_size, 257 if learns else 2)
-        if kind != Tokenizer.file and self.vocab_size is not None:
+        at_least("data.vocab_size", size, 257 if learns else 2)
+        if kind != Tokenizer.file and size is not None:
             most = 2**16  # tokens are stored in 16 bits
-            require(self.vocab_size <= most, f"data.vocab_size={self.vocab_size}: at most {most}")
+            require(size <= most, f"data.vocab_size={size}: at most {most}")
         at_least("data.bpe_sample", self.bpe_sample, 1)
         above("data.validation_fraction", self.validation_fraction, 0)
         fraction("data.validation_fraction", self.validation_fraction)
         at_least("data.tokens", self.tokens, 1)
+
+    @property
+    def id_count(self) -> int | None:
+        """The size of the vocabulary, with null resolved; None if only the data's files tell it."""
+        from_files = self.kind in (Tokenizer.file, Tokenizer.ids)
+        return 256 if self.vocab_size is None and not from_files else self.vocab_size
 
     @property
     def kind(self) -> Tokenizer:

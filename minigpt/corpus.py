@@ -31,6 +31,7 @@ from minigpt.tokenizer import (
     FileTokenizer,
     read_tokenizer,
     tokenizer_digest,
+    vocabulary_name,
 )
 
 FORMAT = 1  # raise it when the content of the files changes
@@ -51,6 +52,11 @@ class Corpus:
     digests: dict[str, str]  # SHA-256 of each split's file, and of tokenizer.json
     unigram_entropy: float  # nats a token of the training split: what a model without context gets
     bytes_per_token: float | None  # of the raw text
+
+    @property
+    def vocabulary(self) -> str | None:
+        """What tells its vocabulary from others; None for ids that came without a tokenizer."""
+        return vocabulary_name(self.tokenizer, self.digests.get(TOKENIZER))
 
     def tokens(self, split: str) -> np.ndarray:
         """The ids of a split, memory-mapped."""
@@ -92,8 +98,8 @@ class Vocabulary:
         """Read the tokenizer.json that is given. Raises ValueError, one line."""
         kind = kind_of_tokens(config)
         if config.kind != Tokenizer.file:
-            assert config.vocab_size is not None
-            return Vocabulary(kind, config.vocab_size)
+            assert config.id_count is not None
+            return Vocabulary(kind, config.id_count)
         given = read_tokenizer(Path(config.tokenizer).expanduser(), "data.tokenizer")
         size = given[0].size
         wanted = config.vocab_size or size

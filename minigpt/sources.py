@@ -30,7 +30,7 @@ BYTES_PER_TOKEN = 4  # how much English a byte-pair token covers, about
 def open_source(config: DataConfig, cache: Path) -> Raw:
     """Find what a corpus is made from. `cache` keeps what was downloaded."""
     if config.source in MADE_UP:
-        ids = MADE_UP[config.source](config.tokens, config.vocab_size or 0).astype("<u2").tobytes()
+        ids = MADE_UP[config.source](config.tokens, config.id_count or 0).astype("<u2").tobytes()
         return Raw(lambda: iter([ids]), len(ids), are_ids=True)
     if config.source == Source.stdlib:
         text = standard_library()

@@ -98,6 +98,21 @@ def tokenizer_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """The same of a file. Raises OSError."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def vocabulary_name(kind: str, digest: str | None) -> str | None:
+    """Return what tells one vocabulary from another, None if nothing does.
+
+    `digest` is that of the tokenizer.json, which kinds with a file have.
+    """
+    if kind in WITH_FILE:
+        return digest
+    return None if kind == "ids" else kind
+
+
 def pre_tokenizer() -> Any:
     """GPT-2's pieces of text, at most bpe.LONGEST_PIECE characters of a kind each.
 

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import re
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from experiments.assemble import make_batches, make_trainer, share_of_batch
+from experiments.checkpoints import check, read_manifest
+from experiments.config import ExportConfig, GenerateConfig, TrainConfig
+from experiments.export import run as export
+from experiments.figures.parity import mesh_of
+from experiments.generate import run as generate
+from experiments.launch import Torchrun, prepare_job, settle
+from experiments.model_file import read_about, save_model
+from experiments.resume import check_fits
+from experiments.run_folder import read_config, settings_of
+from experiments.run_weights import weights_of
+from experiments.saving import Saver
+from experiments.weights_file import read_header, write
 from minigpt import encoding, progress
 from minigpt.by_hand.bpe import LONGEST_PIECE
 from minigpt.config import DataConfig, Source
 from minigpt.corpus import Corpus, prepare, prepare_for
 from minigpt.progress import Progress
 from minigpt.tokenizer import make_tokenizer, tokenizer_digest, train_bpe
+from parallel.weights import full_weights
+from tests.configs import compose
 
 LINES = [f"def f{i}(x):\n\treturn x + {i}  # Grüße\n# end\n\n" for i in range(2000)]
 TEXT = "".join(LINES)
@@ -188,3 +206,121 @@ def test_what_takes_long_says_so(
     with Progress("reading"):
         pass
     assert capsys.readouterr().err == ""
+
+
+# --- whose ids the weights read
+
+TINY = ("model.n_layer=1", "model.d_model=16", "model.n_head=2", "model.context=16", "seq_len=16")
+TINY += ("strategy=single", "steps=4", "model.vocab_size=400", "optimizer.lr=0.01")
+
+
+def config_of(tmp_path: Path, *more: str) -> TrainConfig:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    text = ("data=text", f"data.path={path}", f"data.cache={tmp_path / 'cache'}")
+    return compose(*TINY, *text, *more)
+
+
+def prepared(tmp_path: Path, folder: str, *more: str) -> Path:
+    """What the launcher makes of a command line before it starts a process."""
+    return prepare_job(config_of(tmp_path, *more), [], Torchrun(), tmp_path / folder).folder
+
+
+BPE = ("data.tokenizer=bpe", "data.vocab_size=400")
+
+
+def a_run(tmp_path: Path, *more: str) -> Path:
+    """A run of a BPE: its folder, a checkpoint after 2 steps, weights, and an exported file."""
+    run = prepared(tmp_path, "run", *more)
+    config = config_of(tmp_path, *more)
+    corpus = prepare(config.data)
+    config = settle(config, Torchrun())
+    trainer = make_trainer(config, mesh_of(config.layout))
+    trainer.step(
+        list(share_of_batch(make_batches(config, corpus), 0, config, trainer.replica.mesh))
+    )
+    Saver(config, run, trainer, corpus, "a name").save(2)
+    about = {"model": settings_of(config)["model"], "tokenizer": corpus.vocabulary}
+    save_model(run, full_weights(trainer.replica), corpus, about)
+    export(ExportConfig(str(run), str(tmp_path / "model.safetensors")))
+    return run
+
+
+def test_a_digest_of_the_tokenizer_goes_with_whatever_holds_weights(tmp_path: Path) -> None:
+    run = a_run(tmp_path, *BPE)
+    digest = hashlib.sha256((run / "tokenizer.json").read_bytes()).hexdigest()
+    manifest = read_manifest(run / "checkpoints" / "step-000002")
+    about = read_about(run)
+    assert about and about["tokenizer"] == manifest["tokenizer"] == digest
+    assert json.loads((run / "launch.json").read_text())["tokenizer"] == digest
+    assert read_header(tmp_path / "model.safetensors").about["tokenizer"] == digest
+    assert about["files"]["tokenizer.json"]["sha256"] == digest
+
+
+def test_weights_of_another_tokenizer_are_refused_before_a_process_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of the run has the file that would do, and with it all of them are taken."""
+    run = a_run(tmp_path, *BPE)
+    given, lora = f"data.tokenizer={run}/tokenizer.json", ("finetune=lora", f"resume={run}")
+    wrong = "was trained with the tokenizer.json of SHA-256 [0-9a-f]{12}, and the data has "
+    for number, (more, said) in enumerate((
+        ((f"init={tmp_path}/model.safetensors",), f"^init=.*: {wrong}data.tokenizer=bytes; "),
+        ((f"resume={run}",), f"step-000002: {wrong}data.tokenizer=bytes; {given} would do"),
+        (lora, f"^resume={run}: {wrong}data.tokenizer=bytes; {given} would do"),
+        (
+            (f"init={tmp_path}/model.safetensors", *BPE, "data.bpe_sample=5000"),
+            f"^init=.*: {wrong}the tokenizer.json of SHA-256",
+        ),
+    )):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            prepared(tmp_path, f"refused-{number}", *more)
+        assert not (tmp_path / f"refused-{number}").exists()
+    capsys.readouterr()
+    for number, taken in enumerate((
+        (f"init={tmp_path}/model.safetensors", given), (f"resume={run}", given), (*lora, given),
+        (f"resume={run}", *BPE), (*lora, given, "data.vocab_size=400"),
+    )):  # fmt: skip
+        prepared(tmp_path, f"taken-{number}", *taken)
+    assert "warning" not in capsys.readouterr().err, "nothing is unverified"
+
+
+def test_weights_of_bytes_are_no_bpes(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    assert not (run / "tokenizer.json").exists()
+    said = "was trained with data.tokenizer=bytes, and the data has the tokenizer.json of SHA-256"
+    with pytest.raises(ValueError, match=f"{said} .*; data.tokenizer=bytes would do"):
+        prepared(tmp_path, "other", f"init={tmp_path}/model.safetensors", *BPE)
+    with pytest.raises(ValueError, match=said):
+        prepared(tmp_path, "other", f"resume={run}", *BPE)
+    path = run / "checkpoints"
+    (tmp_path / "text.txt").write_text("another text\n" * 999)
+    config = settle(compose(*TINY, "data=text", f"data.path={tmp_path}/text.txt"), Torchrun())
+    corpus = prepare(replace(config.data, cache=str(tmp_path / "cache")))
+    with pytest.raises(ValueError, match=r"^data: its SHA-256 is not that of .*step-000002's"):
+        check_fits(check(path / "step-000002"), settings_of(config), config.batch_size, corpus)
+
+
+def test_weights_that_name_no_tokenizer_are_taken_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path)
+    weights, _ = weights_of(run, "run")
+    write(tmp_path / "old.safetensors", weights, {"model": settings_of(read_config(run))["model"]})
+    prepared(tmp_path, "new", f"init={tmp_path}/old.safetensors")
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1 and "does not say which tokenizer it was trained with" in said[0]
+
+
+def test_text_is_generated_when_the_cache_is_gone(tmp_path: Path) -> None:
+    run = a_run(tmp_path, *BPE)
+    shutil.rmtree(tmp_path / "cache")
+    assert generate(GenerateConfig(str(run), tokens=4, prompt="def f")).startswith("def f")
+    about = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps({**about, "tokenizer": "bytes"}))
+    with pytest.raises(ValueError, match=r"model.pt: was trained with data.tokenizer=bytes, and"):
+        generate(GenerateConfig(str(run), tokens=4))
+    (run / "model.json").write_text(json.dumps(about))
+    (run / "tokenizer.json").write_text(train_bpe(LINES, 300))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: "):
+        generate(GenerateConfig(str(run), tokens=4))
