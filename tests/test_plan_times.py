@@ -42,7 +42,7 @@ def both(controls: Controls) -> tuple[dict[str, float], Timeline]:
     return formula_steps(*plan)[0]["time_s"], timeline_of(*plan)
 
 
-@pytest.mark.parametrize("controls", PLANS, ids=lambda c: " ".join(c.overrides))
+@pytest.mark.parametrize("controls", PLANS, ids=lambda c: c.command)
 def test_the_timeline_ends_when_the_table_says(controls: Controls) -> None:
     table, timeline = both(controls)
     assert timeline.total == pytest.approx(table["total"], rel=0.05)
