@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt.config import DataConfig, Tokenizer, require
-from minigpt.encoding import encode, learn
+from minigpt.encoding import FileArray, encode, learn
 from minigpt.progress import Progress
 from minigpt.reading import CHUNK, Raw
 from minigpt.sources import MADE_UP, chunks_of, open_source, sha256_of
@@ -259,8 +259,8 @@ class _Maker:
             bytes_per_token=None if self.raw.are_ids else data.nbytes / count,
         )
 
-    def _copied(self, path: Path) -> np.ndarray:
-        """The raw text or ids as one memory-mapped file."""
+    def _copied(self, path: Path) -> FileArray:
+        """The raw text or ids as one file."""
         digest = hashlib.sha256()
         with open(path, "wb") as file:
             for chunk in self.raw.chunks():
@@ -270,11 +270,11 @@ class _Maker:
         require(digest.hexdigest() == self.sha256, "data.path: it changed while it was read")
         name = self.config.path or self.config.source.value
         require(size > 0, f"data.path={name}: holds no text")
-        return np.memmap(path, dtype="<u2" if self.raw.are_ids else "u1", mode="r")
+        return FileArray(path, "<u2" if self.raw.are_ids else "u1")
 
     def _ids(
         self,
-        data: np.ndarray,
+        data: FileArray,
         start: int,
         end: int,
         tokenizer_json: str | None,

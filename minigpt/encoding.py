@@ -1,6 +1,6 @@
 """Text of any length to ids, block by block, and the part of it that a tokenizer is learnt from.
 
-`data` is UTF-8 as an array of bytes, which may be memory-mapped: no more than a block of it is in
+`data` is UTF-8 as an array of bytes or a file of them: no more than a few blocks of a file are in
 memory at a time. No torch: the launcher runs this.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +23,25 @@ AT_ONCE = 2**20  # characters that are encoded in parallel
 FEW_SPACES = 100  # one in so many characters: hardly any words
 
 
-def blocks(data: np.ndarray, start: int, end: int) -> Iterator[str]:
+class FileArray:
+    """The numbers of a file, read slice by slice. Pages of a memory map would stay resident."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype, self.nbytes = path, np.dtype(dtype), path.stat().st_size
+
+    def __len__(self) -> int:
+        return self.nbytes // self.dtype.itemsize
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        at = start * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, max(0, stop - start), offset=at)
+
+
+Data = np.ndarray | FileArray
+
+
+def blocks(data: Data, start: int, end: int) -> Iterator[str]:
     """Yield the text of data[start:end], split behind a new line that has text on both sides.
 
     The pieces of GPT-2 and of tiktoken's encodings end there, and see no further, so that the ids
@@ -52,7 +71,7 @@ def _break(text: str) -> int:
 
 
 def encode(
-    tokenizer: FileTokenizer, data: np.ndarray, start: int, end: int, progress: Progress
+    tokenizer: FileTokenizer, data: Data, start: int, end: int, progress: Progress
 ) -> Iterator[np.ndarray]:
     """Yield the ids of data[start:end], many blocks in an array."""
     waiting: list[str] = []
@@ -66,7 +85,7 @@ def encode(
             waiting = []
 
 
-def sample(data: np.ndarray, end: int, most: int) -> Iterator[str]:
+def sample(data: Data, end: int, most: int) -> Iterator[str]:
     """Yield the lines of data[:end], or of windows of `most` bytes in all, evenly spread over it.
 
     The same text gives the same windows.
@@ -83,7 +102,7 @@ def sample(data: np.ndarray, end: int, most: int) -> Iterator[str]:
             yield from text.splitlines(keepends=True)
 
 
-def learn(kind: str, data: np.ndarray, end: int, most: int, vocab_size: int) -> str:
+def learn(kind: str, data: Data, end: int, most: int, vocab_size: int) -> str:
     """Train a tokenizer on a sample of data[:end]; returns its tokenizer.json."""
     lines = list(sample(data, end, most))
     characters = sum(map(len, lines))

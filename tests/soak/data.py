@@ -148,7 +148,7 @@ def no_spaces(folder: Path) -> str:
     letters = random.Random(0)
     (folder / "dna").write_text("".join(letters.choice("ACGT") for _ in range(3_000_000)))
     asked = ("data=text", f"data.path={folder}/dna", "data.tokenizer=bpe", "data.vocab_size=1024")
-    began = time.monotonic()
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     process = start(*ONE, *asked, "model.vocab_size=1024", f"data.cache={folder}/cache", cwd=folder)
     assert process.stderr
     first = process.stderr.readline()
@@ -156,7 +156,7 @@ def no_spaces(folder: Path) -> str:
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert "no spaces" in first and "learning 1,024 ids" in err, first + err
-    busy = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    busy = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     return (
         f"exit 0 after {time.monotonic() - began:.0f} s ({busy:.0f} s of a core); "
         f"the first line after {seconds:.1f} s: {first.strip()}; then {err.count('launch.sh: ')} "
