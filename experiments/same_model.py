@@ -22,7 +22,7 @@ SHOWN_BY_SHAPES = (
     "n_kv_head",
     "d_model",
     "d_ff",
-    "vocab_size",
+    "pad_vocab_to",  # not so vocab_size: rows do not tell which of them only pad
     "context",  # rows of a learned position table; with other positions it only bounds seq_len
     "n_expert",
     "bias",

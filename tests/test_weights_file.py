@@ -175,6 +175,7 @@ def as_json(model: ModelConfig) -> dict[str, Any]:
 MOE = ModelConfig(n_layer=1, n_head=2, d_model=16, d_ff=16, vocab_size=16, context=8, ffn=FFN.moe)
 ANOTHER: dict[str, Any] = {
     "n_head": 4,
+    "vocab_size": 15,
     "norm": Norm.rmsnorm,
     "norm_eps": 1e-2,
     "positions": Positions.sinusoidal,
@@ -189,7 +190,7 @@ ANOTHER: dict[str, Any] = {
 def test_every_field_of_a_model_is_compared_or_known_to_change_no_logit() -> None:
     names = {field.name for field in fields(ModelConfig)}
     assert names == {*ANOTHER, *HOW_ONLY, *SHOWN_BY_SHAPES}
-    shaped = {"n_layer": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 32, "vocab_size": 17}
+    shaped = {"n_layer": 2, "n_kv_head": 1, "d_model": 32, "d_ff": 32, "pad_vocab_to": 17}
     shaped |= {"n_expert": 4, "bias": True, "tied": True, "context": 9}
     assert shaped.keys() == set(SHOWN_BY_SHAPES)
     for key, value in shaped.items():
@@ -201,7 +202,8 @@ def test_every_field_of_a_model_is_compared_or_known_to_change_no_logit() -> Non
 def test_a_field_that_no_shape_shows_must_be_what_the_weights_were_trained_with(
     key: str, tmp_path: Path
 ) -> None:
-    model = replace(MOE, ffn=FFN.gelu) if key == "gelu_tanh" else MOE
+    base = {"gelu_tanh": {"ffn": FFN.gelu}, "vocab_size": {"pad_vocab_to": 16}}
+    model = replace(MOE, **base.get(key, {}))
     changed = replace(model, **{key: ANOTHER[key]})
     path = tmp_path / "model.safetensors"
     ours(path, model)
@@ -286,7 +288,7 @@ def test_a_foreign_file_is_named_as_unverified(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in shapes_of(MOE).items()}, path)
     unsaid, unhashed = check_init(path, MOE)
-    assert "unverified: model.n_head, model.norm, model.norm_eps, model.positions" in unsaid
+    assert "unverified: model.n_head, model.vocab_size, model.norm, model.norm_eps" in unsaid
     assert "has no digests" in unhashed
     save_file(gpt2_checkpoint(), path)
     assert check_init(path, GPT2)[0].endswith("unverified: model.n_head")
