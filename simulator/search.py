@@ -35,7 +35,8 @@ class Predicted:
     """Plans and what each takes: seconds of a step by part, bytes of the fullest rank by part."""
 
     plans: Plans
-    time_s: dict[str, Array]  # as simulator.estimate.step_seconds gives them
+    time_s: dict[str, Array]  # as simulator.estimate.step_seconds gives them; of a search NaN
+    # where a plan does not fit and nobody has asked
     memory_bytes: dict[str, Array]  # peak, and costs.ledger.MEMORY_PARTS
     model_flops: Array  # of one rank
     peak_flops: Array  # of its device, in the dtype of the products
@@ -48,13 +49,35 @@ class Predicted:
         return len(self.plans)
 
 
-def predict(plans: Plans, cluster: Cluster) -> Predicted:
-    """Time and memory of each plan on a cluster."""
-    work = Work.of(plans)
+def predict(plans: Plans, cluster: Cluster, limit: float = np.inf) -> Predicted:
+    """Time and memory of each plan on a cluster; time only of those that need at most `limit`."""
+    needed = joined([fullest(chunk) for chunk in _chunks(plans)])
+    fitting = np.flatnonzero(needed["peak"] <= limit)
+    time = {part: np.full(len(plans), np.nan) for part in ("total", *PARTS)}
+    fill(time, fitting, seconds_of(plans[fitting], cluster))
     # in this order: the flops of all ranks together are more than 2^63
     flops = plans.tokens / plans.world_size * model_flops_per_token(plans.model, plans.seq_len)
-    peak = peak_flops(plans.precision, cluster)
-    return Predicted(plans, step_seconds(work, cluster), fullest(plans), flops, peak)
+    return Predicted(plans, time, needed, flops, peak_flops(plans.precision, cluster))
+
+
+def seconds_of(plans: Plans, cluster: Cluster) -> dict[str, Array]:
+    """Return the seconds of a step by part."""
+    return joined([step_seconds(Work.of(chunk), cluster) for chunk in _chunks(plans)])
+
+
+def _chunks(plans: Plans) -> list[Plans]:
+    return [plans[slice(i, i + CHUNK)] for i in range(0, len(plans), CHUNK)]
+
+
+def joined(chunks: list[dict[str, Array]]) -> dict[str, Array]:
+    """Return the columns of one array of plans from those of its chunks."""
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in (chunks or [{}])[0]}
+
+
+def fill(columns: dict[str, Array], places: Array, values: dict[str, Array]) -> None:
+    """Put `values` at `places` of the columns of the same name."""
+    for name, own in values.items():
+        columns[name][places] = own
 
 
 def peak_flops(precision: Array, cluster: Cluster) -> Array:
@@ -111,14 +134,18 @@ class Found:
     limit: float  # bytes that a plan may need
     refused: Counter[str]  # plans that the rules refuse, by key
     exact: Array  # whether all pp ranks of a plan were looked at, not the first and the last alone
+    cluster: Cluster
 
     def look_at(self, places: Iterable[int]) -> None:
-        """Know the memory of these plans exactly: what is shown must fit on every rank."""
+        """Know the memory of these plans exactly, for what is shown must fit on every rank; and
+        their time, which of plans that do not fit is not known yet."""
         new = np.array([i for i in places if not self.exact[i]], dtype=np.int64)
         if not len(new):
             return
-        for part, values in fullest_of_all(self.predicted.plans[new]).items():
-            self.predicted.memory_bytes[part][new] = values
+        plans, time = self.predicted.plans, self.predicted.time_s
+        fill(self.predicted.memory_bytes, new, fullest_of_all(plans[new]))
+        unknown = new[np.isnan(time["total"][new])]
+        fill(time, unknown, seconds_of(plans[unknown], self.cluster))
         self.exact[new] = True
 
     def best_of(self, places: Array) -> int:
@@ -231,27 +258,11 @@ def search(
     if not len(plans):
         reasons = ", ".join(f"{count} by {key}" for key, count in refused.most_common() if count)
         raise ValueError(f"no plan is left; refused: {reasons}")
-    parts = [predict(plans[slice(i, i + CHUNK)], cluster) for i in range(0, len(plans), CHUNK)]
     limit = cluster.device.memory_bytes * (1 - headroom)
-    found = Found(joined(plans, parts), limit, +refused, np.zeros(len(plans), dtype=bool))
+    predicted = predict(plans, cluster, limit)
+    found = Found(predicted, limit, +refused, np.zeros(len(plans), dtype=bool), cluster)
     while not found.exact[shown := np.concatenate([found.order[:best], found.front()])].all():
         # of more each time: where many do not fit after all, the end comes soon
         further = found.order[: best + np.count_nonzero(found.exact)]
         found.look_at({*shown.tolist(), *further.tolist()})
     return found
-
-
-def joined(plans: Plans, parts: list[Predicted]) -> Predicted:
-    """Chunks of one array of plans as one."""
-
-    def together(name: str) -> dict[str, Array]:
-        keys = getattr(parts[0], name)
-        return {key: np.concatenate([getattr(p, name)[key] for p in parts]) for key in keys}
-
-    return Predicted(
-        plans,
-        together("time_s"),
-        together("memory_bytes"),
-        np.concatenate([p.model_flops for p in parts]),
-        np.concatenate([p.peak_flops for p in parts]),
-    )

@@ -30,6 +30,7 @@ from simulator.search import (
     SMALL_TILES,
     Found,
     count_axes,
+    predict,
     search,
 )
 from simulator.space import Space, layout_at
@@ -65,6 +66,18 @@ def test_the_winner_is_the_fastest_that_fits(found: Found) -> None:
     assert 100 < len(fitting) < len(time)
     assert fastest(found) <= min(time[i] for i in fitting) * 1.001
     assert sorted(found.order.tolist()) == fitting
+
+
+def test_what_does_not_fit_is_not_timed_and_what_fits_is_as_if_all_were(found: Found) -> None:
+    every, time = predict(found.predicted.plans, found.cluster).time_s, found.predicted.time_s
+    known = found.fits | found.exact
+    assert found.fits.any() and not known.all()
+    for part, seconds in time.items():
+        assert np.array_equal(seconds[known], every[part][known])
+        assert np.isnan(seconds[~known]).all()
+    large = np.flatnonzero(~known)
+    i = found.best_of(large)
+    assert i in large and time["total"][i] == every["total"][i], "what is asked for is timed"
 
 
 def test_the_simplest_has_fewest_axes_of_what_is_nearly_as_fast(found: Found) -> None:
