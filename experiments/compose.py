@@ -206,9 +206,17 @@ def check_options(argv: list[str]) -> argparse.Namespace:
             raise Refused(f"{override}: _target_ is not taken: no key may say what is to be run")
         if key == "hydra.run.dir":
             raise Refused(f"{override}: the folder of a run is run.dir=")
-        if key in GROUPS and value.startswith(("[", "{")):
-            raise Refused(f"{override}: {key} takes one option")
+        if key in GROUPS and not_an_option(value):
+            names = ", ".join(sorted(file.stem for file in (CONFIGS / key).glob("*.yaml")))
+            raise Refused(f"{override}: {key} takes one option of {names}")
     return given
+
+
+def not_an_option(value: str) -> bool:
+    """Return whether Hydra reads the value of a group as a list, a table, null, a flag or a number,
+    which name no file of configs/."""
+    flag = re.fullmatch(r"null|true|false|[+-]?(\d+\.?\d*|\.\d+|inf|nan)", value, re.IGNORECASE)
+    return flag is not None or value.startswith(("[", "{"))
 
 
 def refuse_ignored(given: argparse.Namespace) -> None:
@@ -229,6 +237,7 @@ def to_config(config: DictConfig, schema: type[Config]) -> Config:
         raise Refused(no_such_key(unknown, unknown, schema))
     try:
         settle_text(config, schema)
+        refuse_nested(config, schema)
         made = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise Refused(one_line(error, [], schema)) from error
@@ -236,6 +245,18 @@ def to_config(config: DictConfig, schema: type[Config]) -> Config:
         raise Refused(str(error)) from error
     assert isinstance(made, schema)
     return made
+
+
+def refuse_nested(config: DictConfig, schema: type) -> None:
+    """Raise Refused where an element of a list is itself a list or a table.
+
+    OmegaConf checks the type of elements that are single values only.
+    """
+    for key in sorted(lists_of(schema)):
+        elements = OmegaConf.select(config, key)
+        for element in elements or ():
+            if OmegaConf.is_config(element):
+                raise Refused(f"{key}={elements}: {element} is no single value; give {key}=[A,B]")
 
 
 def _keys_in(config: DictConfig, prefix: str = "") -> list[str]:
@@ -276,6 +297,11 @@ def one_line(error: Exception, argv: list[str], schema: type) -> str:
     reason = said[0 if not said[0].endswith(":") or len(said) == 1 else 1].rstrip(".")
     if re.search(r"not in (struct|'\w+')|Could not override", reason):
         return no_such_key(given or "", key or "", schema)
+    inside = [name for name in keys_of(schema) if name.startswith(f"{key}.")]
+    if key and inside:  # in OmegaConf's words: "str is not a subclass of Layout"
+        return f"{given}: {key} is a section; set its keys: {', '.join(inside)}"
+    if key in lists_of(schema) and "ListConfig" in reason:
+        return f"{given}: a list is needed; give {key}=[A,B]"
     return f"{given}: {reason}" if given else reason
 
 

@@ -68,16 +68,19 @@ def quoted(argument: str, schema: type, sweep: bool = False) -> str:
     """Put the value of a free key in the quotes that Hydra's grammar wants, if it needs any.
 
     A value that is in quotes already, one pair around it all, is Hydra's own way and stays.
+    Raises Refused where the value is null and the key has no null.
     """
     name, equals, value = argument.partition("=")
     key = free_keys(schema).get(name.lstrip("+"))
     if key is None or not equals:
         return argument
-    if not sweep or key.prose:
-        return f"{name}={_quoted(value, key)}"
-    if FUNCTION.fullmatch(value):
+    whole = not sweep or key.prose
+    if not whole and FUNCTION.fullmatch(value):
         return argument
-    return f"{name}={','.join(_quoted(one, key) for one in ELEMENT.findall(value))}"
+    values = [value] if whole else ELEMENT.findall(value)
+    if "null" in map(str.lower, values) and not (key.optional or key.prose):
+        raise Refused(f"{argument}: {name} has no null; as text it is {name}=\"'null'\"")
+    return f"{name}={','.join(_quoted(one, key) for one in values)}"
 
 
 def _quoted(value: str, key: FreeKey) -> str:

@@ -93,7 +93,7 @@ MISTAKES = [
     (["backend=nccl", "device=cpu"], "backend=nccl: needs device=cuda"),
     (["launch=slurm"], "launch=slurm: Invalid value 'slurm', expected one of [local, dry]"),
     (["sample.prompt=''"], "sample.prompt is empty"),
-    (["validation=3"], "validation=3: Invalid type assigned"),
+    (["validation=3"], "validation=3: validation is a section"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["--cfg", "everything"], "argument --cfg/-c: invalid choice"),
 ]

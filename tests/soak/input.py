@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 from experiments.compose import CONFIGS
+from experiments.refused import Refused
 from experiments.run_folder import read_config
 from tests.launching import PATIENCE_S, ROOT, SMALL, environment, launch
 from tests.soak.trial import trial
+from tests.test_every_key import PAIRS, composed, takes
 from tests.whole_runs import check_short, settled, whole_run
 
 STARTS = "It starts, or says why not"
@@ -125,3 +127,17 @@ def hugging_face_folder(folder: Path) -> str:
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text("{}")
     return f"exit 2: {refused('data=generated', 'init=hf', cwd=folder)}"
+
+
+@trial(TYPED, "every key of the schema with a value of another type, null, empty, a list, a table")
+def every_key(_folder: Path) -> str:
+    taken = refusals = 0
+    for key, value in PAIRS:
+        try:
+            composed(f"{key}={value}")
+            taken += 1
+            assert takes(key, value), f"{key}={value} was taken"
+        except (Refused, ValueError) as error:
+            refusals += 1
+            assert "\n" not in str(error)
+    return f"{refusals} refused, each in one line; {taken} are of their key's type and taken"
