@@ -31,7 +31,7 @@ extra="" # what of pyproject.toml's optional dependencies this command needs
 modules="torch numpy hydra omegaconf rich wandb tokenizers safetensors psutil matplotlib"
 need() { extra="$extra,$1" modules="$modules $2"; }
 if [ "${1:-}" = test ] || [ "${1:-}" = python ]; then
-    need dev "pytest hypothesis ruff mypy simpy accelerate plotly jinja2 tensorboard playwright nicegui torchao submitit"
+    need dev "pytest hypothesis ruff mypy simpy accelerate plotly jinja2 tensorboard playwright nicegui torchao submitit pyarrow"
 else
     if [ "${1:-}" = report ]; then need report "plotly jinja2"; fi
     if [ "${1:-}" = playground ]; then need playground nicegui; fi

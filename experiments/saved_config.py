@@ -23,7 +23,6 @@ from experiments.config import TrainConfig
 from experiments.free_text import path_in
 from experiments.outside_yaml import load_yaml
 from experiments.refused import Refused
-from experiments.run_folder import read_launched
 
 KEY = "config"
 FLAGS = {  # Hydra's own, by what they name
@@ -103,6 +102,8 @@ def settled_by_itself(path: Path) -> Mapping[str, Any]:
     if path.name != "config.yaml" or not (path.parent / "launch.json").is_file():
         return {}
     try:
+        from experiments.run_folder import read_launched  # only a run's own file needs it
+
         return read_launched(path.parent).settled
     except ValueError as error:
         raise Refused(f"config={path}: {error}") from error

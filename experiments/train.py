@@ -98,7 +98,9 @@ def train(config: TrainConfig, launched: Launched, folder: Path | None, rank: Ra
             mark_stopped(folder, step + 1)
         tracker.finish(None)
         leave()
-        return received[0] if received else int(signal.SIGUSR1)
+        stopped_by = received[0] if received else int(signal.SIGUSR1)
+        received.clear()  # they are answered: this process may train again
+        return stopped_by
     ledger = record.finish(meters, validation_loss)
     if config.trace:
         write_trace(meters, folder)

@@ -230,6 +230,7 @@ def test_all_that_a_search_runs_is_in_its_version() -> None:
     paths = {m.replace(".", "/") + ".py" for m in ours} | set(PACKAGES)
     left = {p for p in paths if not p.startswith(kept.SIMULATOR) and p not in kept.SIMULATOR}
     asks = ("compose", "config", "console", "outside_text", "overrides", "refused")
+    asks += ("free_text", "outside_yaml", "saved_config")
     assert left <= {f"experiments/{name}.py" for name in (*asks, "predict/search_tables")}
 
 

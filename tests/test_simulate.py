@@ -131,7 +131,7 @@ def test_the_verdict_names_what_to_change_first() -> None:
         (["compile=true"], "compile=true: a compiled step is not simulated"),
         (["layout.tp=3"], "layout.tp=3: model.n_head(4) % tp(3)"),
         (["scale.tokens=1e300"], "must be a number above 0 and at most 1e+18"),
-        (["layout.dp_replicate=100000000000000000000"], "a simulated world has 1 to 1,000,000"),
+        (["layout.dp_replicate=100000000000000000000"], "a simulated world has 1 to 1,000,000,000"),
         (["gradient_accumulation_steps=100000000000"], "a rank has"),
         (["scale.tokens=many"], "scale.tokens=many: must be a number above 0"),
         (["cluster.device.memory_bytes=0"], "device.memory_bytes=0"),

@@ -18,7 +18,7 @@ SIMULATOR = (
     *("costs", "minigpt", "parallel", "simulator"),
     *(
         f"experiments/predict/{name}.py"
-        for name in ("plan_command", "plan_config", "scale", "search")
+        for name in ("clusters", "models", "plan_command", "plan_config", "scale", "search")
     ),
     # what simulate assumes decides which keys a plan's command needs
     *("experiments/config.py", "configs/simulate.yaml"),

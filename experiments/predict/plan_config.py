@@ -29,7 +29,7 @@ SUFFIXES = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}  # thousands
 
 MOST_TOKENS, MOST_BATCH_TOKENS = 1e18, 1e12  # of a training run; of a step
 MOST_RANK_TOKENS = 10**10  # of one rank and step: the bytes that it sends are counted in 64 bits
-MOST_RANKS = 1_000_000
+MOST_RANKS = 1_000_000_000
 
 
 def count_of(key: str, text: str, thousand: int = 1000, most: float = MOST_TOKENS) -> float:
