@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from hypothesis import HealthCheck, given, settings
 
 from experiments.compose import configs_of
 from simulator.plan_times import timeline_of
 from tests.soak.trial import trial
+from tests.test_monotone import Case, cases, judge
 
 GROUP = "Silent and wrong"
 PLAN = "model=llama3_70b cluster=h100 layout.pp=8 layout.tp=8 sequence_parallel=true"
@@ -88,3 +92,23 @@ def bubble_of_zbv(folder: Path) -> str:
     zbv, other = (ideal_bubble(PipelineConfig(PipelineSchedule(n)), 8, 8) for n in names)
     assert round(zbv, 3) == 0.226 and round(other, 3) == 0.127
     return f"ideal in torch's order {100 * zbv:.1f} %; interleaved zero bubble {100 * other:.1f} %"
+
+
+@trial(GROUP, "Twice the sequence, replicas or micro-batches of 2,000 random plans")
+def twice_as_much(folder: Path) -> str:
+    counts: Counter[str] = Counter()
+
+    @settings(
+        max_examples=2000,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.nested_given],
+    )
+    @given(cases().filter(lambda case: case.allowed))
+    def judged(case: Case) -> None:
+        counts.update(judge(case))
+
+    judged()
+    seen = "; ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    assert min(counts[name] for name in ("sequence", "replicas", "micro-batches")) > 1000
+    return f"no pair without a named exception. Pairs, and those with one: {seen}"
