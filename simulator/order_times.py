@@ -8,6 +8,7 @@ plans, so that all plans of one order are walked through at once. Tests hold thi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,44 +22,85 @@ PASSES = ("F", "B", "I", "W")  # forward, backward, its halves
 ROUNDS = 2  # of as many micro-batches as ranks; then each round takes as long as the one before
 MOST_ENDS = 4_000_000  # numbers at a time: nodes times plans
 IN_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")  # all of a round have one length
-NEEDS = 3  # nodes that a node waits for, at most
+WAYS = ("F", "B")  # of messages: activations, and their gradients
+OVER = object()
 
 
 class Level(NamedTuple):
     """Nodes that do not wait for each other: actions, messages, waits."""
 
     ids: Array
-    needs: Array  # (nodes, NEEDS): what must be over; node 0 is over from the start
+    needs: Array  # (nodes, 3): what must be over; node 0 is over from the start
     costs: Array  # PASSES x stages, then a message, then nothing
 
 
 class Graph:
-    """Nodes in the making. Ids count from 1, and a level is one more than those of its needs."""
+    """Nodes in the making, as columns. Ids count from 1, and a level is one more than those of its
+    needs. A message's number is made of its way, of the stage that takes it and of the
+    micro-batch, so that both of its ends know it."""
 
-    def __init__(self) -> None:
-        self.needs: list[tuple[int, ...]] = [(0,) * NEEDS]
+    def __init__(self, pipeline: PipelineConfig, ranks: int, micro_batches: int) -> None:
+        self.stages, self.micro_batches = ranks * pipeline.local_stages, micro_batches
+        self.home = [pipeline.rank_of(stage, ranks) for stage in range(self.stages)]
+        self.needs = [0, 0, 0]  # of node after node
         self.costs, self.levels = [0], [0]
+        count = len(WAYS) * self.stages * micro_batches
+        self.sent = [-1] * count  # by message: node of the end that has handed it over first
+        self.over = [0] * count  # by message: its own node
+        self.channels: dict[tuple[int, int], int] = {}  # source and destination: the last message
+        self.message = len(PASSES) * self.stages
+        self.firsts = {  # by kind of step: number of stage 0's first message
+            kind + way: (place * self.stages + by) * micro_batches
+            for place, way in enumerate(WAYS)
+            for kind, by in (("SEND_", 1 - 2 * place), ("RECV_", 0))
+        }
 
-    def add(self, cost: int, *needs: int) -> int:
-        """Append a node and return its id."""
-        self.needs.append((*needs, *(0,) * (NEEDS - len(needs))))
+    def add(self, cost: int, a: int, b: int, c: int) -> int:
+        """Append a node that waits for three, and return its id."""
+        self.needs += a, b, c
         self.costs.append(cost)
-        self.levels.append(1 + max(map(self.levels.__getitem__, needs)))
-        return len(self.costs) - 1
+        levels = self.levels
+        latest, other = levels[a], levels[b]
+        if other > latest:
+            latest = other
+        other = levels[c]
+        levels.append((latest if latest > other else other) + 1)
+        return len(levels) - 1
+
+    def hand_over(self, number: int, end: int) -> None:
+        """Note the last node of one end of a message; with both there is a node for it."""
+        if (other := self.sent[number]) < 0:
+            self.sent[number] = end
+            return
+        way, taker = divmod(number // self.micro_batches, self.stages)
+        channel = self.home[taker - 1 if WAYS[way] == "F" else taker + 1], self.home[taker]
+        node = self.add(self.message, other, end, self.channels.get(channel, 0))
+        self.over[number] = self.channels[channel] = node
 
 
-class Walker:
-    """One rank on its way through its steps. `last`: its last node; `arriving`: messages that its
-    next node waits for."""
-
-    def __init__(self, rank: int, steps: Steps) -> None:
-        self.rank, self.steps, self.place, self.last = rank, steps, 0, 0
-        self.arriving: list[int] = []
-
-    def node(self, graph: Graph, cost: int) -> None:
-        """Do something once all that is waited for has arrived."""
-        self.last = graph.add(cost, self.last, *self.arriving)
-        self.arriving = []
+def go_through(steps: Steps, graph: Graph) -> Iterator[None]:
+    """Add the nodes of one rank, and stop where it must wait for a message that has none yet."""
+    costs = {kind: place * graph.stages for place, kind in enumerate(PASSES)}
+    nothing, over, add = graph.message + 1, graph.over, graph.add
+    micro_batches = graph.micro_batches
+    last = first = second = 0  # the rank's last node; up to two messages that its next waits for
+    for kind, stage, i in steps:
+        if kind in costs:
+            last, first, second = add(costs[kind] + stage, last, first, second), 0, 0
+            continue
+        waits = kind.startswith("WAIT_")
+        number = graph.firsts[kind.removeprefix("WAIT_")] + stage * micro_batches + i
+        if waits:
+            while not over[number]:
+                yield
+            if second:
+                last, first, second = add(nothing, last, first, second), 0, 0
+            second, first = first, over[number]
+            continue
+        if first:
+            last, first, second = add(nothing, last, first, second), 0, 0
+        graph.hand_over(number, last)
+    add(nothing, last, first, second)
 
 
 @lru_cache(maxsize=1024)
@@ -66,67 +108,21 @@ def levels_of(
     schedule: PipelineSchedule, ranks: int, local: int, micro_batches: int
 ) -> tuple[list[Level], int]:
     """Return the nodes of all ranks, level by level, and how many there are with node 0."""
-    pipeline, graph = PipelineConfig(schedule, local), Graph()
-    walkers = [
-        Walker(rank, steps) for rank, steps in enumerate(steps_of(pipeline, ranks, micro_batches))
-    ]
-    stages = ranks * local
-    home = [pipeline.rank_of(stage, ranks) for stage in range(stages)]
-    for walker in walkers:  # sends that are waited for when all is done are over with it
-        while walker.steps[-1][0].startswith("WAIT_"):
-            walker.steps.pop()
-    sent: dict[tuple, list[int]] = {}  # by message: node of each end that has handed it over
-    over: dict[tuple, int] = {}  # by message: its own node
-    channels: dict[tuple[int, int], int] = {}  # by source and destination: the last message
-    message, nothing = len(PASSES) * stages, len(PASSES) * stages + 1
-
-    def key_of(kind: str, stage: int, i: int) -> tuple:
-        """Name a message by the stage that takes it."""
-        way = kind[-1]
-        gives = "SEND" in kind
-        return way, stage + ((1 if way == "F" else -1) if gives else 0), i
-
-    def go_on(walker: Walker) -> bool:
-        """Do the next step; False where it must wait for another rank."""
-        kind, stage, i = walker.steps[walker.place]
-        if len(kind) == 1:
-            walker.node(graph, PASSES.index(kind) * stages + stage)
-            return True
-        key = key_of(kind, stage, i)
-        if kind.startswith("WAIT_"):
-            if key not in over:
-                return False
-            if len(walker.arriving) == NEEDS - 1:
-                walker.node(graph, nothing)
-            walker.arriving.append(over[key])
-            return True
-        if walker.arriving:
-            walker.node(graph, nothing)
-        ends = sent.setdefault(key, [])
-        ends.append(walker.last)
-        if len(ends) == 2:
-            way, taker, _ = key
-            giver = taker - 1 if way == "F" else taker + 1
-            channel = home[giver], home[taker]
-            over[key] = graph.add(message, *ends, channels.get(channel, 0))
-            channels[channel] = over[key]
-        return True
-
-    left = len(walkers)
-    while left:
-        before, left = len(graph.costs), 0
-        moved = False
-        for walker in walkers:
-            while walker.place < len(walker.steps) and go_on(walker):
-                walker.place += 1
-                moved = True
-            left += walker.place < len(walker.steps)
-        assert moved or not left, f"{schedule.value}: no rank can go on after {before} nodes"
-    for walker in walkers:
-        walker.node(graph, nothing)
-    needs, costs, levels = (np.array(x) for x in (graph.needs, graph.costs, graph.levels))
+    pipeline = PipelineConfig(schedule, local)
+    graph, programs = Graph(pipeline, ranks, micro_batches), []
+    for steps in steps_of(pipeline, ranks, micro_batches):
+        while steps[-1][0].startswith("WAIT_"):  # sends waited for when all is done are over then
+            steps.pop()
+        programs.append(go_through(steps, graph))
+    going, before = programs, 0
+    while going:
+        going = [program for program in going if next(program, OVER) is not OVER]
+        moved, before = len(graph.costs) > before, len(graph.costs)
+        assert moved or not going, f"{schedule.value}: no rank can go on after {before} nodes"
+    costs, levels = np.array(graph.costs), graph.levels
+    needs = np.array(graph.needs).reshape(len(costs), 3)
     order = np.argsort(levels, kind="stable")
-    starts = np.flatnonzero(np.diff(levels[order], prepend=0))
+    starts = np.flatnonzero(np.diff(np.array(levels)[order], prepend=0))
     found = np.split(order, starts)[1:]
     return [Level(ids, needs[ids], costs[ids]) for ids in found], len(costs)
 
@@ -178,12 +174,24 @@ def pipeline_seconds(
         ends.setdefault((schedule, p, v, *bases(SCHEDULES[schedule], p, count)), []).extend(here)
     for (schedule, p, v, *walked), places in ends.items():
         own, way = durations[:, : p * v, places], hop[places]
-        times = [walk(SCHEDULES[schedule], p, v, n, own, way) for n in walked]
+        firsts, same = alike(np.concatenate([own.reshape(-1, len(places)), way[None]]))
+        own, way = own[:, :, firsts], way[firsts]
+        times = [walk(SCHEDULES[schedule], p, v, n, own, way)[same] for n in walked]
         found[places] = times[-1]
         if len(walked) > 1:
             a_micro_batch = (times[1] - times[0]) / (walked[1] - walked[0])
             found[places] += (m[places] - walked[1]) * a_micro_batch
     return found
+
+
+def alike(columns: Array) -> tuple[list[int], list[int]]:
+    """Return the place of the first of each distinct column, and of each column which of these it
+    is. Plans that differ only in what no pipeline sees are walked through once."""
+    firsts: dict[bytes, int] = {}
+    same = [
+        firsts.setdefault(row.tobytes(), len(firsts)) for row in np.ascontiguousarray(columns.T)
+    ]
+    return np.unique(same, return_index=True)[1].tolist(), same
 
 
 def ideal_bubble(pipeline: PipelineConfig, ranks: int, micro_batches: int) -> float:

@@ -96,45 +96,31 @@ def _looped(work: list[Steps], pipeline: PipelineConfig, ranks: int) -> list[Ste
     home = [pipeline.rank_of(stage, ranks) for stage in range(count)]
     made: list[Steps] = [[] for _ in work]
     left = [list(reversed(own)) for own in work]
-    arrived: list[set[Step]] = [set() for _ in work]
-
-    def source(step: Step) -> tuple[int, int] | None:
-        """Stage and rank that a step's input comes from; None where this rank has it."""
-        kind, stage, _ = step
-        other = stage - 1 if kind == "F" else stage + 1
-        if kind == "W" or not 0 <= other < count:
-            return None
-        return other, home[other]
-
-    def do(rank: int, step: Step) -> None:
-        kind, stage, i = step
-        came = source(step)
-        if came and came[1] != rank:
-            made[rank].append((f"WAIT_RECV_{_way(kind)}", stage, i))
-        made[rank].append(step)
-        other = stage + 1 if kind == "F" else stage - 1
-        if kind == "W" or not 0 <= other < count:
-            return
-        there = home[other]
-        if there != rank:
-            made[rank].append((f"SEND_{_way(kind)}", stage, i))
-            made[there].append((f"RECV_{_way(kind)}", other, i))
-        arrived[there].add((_way(kind), other, i))
+    arrived: set[Step] = set()  # by way, and by the stage and micro-batch that it is for
 
     while any(left):
-        before = sum(map(len, left))
+        moved = False
         for rank, own in enumerate(left):
             if not own:
                 continue
-            kind, stage, i = own[-1]
-            if source(own[-1]) is None or (_way(kind), stage, i) in arrived[rank]:
-                do(rank, own.pop())
-        assert sum(map(len, left)) < before, "no rank can go on"
+            kind, stage, i = step = own[-1]
+            way, on = ("F", 1) if kind == "F" else ("B", -1)  # a B and an I send the same
+            comes = kind != "W" and 0 <= stage - on < count
+            if comes and (way, stage, i) not in arrived:
+                continue
+            own.pop()
+            moved = True
+            if comes and home[stage - on] != rank:
+                made[rank].append(("WAIT_RECV_" + way, stage, i))
+            made[rank].append(step)
+            if kind == "W" or not 0 <= stage + on < count:
+                continue
+            there = home[stage + on]
+            if there != rank:
+                made[rank].append(("SEND_" + way, stage, i))
+                made[there].append(("RECV_" + way, stage + on, i))
+            arrived.add((way, stage + on, i))
+        assert moved, "no rank can go on"
     for own in made:
         own += [("WAIT_" + kind, stage, i) for kind, stage, i in own if kind.startswith("SEND_")]
     return made
-
-
-def _way(kind: str) -> str:
-    """Of which pass a message is: a whole backward and its first half send the same."""
-    return "F" if kind == "F" else "B"

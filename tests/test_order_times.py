@@ -52,3 +52,17 @@ def test_many_micro_batches_go_on_in_a_straight_line(
     size = [np.array([n]) for n in (p, local, m)]
     line = pipeline_seconds(order, *size, each, hop)[0]
     assert line == pytest.approx(walk(schedule, p, local, m, each, hop)[0], rel=0.02)
+
+
+@given(st.integers(0, 99))
+def test_plans_that_are_alike_are_walked_through_once(seed: int) -> None:
+    """Each gets what it gets by itself, whatever stands beside it."""
+    random = np.random.default_rng(seed)
+    which = random.integers(0, 3, 12)  # of three pipelines, in any order and number
+    each, hop = random.random((len(PASSES), 4, 3))[..., which], random.random(3)[which]
+    order, local = np.full(12, SCHEDULES.index(PipelineSchedule("1f1b"))), np.ones(12)
+    together = pipeline_seconds(order, 4 * local, local, 6 * local, each, hop)
+    for i in range(12):
+        one = [x[i : i + 1] for x in (order, 4 * local, local, 6 * local)]
+        alone = pipeline_seconds(*one, each[..., [i]], hop[[i]])
+        assert together[i] == alone[0]

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from simulator.space import Space, layout_at, options_at
 
 def command(argv: list[str]) -> int:
     """Search, and print what was found. Exit status 1 where --verify finds a difference."""
+    gc.freeze()  # what is loaded stays: the collector would look through it again and again
     status = 0
     as_json, verify = "--json" in argv, "--verify" in argv
     for config in configs_of("search", [a for a in argv if a not in ("--json", "--verify")]):
