@@ -96,7 +96,8 @@ def write(path: Path, trace: Trace) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with gzip.open(part, "wt", compresslevel=6) as file:
-            json.dump(whole, file, separators=(",", ":"), allow_nan=False)
+            # dump() would encode value by value in Python, ten times slower
+            file.write(json.dumps(whole, separators=(",", ":"), allow_nan=False))
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)

@@ -57,10 +57,10 @@ def coarse_programs(
 
 
 def coarse_timeline(
-    model: ModelConfig, layout: Layout, options: Options, cluster: Cluster
+    model: ModelConfig, layout: Layout, options: Options, cluster: Cluster, clipped: bool = True
 ) -> Timeline:
     """When each pass runs."""
-    programs, like = coarse_programs(model, layout, options, cluster)
+    programs, like = coarse_programs(model, layout, options, cluster, clipped)
     return replay_on(programs, EventTimes(cluster), like)
 
 

@@ -61,6 +61,17 @@ def programs_of(
     return made, lambda rank: rank // stride * stride
 
 
+def event_count(model: ModelConfig, layout: Layout, options: Options, clipped: bool = True) -> int:
+    """Return about how many events programs_of makes, from one pass of each kind and stage.
+
+    Messages between stages and those that follow the last backward are left out.
+    """
+    kinds = "FIW" if options.pipeline.splits_backward and layout.pp > 1 else "FB"
+    writers = (Writer(model, layout, options, clipped, place) for place in range(layout.pp))
+    passes = ((w, kind, stage) for w in writers for stage in w.blocks for kind in kinds)
+    return options.micro_batches * sum(len(w.work(kind, stage, 0)) for w, kind, stage in passes)
+
+
 @dataclass
 class Share:
     """One kind of message, spread evenly over the blocks of its passes."""

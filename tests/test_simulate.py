@@ -11,6 +11,7 @@ import pytest
 
 from costs import ledger as ledgers
 from costs import trace as traces
+from costs.program import Message
 from costs.trace import COMPUTE
 from experiments.__main__ import main
 from experiments.compare.comparison import compared
@@ -18,10 +19,12 @@ from experiments.compose import CONFIGS
 from experiments.overrides import composed
 from experiments.pictures import COLOURS, NAMES
 from experiments.predict.clusters import load
+from experiments.predict.simulate import MOST_EVENTS, drawn_timeline
 from minigpt.config import ModelConfig
 from parallel.layout import ActivationCheckpointing, GradientSync, Layout, Options
 from simulator.communication import payload_bytes
 from simulator.formula_ledger import formula_steps, stride
+from simulator.plan_programs import event_count, programs_of
 from simulator.verdict import verdict
 
 PLAN = ["layout.tp=2", "layout.pp=2", "layout.dp_shard=2", "gradient_accumulation_steps=4"]
@@ -132,6 +135,7 @@ def test_the_verdict_names_what_to_change_first() -> None:
         (["layout.tp=3"], "layout.tp=3: model.n_head(4) % tp(3)"),
         (["scale.tokens=1e300"], "must be a number above 0 and at most 1e+18"),
         (["layout.dp_replicate=100000000000000000000"], "a simulated world has 1 to 1,000,000,000"),
+        (["layout.dp_replicate=2000000", "method=trace"], "method=trace has 1 to 65,536"),
         (["gradient_accumulation_steps=100000000000"], "a rank has"),
         (["scale.tokens=many"], "scale.tokens=many: must be a number above 0"),
         (["cluster.device.memory_bytes=0"], "device.memory_bytes=0"),
@@ -223,3 +227,41 @@ def test_a_traced_step_has_the_same_bytes_and_times(tmp_path: Path) -> None:
     assert rows["formula"] == rows["trace"]
     assert found["trace"]["source"] == "traced"
     assert found["trace"]["step"]["time_s"]["total"] > 0
+
+
+LARGEST = (
+    *("model=llama3_70b", "cluster=b300", "seq_len=128", "micro_batch_size=8"),
+    *("gradient_accumulation_steps=32", "activation_checkpointing=full"),
+    *("layout.pp=32", "layout.cp=8", "layout.tp=4", "layout.dp_replicate=256"),
+    "layout.dp_shard=512",
+)
+
+
+def test_a_timeline_has_few_events_however_large_the_plan(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """134 million ranks, each of which would have 10,000 events, operator by operator."""
+    config = composed("simulate", LARGEST)
+    assert config.layout.world_size == 2**27
+    timeline = drawn_timeline(config)
+    stages = range(0, 2**27, 2**27 // 32)
+    assert sorted(timeline.programs) == list(stages)
+    passes = 2 * 32 * 32  # forward and backward of 32 micro-batches on 32 stages
+    events = sum(map(len, timeline.programs.values()))
+    # with each pass a message that comes, one that goes and a wait for each; an optimizer a stage
+    assert passes <= events <= 5 * passes + 32 < MOST_EVENTS
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "an event for each pass" in line
+
+
+@pytest.mark.parametrize("more", [(), ("pipeline.schedule=interleaved_1f1b",), ("layout.pp=1",)])
+def test_the_events_of_a_plan_are_counted_before_they_are_made(more: tuple[str, ...]) -> None:
+    config = composed(
+        "simulate", ("model=gpt2", "model.pad_vocab_to=50304", "cluster=h100", *PLAN, *more)
+    )
+    plan = (config.model, config.layout, config.options)
+    programs = programs_of(*plan)[0].values()
+    events = [event for program in programs for event in program]
+    between = sum(isinstance(event, Message) and event.axis == "pp" for event in events)
+    made = len(events) - 2 * between  # each has its wait
+    assert 0.9 * made < event_count(*plan) < 1.1 * made

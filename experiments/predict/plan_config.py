@@ -30,6 +30,7 @@ SUFFIXES = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}  # thousands
 MOST_TOKENS, MOST_BATCH_TOKENS = 1e18, 1e12  # of a training run; of a step
 MOST_RANK_TOKENS = 10**10  # of one rank and step: the bytes that it sends are counted in 64 bits
 MOST_RANKS = 1_000_000_000
+MOST_TRACED_RANKS = 2**16  # torch lists every rank of a mesh, of a million for minutes
 
 
 def count_of(key: str, text: str, thousand: int = 1000, most: float = MOST_TOKENS) -> float:
@@ -100,6 +101,11 @@ class SimulateConfig(TrainConfig):
             size <= MOST_RANKS,
             f"layout: {size:,} ranks; a simulated world has 1 to {MOST_RANKS:,}: make an axis "
             "smaller",
+        )
+        require(
+            self.method == Method.formula or size <= MOST_TRACED_RANKS,
+            f"layout: {size:,} ranks; method=trace has 1 to {MOST_TRACED_RANKS:,}: make an axis "
+            "smaller, or take method=formula",
         )
         tokens = self.micro_batch_size * self.gradient_accumulation_steps * self.seq_len
         require(

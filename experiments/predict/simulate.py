@@ -27,17 +27,23 @@ from experiments.console import (
     make_console,
     share,
 )
+from experiments.outside_text import complain
 from experiments.predict.plan_command import command_of
 from experiments.predict.plan_config import Method, SimulateConfig, plain
 from experiments.predict.scale import run_to_the_end, say_scale
 from experiments.refused import Refused
 from experiments.run_folder import make_folder
 from parallel.layout import Impl
+from simulator.coarse_programs import coarse_timeline
 from simulator.formula_ledger import formula_steps
+from simulator.plan_programs import event_count
+from simulator.plan_times import timeline_of
+from simulator.timeline import Timeline
 from simulator.verdict import verdict
 from simulator.work import peak_dtype
 
 Step = dict[str, Any]
+MOST_EVENTS = 50_000  # of a timeline; ten times as many took minutes to write and to draw
 
 
 def command(argv: list[str]) -> int:
@@ -81,11 +87,23 @@ def simulate(config: SimulateConfig, folder: Path) -> dict[str, Any]:
     )
     if config.trace:
         from experiments.predict.simulate_traced import draw
-        from simulator.plan_times import timeline_of
 
-        plan = (config.model, config.layout, config.options)
-        draw(config, folder, timeline_of(*plan, config.cluster, config.clip is not None))
+        draw(config, folder, drawn_timeline(config))
     return ledger_of(config, "formula", steps)
+
+
+def drawn_timeline(config: SimulateConfig) -> Timeline:
+    """Return the step of one rank of each pipeline stage, operator by operator, or pass by pass
+    where that is more than MOST_EVENTS, and say so on standard error."""
+    plan, clipped = (config.model, config.layout, config.options), config.clip is not None
+    events = event_count(*plan, clipped)
+    if events <= MOST_EVENTS:
+        return timeline_of(*plan, config.cluster, clipped)
+    complain(
+        f"the timeline has an event for each pass of a stage: operator by operator it would have "
+        f"{events:,}, and {MOST_EVENTS:,} are drawn at most"
+    )
+    return coarse_timeline(*plan, config.cluster, clipped)
 
 
 def ledger_of(config: SimulateConfig, source: str, steps: list[Step]) -> dict[str, Any]:

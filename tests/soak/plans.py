@@ -6,11 +6,14 @@ import gzip
 import json
 import shlex
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+from experiments.predict.simulate import MOST_EVENTS
 from tests.launching import SMALL, launch
 from tests.soak.trial import trial
+from tests.test_simulate import LARGEST
 
 WRONG, TYPED = "Silent and wrong", "Input that people type"
 BIG = ("model=llama3_70b", "cluster=h100", "gpus=512", "global_batch_tokens=4M")
@@ -144,3 +147,17 @@ def a_run_that_is_missing(folder: Path) -> str:
     done: subprocess.CompletedProcess = launch("compare", "run", "missing", cwd=folder)
     assert done.returncode == 2 and "missing: no such file or folder" in done.stderr
     return f"exit 2: {done.stderr.strip()}, and the table of the run that is there"
+
+
+@trial(TYPED, "`simulate trace=true` of 134,217,728 ranks, then `method=trace` of as many")
+def whole_world(folder: Path) -> str:
+    began = time.perf_counter()
+    done = launch("simulate", *LARGEST, "trace=true", "run.dir=run", cwd=folder)
+    seconds = time.perf_counter() - began
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    with gzip.open(folder / "run" / "trace.json.gz", "rt") as file:
+        programs = json.load(file)["programs"]
+    events = sum(map(len, programs.values()))
+    assert len(programs) == 32 and events <= MOST_EVENTS
+    line = refused("simulate", *LARGEST, "method=trace", cwd=folder)
+    return f"a timeline of {events:,} events in {seconds:.1f} s; {line}"
