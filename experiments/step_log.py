@@ -64,14 +64,22 @@ def read_seconds(path: Path) -> list[float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line that a kill or a full disk cut short is left out."""
+    """Return the lines of a metrics.jsonl; a line that a kill or a full disk cut short is left out.
+    Raises ValueError, one line, where the file is larger than is read or no regular file."""
+    if not path.exists():
+        return []
+    try:
+        whole = read_bytes(path).decode(errors="replace")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     found = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in whole.splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and {"step", "loss", "skipped"} <= line.keys():
+        known = isinstance(line, dict) and {"step", "loss", "skipped"} <= line.keys()
+        if known and type(line["step"]) is int:
             found.append(line)
     return found
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from costs.outside import MOST_BYTES
 from experiments.step_log import (
     followed_steps,
     half_spread,
     kernels_step,
+    read_metrics,
     read_seconds,
     untimed_steps,
 )
@@ -70,3 +72,16 @@ def test_quartiles_are_numpys() -> None:
     low, high = np.percentile(values, (25, 75))
     assert half_spread(values) == pytest.approx((high - low) / 2, rel=1e-12)
     assert half_spread(values[:3]) is None
+
+
+def test_a_step_that_is_no_number_and_a_log_beyond_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    steps: list[object] = [0, "1", [2], None, True, 3]
+    path.write_text(
+        "".join(f"{json.dumps({'step': s, 'loss': 1.0, 'skipped': 0})}\n" for s in steps)
+    )
+    assert [line["step"] for line in read_metrics(path)] == [0, 3]
+    with open(path, "r+b") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(ValueError, match=r"^\S+: has more than 256 MiB, which is the most"):
+        read_metrics(path)
