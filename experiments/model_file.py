@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from costs.outside import read_json
 from experiments.checkpoints import are_files, check_file, facts_of
 from experiments.same_model import check_same, unverified
 from minigpt.config import ModelConfig, require
@@ -61,13 +62,13 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     """Return what model.json says, None without one. Raises ValueError, one line."""
     path = folder / ABOUT
     try:
-        about = json.loads(path.read_bytes())
+        about = read_json(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is damaged: it is no JSON") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged: {error}") from error
     known = isinstance(about, dict) and about.get("schema") == SCHEMA
     require(known, f"{path}: is damaged: it has no schema {SCHEMA!r}")
     right = are_files(about.get("files")) and MODEL in about["files"]
