@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     if not chosen:
         print(f"no trial's name begins with {' or '.join(arguments)}", file=sys.stderr)
         return 2
-    print(heading("What happens now: trials from outside", COMMAND, ""))
+    print(heading("What happens now: trials from outside", COMMAND))
     print("Each row was tried on the day above. `tests/soak/` has the code of each.")
     failed, group = 0, ""
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
