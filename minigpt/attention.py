@@ -17,7 +17,7 @@ from minigpt.by_hand.flash import flash_attention
 from minigpt.config import Attention as Kind
 
 SCORES_THAT_FIT = (
-    512  # keys up to which bf16 on a CPU holds the scores: measured, docs/benchmarks.md
+    512  # keys up to which bf16 on a CPU holds the scores: measured, docs/results/benchmarks.md
 )
 
 

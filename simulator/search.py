@@ -25,7 +25,7 @@ PARTS = ("compute", *LOSSES)
 RECOMPUTES, SMALL_TILES = "recomputation", "tiles too small"
 BEST = 100  # plans of which memory is known exactly, as many as are shown at least
 # of a step: what an axis more should gain at least. Chosen: in the mean, rows of one source are off
-# by 2 to 16 % (docs/score.md)
+# by 2 to 16 % (docs/results/score.md)
 CLOSE = 0.05
 CHUNK = 20_000  # plans at a time: arrays that stay in the caches
 

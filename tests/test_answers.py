@@ -1,4 +1,5 @@
-"""docs/answers.md: each of its numbers is found in a ledger, or in a publication that it names."""
+"""docs/results/answers.md: each of its numbers is found in a ledger, or in a publication that it
+names."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from experiments.ask.evidence import Run, value_at
 from experiments.ask.quantity import SIGNS, Quantity
 from experiments.lab.node_bytes import leaving
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "results"
 BETWEEN_NODES = re.compile(r"ranks\[\]\.communication.* rings that cross nodes of (\d+)")
 TAGGED = re.compile(r"\[([mtpf])\]")
 
@@ -33,7 +34,8 @@ def recomputed(number: dict[str, Any], ledgers: dict[str, Any]) -> float:
 
 
 def test_every_number_of_the_document_is_found() -> None:
-    """Each tagged number of docs/answers.md is kept, and each that is kept is in a ledger."""
+    """Each tagged number of docs/results/answers.md is kept, and each that is kept is in a
+    ledger."""
     kept = json.loads(gzip.decompress((DOCS / "answers" / "evidence.json.gz").read_bytes()))
     shown: set[str] = set()
     for numbers in kept["numbers"].values():

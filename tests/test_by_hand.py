@@ -46,7 +46,7 @@ WRAPPERS = (
     "torch.distributed.algorithms",
 )
 BY_HAND = {"impl": Impl.by_hand}
-STEPS = {"steps": 8}  # docs/parity.md has twenty of them
+STEPS = {"steps": 8}  # docs/results/parity.md has twenty of them
 # strategy -> the axis that it is for, and what it needs besides
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("dp_replicate", {}),

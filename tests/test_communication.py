@@ -54,7 +54,8 @@ def closed_form(config: TrainConfig, place: int) -> dict[on_ranks.Key, tuple[int
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_messages_are_the_closed_form_to_the_byte(world_size: int) -> None:
-    """Every plan of docs/parity.md, on every rank: how many messages, and their payloads."""
+    """Every plan of docs/results/parity.md, on every rank: how many messages, and their
+    payloads."""
     configs = []
     plans = [p for p in PLANS if p.layout.world_size == world_size and "impl" not in p.changes]
     for i, plan in enumerate(plans):

@@ -1,4 +1,4 @@
-"""docs/gpu.md's figures, on a core: the way to them, not the numbers."""
+"""docs/results/gpu.md's figures, on a core: the way to them, not the numbers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_it_is_gpt2_of_124_million_parameters() -> None:
 
 
 def test_the_closed_forms_are_near_what_that_machine_took() -> None:
-    """docs/gpu.md's steps and meters, by the profile that its machine had."""
+    """docs/results/gpu.md's steps and meters, by the profile that its machine had."""
     config, cluster = gpt2(), clusters.load("h200_measured")
     (step,) = formula_steps(config.model, config.layout, config.options, cluster)
     assert step["time_s"]["total"] == pytest.approx(0.05068, rel=gpu_report.TIME_BAR)

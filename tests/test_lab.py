@@ -176,7 +176,7 @@ def test_two_nodes_train_over_links_that_slow(namespaces: None, tmp_path: Path) 
     fast = tmp_path / "slow" / "fast"
     assert found["recorded"] == "slow/fast" and (fast / "trace.json.gz").is_file()
     quoted = predicted_seconds(fast, Links(2, SLOW), LAPTOP)
-    assert found["predicted_time_s"] == quoted, "what docs/lab.md would quote"
+    assert found["predicted_time_s"] == quoted, "what docs/results/lab.md would quote"
     assert found["error"] == quoted / found["measured_time_s"] - 1
     rows = [r for r in ledger["step"]["communication"] if r["dtype"] == "float32"]
     # what each link lets through at once, a burst, can be there before

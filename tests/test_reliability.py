@@ -1,4 +1,5 @@
-"""The command that makes docs/reliability.md: what it takes, and what it leaves as it was."""
+"""The command that makes docs/results/reliability.md: what it takes, and what it leaves as it
+was."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""docs/answers.md: every question of `ask` with its answer, figures and pictures from this machine.
+"""docs/results/answers.md: every question of `ask` with its answer, figures and pictures from this
+machine.
 
 ./launch.sh python -m experiments.ask.answers           half an hour on two cores, then seconds
 
-docs/answers/evidence.json.gz has every number with its run and the place in its ledger, and these
+docs/results/answers/evidence.json.gz has every number with its run and the place in its ledger,
+and these
 ledgers: a test finds each number of the document there.
 """
 
@@ -22,7 +24,7 @@ from experiments.ask.search import answer as search_answer
 from experiments.ask.words import wanted
 from experiments.document import heading
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 FOLDER = DOCS / "answers"
 COMMAND = "./launch.sh python -m experiments.ask.answers"
 FREE = "70B on 512 H100"

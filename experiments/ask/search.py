@@ -41,7 +41,8 @@ def answer(asked: Wanted, evidence: Evidence) -> Answer:
         carries_over=[say("Bytes and memory: closed forms that tests hold to real ranks.")],
         does_not=[
             say(
-                "Seconds are fitted to published runs: docs/score.md says how far they are off, "
+                "Seconds are fitted to published runs: docs/results/score.md says how far they are "
+                "off, "
                 "source by source."
             ),
             SECONDS,

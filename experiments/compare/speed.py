@@ -2,7 +2,7 @@
 
 Makes 1,000 runs of the one that is given, a grid of eight learning rates, five seeds, five batch
 sizes and five layouts, with times that differ by a few per cent, and compares them as a user does:
-a new process for each format. Prints docs/compare.md.
+a new process for each format. Prints docs/results/compare.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from costs import ledger as ledgers
 from experiments.document import heading, rule, table
 from parallel.layout import Layout
 
-COMMAND = "./launch.sh python -m experiments.compare.speed RUN > docs/compare.md"
+COMMAND = "./launch.sh python -m experiments.compare.speed RUN > docs/results/compare.md"
 BAR_S = 5.0
 ROUNDS = 3
 LAYOUTS = ({"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"cp": 2})

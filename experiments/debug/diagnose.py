@@ -2,7 +2,7 @@
 
 A fault often breaks several checks; they stand in the order in which causes come before effects,
 and the first that fails and has a name is the answer. Bounds stand between what sound runs and
-broken runs were seen to have: docs/debug.md shows both sides.
+broken runs were seen to have: docs/results/debug.md shows both sides.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Does a diagnosis name the right fault, and none where there is none? Prints docs/debug.md:
+"""Does a diagnosis name the right fault, and none where there is none? Prints
+docs/results/debug.md:
 
-./launch.sh python -m experiments.debug.figures > docs/debug.md
+./launch.sh python -m experiments.debug.figures > docs/results/debug.md
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ ELSEWHERE = {
 
 ABOUT = """\
 `./launch.sh debug NAME` trains with a fault that is put into the program from outside
-([experiments/debug/patches.py](../experiments/debug/patches.py)), on real ranks where it is about
+([experiments/debug/patches.py](../../experiments/debug/patches.py)), on real ranks where it is
+about
 ranks; `--diagnose` runs it through the checks below. The diagnosis gets the program and its
 configuration, not the name: it imports nothing of the faults, and a test holds it to that.
 `--explain` adds the same run without the fault, and a picture of both. With `none` in the place of
@@ -175,7 +177,7 @@ def report() -> Iterator[str]:
     of_faults, of_others, of_sound = cases[: parts[0]], cases[slice(*parts)], cases[parts[1] :]
     yield "# Broken runs"
     yield ""
-    yield "Made by `./launch.sh python -m experiments.debug.figures > docs/debug.md`."
+    yield "Made by `./launch.sh python -m experiments.debug.figures > docs/results/debug.md`."
     yield ""
     yield from ABOUT.splitlines()
     yield ""

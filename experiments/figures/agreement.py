@@ -92,7 +92,8 @@ def calls_of(rows: list[dict[str, Any]]) -> Calls:
 
 
 def plans_of(world_size: int) -> list[Plan]:
-    """Those of docs/parity.md that are traced: not written by hand, nor through a library; nor with
+    """Those of docs/results/parity.md that are traced: not written by hand, nor through a library;
+    nor with
     experts that tokens choose without a limit, for what is sent depends on them."""
     return [
         plan

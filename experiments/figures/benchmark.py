@@ -1,6 +1,8 @@
-"""docs/benchmarks.md: how fast it is beside plain torch loops, and how near to the closed forms.
+"""docs/results/benchmarks.md: how fast it is beside plain torch loops, and how near to the closed
+forms.
 
-./launch.sh python -m experiments.figures.benchmark > docs/benchmarks.md  15 minutes, 2 cores
+./launch.sh python -m experiments.figures.benchmark > docs/results/benchmarks.md  15 minutes, 2
+cores
 
 A ratio is the median of the ratios of neighbouring steps (experiments/figures/contest.py).
 """
@@ -39,7 +41,7 @@ DATA_LAYOUTS = [
     Layout(dp_replicate=2, dp_shard=2),
 ]
 LAUNCHES = 3
-COMMAND = "./launch.sh python -m experiments.figures.benchmark > docs/benchmarks.md"
+COMMAND = "./launch.sh python -m experiments.figures.benchmark > docs/results/benchmarks.md"
 
 
 def launch(*arguments: str, root: Path = ROOT) -> tuple[float, str]:
@@ -219,7 +221,7 @@ PARTS = (
         "Agreement with a single process",
         "The worst over 20 steps and over the variants of experiments/figures/parity.py "
         "(accumulation, clipping, a tied head, uneven token counts, SGD, checkpointing ...), fp32. "
-        "Bars: 5e-6, 1e-5, 3e-5. docs/parity.md has every strategy.",
+        "Bars: 5e-6, 1e-5, 3e-5. docs/results/parity.md has every strategy.",
         agreement,
     ),
     (

@@ -1,6 +1,7 @@
-"""Each piece of minigpt/by_hand/ beside torch's: error, time, memory. Prints docs/by_hand.md:
+"""Each piece of minigpt/by_hand/ beside torch's: error, time, memory. Prints
+docs/results/by_hand.md:
 
-./launch.sh python -m experiments.figures.by_hand > docs/by_hand.md
+./launch.sh python -m experiments.figures.by_hand > docs/results/by_hand.md
 
 A case is forward and backward of one call, in fp32, on one thread. The error is the largest
 difference of outputs and gradients, over the largest number of torch's. Memory is the peak of what
@@ -248,10 +249,11 @@ def main() -> None:
 
 TEXT = f"""# Written out by hand
 
-Made by `./launch.sh python -m experiments.figures.by_hand > docs/by_hand.md`
+Made by `./launch.sh python -m experiments.figures.by_hand > docs/results/by_hand.md`
 ({{machine}}, one thread, fp32; width {WIDTH}, {HEADS} heads, vocabulary {VOCABULARY}).
 
-Each file of [minigpt/by_hand/](../minigpt/by_hand) is one piece, forward and backward. A run takes
+Each file of [minigpt/by_hand/](../../minigpt/by_hand) is one piece, forward and backward. A run
+takes
 them by `model.impl=by_hand` (LayerNorm, MLP, dropout, cross-entropy),
 `model.attention=by_hand_plain` or `by_hand_flash`, `optimizer.name=by_hand_adamw` and
 `data.tokenizer=by_hand_bpe`, and its ledger shows what they cost. Positions, heads, schedule and

@@ -1,6 +1,7 @@
-"""docs/costs.md: what a step of every strategy costs, measured and by formula.
+"""docs/results/costs.md: what a step of every strategy costs, measured and by formula.
 
-./launch.sh python -m experiments.figures.costs > docs/costs.md      some minutes on two cores
+./launch.sh python -m experiments.figures.costs > docs/results/costs.md      some minutes on two
+cores
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from experiments.document import heading, rule, table
 from experiments.explain import Explained, Explanation, case_of, messages
 from experiments.figures.kernel_bytes import STEPS, WIDE, Counted, measure
 
-COMMAND = "./launch.sh python -m experiments.figures.costs > docs/costs.md"
+COMMAND = "./launch.sh python -m experiments.figures.costs > docs/results/costs.md"
 WORLD_SIZES = (2, 4)
 WIDTH = 100  # of a line of prose
 

@@ -1,6 +1,8 @@
-"""docs/gpu.md: GPT-2 124M on one GPU, beside a plain nanoGPT-like loop and beside predictions.
+"""docs/results/gpu.md: GPT-2 124M on one GPU, beside a plain nanoGPT-like loop and beside
+predictions.
 
-./launch.sh python -m experiments.figures.gpu_report > docs/gpu.md    4 minutes at most; a CUDA GPU
+./launch.sh python -m experiments.figures.gpu_report > docs/results/gpu.md    4 minutes at most; a
+CUDA GPU
 
 Predictions know nothing of these runs: they are the closed forms on what the same GPU was found to
 take for products, copies and attention (experiments/calibrate/device_times.py).
@@ -40,7 +42,7 @@ from simulator.hardware import Cluster
 from simulator.plans import Plans
 from simulator.work import Work
 
-COMMAND = "./launch.sh python -m experiments.figures.gpu_report > docs/gpu.md"
+COMMAND = "./launch.sh python -m experiments.figures.gpu_report > docs/results/gpu.md"
 EAGER_STEPS, WARMUP, ROUNDS, TURN = 20, 10, 8, 10
 PEAK_S = 2.0
 MEMORY_BAR, TIME_BAR, SPEED_BAR = 0.03, 0.10, 1.0

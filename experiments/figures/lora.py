@@ -1,6 +1,6 @@
-"""What LoRA saves of a step, and that it learns. Prints docs/lora.md:
+"""What LoRA saves of a step, and that it learns. Prints docs/results/lora.md:
 
-./launch.sh python -m experiments.figures.lora > docs/lora.md
+./launch.sh python -m experiments.figures.lora > docs/results/lora.md
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minigpt.finetune import FinetuneConfig, Method
 from minigpt.lora import apply_lora, merged
 from minigpt.model import GPT
 
-COMMAND = "./launch.sh python -m experiments.figures.lora > docs/lora.md"
+COMMAND = "./launch.sh python -m experiments.figures.lora > docs/results/lora.md"
 SMALL = "model.n_layer=2 model.d_model=64 model.context=64 sample.tokens=0 device=cpu"
 LORA = "finetune=lora finetune.rank=8"
 BASE_STEPS, MORE_STEPS = 300, 100

@@ -1,6 +1,7 @@
-"""docs/parity.md: every strategy and combination against a single process.
+"""docs/results/parity.md: every strategy and combination against a single process.
 
-./launch.sh python -m experiments.figures.matrix > docs/parity.md   more than an hour on two cores
+./launch.sh python -m experiments.figures.matrix > docs/results/parity.md   more than an hour on
+two cores
 ./launch.sh python -m experiments.figures.matrix cp4 "fsdp2 x tp2"    only those, to the screen
 """
 
@@ -31,7 +32,7 @@ from parallel.layout import (
     Precision,
 )
 
-COMMAND = "./launch.sh python -m experiments.figures.matrix > docs/parity.md"
+COMMAND = "./launch.sh python -m experiments.figures.matrix > docs/results/parity.md"
 PATIENCE_S = 3600.0  # of all plans that run together
 TOGETHER = 8  # plans
 COLUMNS: dict[str, dict[str, Any]] = {

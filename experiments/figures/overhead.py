@@ -1,6 +1,7 @@
 """What the meters cost: steps with them off, on, and following memory operator by operator.
 
-./launch.sh python -m experiments.figures.overhead > docs/overhead.md   six minutes, two free cores
+./launch.sh python -m experiments.figures.overhead > docs/results/overhead.md   six minutes, two
+free cores
 ./launch.sh python -m experiments.figures.overhead rounds=2              a look at whether it works
 
 Off is the same loop on gloo itself, with nobody told of anything. On is how every step runs, also
@@ -19,7 +20,7 @@ from experiments.figures import contest
 from experiments.figures.benchmark import SHAPES
 from experiments.figures.yardstick import Shape
 
-COMMAND = "./launch.sh python -m experiments.figures.overhead > docs/overhead.md"
+COMMAND = "./launch.sh python -m experiments.figures.overhead > docs/results/overhead.md"
 SHAPE = SHAPES["L"]
 BARS = {"on": 1.02, "following": 1.15}
 ROUNDS = 12

@@ -1,6 +1,7 @@
-"""docs/simulator.md: how near the simulator is to real ranks, and how fast it is.
+"""docs/results/simulator.md: how near the simulator is to real ranks, and how fast it is.
 
-./launch.sh python -m experiments.figures.simulator > docs/simulator.md     twelve minutes, 2 cores
+./launch.sh python -m experiments.figures.simulator > docs/results/simulator.md     twelve minutes,
+2 cores
 ./launch.sh python -m experiments.figures.simulator seconds speed          only those, to the screen
 """
 
@@ -24,7 +25,7 @@ from parallel.layout import Layout, Options
 from simulator.plans import Plans
 from simulator.search import CHUNK, predict
 
-COMMAND = "./launch.sh python -m experiments.figures.simulator > docs/simulator.md"
+COMMAND = "./launch.sh python -m experiments.figures.simulator > docs/results/simulator.md"
 WIDTH = 100  # of a line of prose
 WORLD_SIZES = (2, 4, 8)
 FORMULA_BAR, REPLAY_BAR = 0.05, 0.05
@@ -51,7 +52,8 @@ def ranks() -> Iterator[str]:
     """Bytes and memory of every layout: measured, traced, by formula."""
     yield "## Bytes and memory of every layout\n"
     yield prose(
-        "Each layout of docs/parity.md that is traced (not those written by hand, nor experts whom "
+        "Each layout of docs/results/parity.md that is traced (not those written by hand, nor "
+        "experts whom "
         "tokens choose without a limit), 4 layers of width 64, sequences of 128, fp32, gradients "
         "clipped. *bytes*: payload of all messages of a step on the rank with the most; the "
         "column behind counts the messages, by collective, axis, group size, dtype and phase, of "

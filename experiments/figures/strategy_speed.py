@@ -1,6 +1,8 @@
-"""docs/strategies.md: how fast each strategy is on two ranks, beside the plainest torch code.
+"""docs/results/strategies.md: how fast each strategy is on two ranks, beside the plainest torch
+code.
 
-./launch.sh python -m experiments.figures.strategy_speed > docs/strategies.md   ten minutes, 2 cores
+./launch.sh python -m experiments.figures.strategy_speed > docs/results/strategies.md   ten
+minutes, 2 cores
 ./launch.sh python -m experiments.figures.strategy_speed pp           that contest's rows only
 """
 
@@ -20,7 +22,7 @@ from experiments.figures.benchmark import SHAPES
 from experiments.figures.contest import ALONE
 from experiments.ranks import run_ranks
 
-COMMAND = "./launch.sh python -m experiments.figures.strategy_speed > docs/strategies.md"
+COMMAND = "./launch.sh python -m experiments.figures.strategy_speed > docs/results/strategies.md"
 ROUNDS = 4
 # what is timed, against what, and the most that the ratio may be
 PLAINEST = {"ddp": "plain ddp", "fsdp": "plain fsdp", "tp": "plain tp", "pp": "plain pp"}

@@ -213,7 +213,7 @@ def comparison(lab: Lab, row: Row, recorded_run: Path | None) -> dict[str, Any]:
 def predicted_seconds(fast: Path, links: Links, machine: Cluster) -> float:
     """Seconds of a step over `links`, by the replay of a run that was recorded on fast links.
 
-    This is the one prediction of the lab: the command shows it, and docs/lab.md quotes it.
+    This is the one prediction of the lab: the command shows it, and docs/results/lab.md quotes it.
     """
     return seconds_over(fast, profile_of_run(links, fast, machine))
 

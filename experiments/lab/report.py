@@ -1,6 +1,7 @@
-"""docs/lab.md: when a network holds a step up, measured in the lab and predicted.
+"""docs/results/lab.md: when a network holds a step up, measured in the lab and predicted.
 
-./launch.sh python -m experiments.lab.report > docs/lab.md        three minutes; Linux, root or user
+./launch.sh python -m experiments.lab.report > docs/results/lab.md        three minutes; Linux,
+root or user
                                                                   namespaces
 
 DDP and FSDP train on two nodes of one rank over links of several rates (command.py). The
@@ -35,8 +36,8 @@ from experiments.lab.command import predicted_seconds, rate_of
 from experiments.lab.shaped_links import Links
 from simulator.hardware import Cluster
 
-COMMAND = "./launch.sh python -m experiments.lab.report > docs/lab.md"
-PICTURE = Path("docs/lab.png")
+COMMAND = "./launch.sh python -m experiments.lab.report > docs/results/lab.md"
+PICTURE = Path("docs/results/lab.png")
 NODES = 2
 STRATEGIES = ("ddp", "fsdp")
 RATES = ("100mbit", "1gbit", "10gbit")

@@ -1,6 +1,6 @@
-"""How long the playground takes to answer. Prints docs/playground.md:
+"""How long the playground takes to answer. Prints docs/results/playground.md:
 
-./launch.sh python -m experiments.playground.speed > docs/playground.md
+./launch.sh python -m experiments.playground.speed > docs/results/playground.md
 
 Moves each control of the page and puts it back, in a headless Chromium. Server: from the message
 of the browser to the last part of the answer. Page: from the moment a control moves to the frame in
@@ -26,7 +26,7 @@ from experiments.playground.command import HOST, LISTS, SLIDERS, moved_to, power
 from experiments.playground.plan import Controls, choices, read_all, view
 from experiments.playground.results import results_of
 
-COMMAND = "./launch.sh python -m experiments.playground.speed > docs/playground.md"
+COMMAND = "./launch.sh python -m experiments.playground.speed > docs/results/playground.md"
 BAR_S = 0.2
 ROUNDS = 3
 WIDTHS = (400, 1400)

@@ -1,4 +1,5 @@
-"""docs/score.md and docs/score.png: how far predictions are from published measurements.
+"""docs/results/score.md and docs/results/score.png: how far predictions are from published
+measurements.
 
 ./launch.sh python -m experiments.predict.score_report        about a minute
 """
@@ -21,7 +22,7 @@ from simulator.fit import Problem, fit, leave_one_source_out, parameters
 from simulator.published import Row
 from simulator.score import MOST_OVER, summary
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 COMMAND = "./launch.sh python -m experiments.predict.score_report"
 ORIGINS = {
     "mpt": "LLM-Foundry: MPT, FSDP",

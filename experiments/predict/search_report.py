@@ -1,6 +1,8 @@
-"""docs/search.md and docs/search.png: what the search finds for runs that were published.
+"""docs/results/search.md and docs/results/search.png: what the search finds for runs that were
+published.
 
-./launch.sh python -m experiments.predict.search_report > docs/search.md        about two minutes
+./launch.sh python -m experiments.predict.search_report > docs/results/search.md        about two
+minutes
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from experiments.predict.search_tables import schedule_of
 from simulator.at_scale import HOUR
 from simulator.space import layout_at
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-COMMAND = "./launch.sh python -m experiments.predict.search_report > docs/search.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
+COMMAND = "./launch.sh python -m experiments.predict.search_report > docs/results/search.md"
 REPEATS = 3
 PICTURE = "model=llama3_70b cluster=h100 gpus=512 global_batch_tokens=4M"
 LLAMA = "model=llama3_405b cluster=h100 gpus=16384 global_batch_tokens=16M"
@@ -56,7 +58,7 @@ def main() -> int:
     lines = [
         *heading("What the search finds", COMMAND).splitlines(),
         "",
-        "All times and bytes are predictions (docs/score.md says how far they are from",
+        "All times and bytes are predictions (docs/results/score.md says how far they are from",
         "measurements); theirs is the best plan of the layout that was published.",
     ]
     scored = score(ROWS)
@@ -124,7 +126,7 @@ def by_their_program(scored: Scored, name: str, layout: str) -> str:
     return (
         f"Plans of a search run this program: weights, gradients and optimizer in fp32, messages "
         f"of tp in the open. {layout} as its own program ran it, with bf16 weights and messages "
-        f"behind compute, is row {name} of docs/score.md ({sequences:,} sequences of "
+        f"behind compute, is row {name} of docs/results/score.md ({sequences:,} sequences of "
         f"{plan.seq_len:,} a step): {human_seconds(measured)} measured, "
         f"{human_seconds(predicted)} predicted ({100 * (predicted / measured - 1):+.1f} %)."
     )

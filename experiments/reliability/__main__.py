@@ -1,7 +1,8 @@
-"""docs/reliability.md: what was done to runs and checkpoints, and what came of it.
+"""docs/results/reliability.md: what was done to runs and checkpoints, and what came of it.
 
-./launch.sh python -m experiments.reliability --into docs/reliability.md       all of it
-./launch.sh python -m experiments.reliability damage --into docs/reliability.md    one part anew
+./launch.sh python -m experiments.reliability --into docs/results/reliability.md       all of it
+./launch.sh python -m experiments.reliability damage --into docs/results/reliability.md    one part
+anew
 ./launch.sh python -m experiments.reliability --share=0.1 kills      a tenth, to the screen
 """
 
@@ -20,7 +21,7 @@ import psutil
 from experiments.document import heading
 from experiments.reliability import kills, runs, state, steps
 
-COMMAND = "./launch.sh python -m experiments.reliability --into docs/reliability.md"
+COMMAND = "./launch.sh python -m experiments.reliability --into docs/results/reliability.md"
 NOTE = """
 Each part says on which day it was made and how long that took, and how much of the machine other
 programs had when it began; `PART...` behind the command makes only those parts anew.

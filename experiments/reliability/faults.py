@@ -1,4 +1,4 @@
-"""Runs in which one rank fails on purpose: the tests' and docs/reliability.md's.
+"""Runs in which one rank fails on purpose: the tests' and docs/results/reliability.md's.
 
 torchrun --nproc-per-node 2 -m experiments.reliability.faults RUN_FOLDER FAULT RANK STEP
 

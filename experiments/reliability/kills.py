@@ -1,4 +1,4 @@
-"""docs/reliability.md, of runs that are killed again and again, and go on."""
+"""docs/results/reliability.md, of runs that are killed again and again, and go on."""
 
 from __future__ import annotations
 

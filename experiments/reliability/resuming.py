@@ -1,4 +1,5 @@
-"""Runs that are stopped and go on, on real ranks: what the tests and docs/reliability.md ask of."""
+"""Runs that are stopped and go on, on real ranks: what the tests and docs/results/reliability.md
+ask of."""
 
 from __future__ import annotations
 

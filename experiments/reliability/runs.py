@@ -1,4 +1,5 @@
-"""docs/reliability.md, of whole runs: stuck, started again, pre-empted, two at once, a long one."""
+"""docs/results/reliability.md, of whole runs: stuck, started again, pre-empted, two at once, a
+long one."""
 
 from __future__ import annotations
 

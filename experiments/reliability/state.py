@@ -1,4 +1,5 @@
-"""docs/reliability.md, of checkpoints: damaged, or read by other layouts; the same run again."""
+"""docs/results/reliability.md, of checkpoints: damaged, or read by other layouts; the same run
+again."""
 
 from __future__ import annotations
 

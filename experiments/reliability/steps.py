@@ -1,4 +1,4 @@
-"""docs/reliability.md, of saves and steps: no room on the disk, NaN, saves beside steps."""
+"""docs/results/reliability.md, of saves and steps: no room on the disk, NaN, saves beside steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Launches that are disturbed from outside: what docs/reliability.md and the tests count."""
+"""Launches that are disturbed from outside: what docs/results/reliability.md and the tests
+count."""
 
 from __future__ import annotations
 
