@@ -175,7 +175,8 @@ def _allowed(plans: Plans) -> tuple[Plans, Counter[str]]:
     """Those that parallel.rules lets pass.
 
     Of micro-batches the rules ask one thing only, so that is asked apart; and whether an axis is
-    there, not how long it is, of the data axes where no experts are cut out of them.
+    there, not how long it is, of the data axes where no experts are cut out of them, and of pp: no
+    plan here has more stages than blocks.
     """
     there = [
         np.where(plans.ep > 1, axis, np.minimum(axis, 2))
@@ -183,7 +184,8 @@ def _allowed(plans: Plans) -> tuple[Plans, Counter[str]]:
     ]
     options = [plans.schedule, plans.local_stages, plans.checkpointing, plans.zero_stage]
     options.append(plans.syncs_each)
-    shape = [plans.pp, *there, plans.cp, plans.tp, plans.ep, plans.sequence_parallel, *options]
+    stages = np.minimum(plans.pp, 2)
+    shape = [stages, *there, plans.cp, plans.tp, plans.ep, plans.sequence_parallel, *options]
     filled = replace(plans, micro_batches=2 * plans.pp)  # which every schedule takes
     counts = [plans.pp, plans.schedule, plans.local_stages, plans.micro_batches]
     refused: Counter[str] = Counter()
