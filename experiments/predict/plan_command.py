@@ -106,8 +106,10 @@ def _assumed(first: tuple[str, ...]) -> dict[str, Any]:
 
 def _nearest(group: str, wanted: ModelConfig | Cluster) -> list[str]:
     """The option of configs/GROUP that differs least from `wanted`, and the keys that differ."""
-    presets: dict[str, Any] = models.load_all() if group == "model" else _clusters()
     target = _compared(wanted)
+    if isinstance(wanted, Cluster) and target == _of_cluster(wanted.name):
+        return [f"{group}={wanted.name}"]  # without the other clusters, which take long to read
+    presets: dict[str, Any] = models.load_all() if group == "model" else _clusters()
     differs = {}
     for name, preset in presets.items():
         own = _compared(preset)
@@ -119,6 +121,11 @@ def _nearest(group: str, wanted: ModelConfig | Cluster) -> list[str]:
 @cache
 def _clusters() -> dict[str, Cluster]:
     return clusters.load_all()
+
+
+@cache
+def _of_cluster(name: str) -> dict[str, Any]:
+    return _compared(clusters.load(name)) if name in clusters.names() else {}
 
 
 def _compared(node: ModelConfig | Cluster) -> dict[str, Any]:
