@@ -14,7 +14,7 @@ read off its stage.py and _backward.py, and is held against traces by the tests:
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ OF_LAP = (
 )
 
 
+@cache
 def column(name: str, lap: int) -> int:
     """The place of a lap's column."""
     return len(SHARED) + lap * len(OF_LAP) + OF_LAP.index(name)
@@ -128,13 +129,16 @@ class Walk:
         states = np.array([state for *_, state in self.seen])
         table = np.zeros((len(states), len(SHARED) + laps * len(OF_LAP)))
         table[:, :2] = [grown[:2] for grown in self.seen.values()]
-        for i, name in enumerate(("waiting", "split", "done")):
-            for lap in range(laps):
-                table[:, column(name, lap)] = states[:, i * laps + lap]
-        for row, (names, lap, newest, _) in enumerate(self.seen):
-            table[row, SHARED.index("newest")] = newest
-            for name in names:
-                table[row, column(name, lap)] = 1
+        counts = ("waiting", "split", "done")
+        table[:, [column(name, lap) for name in counts for lap in range(laps)]] = states
+        table[:, SHARED.index("newest")] = [newest for _, _, newest, _ in self.seen]
+        ones = [
+            (row, column(name, lap))
+            for row, (names, lap, _, _) in enumerate(self.seen)
+            for name in names
+        ]
+        if ones:
+            table[tuple(zip(*ones, strict=True))] = 1
         return table
 
 
