@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from parallel.layout import PipelineConfig, PipelineSchedule
-from simulator.pipeline_messages import Steps, steps_of
+from simulator.pipeline_messages import Steps, steps_of_work
 from simulator.plans import SCHEDULES, Array, distinct
 
 PASSES = ("F", "B", "I", "W")  # forward, backward, its halves
@@ -27,9 +28,10 @@ OVER = object()
 
 
 class Level(NamedTuple):
-    """Nodes that do not wait for each other: actions, messages, waits."""
+    """Nodes that do not wait for each other: actions, messages, waits. They are numbered level by
+    level."""
 
-    ids: Array
+    ids: slice
     needs: Array  # (nodes, 3): what must be over; node 0 is over from the start
     costs: Array  # PASSES x stages, then a message, then nothing
 
@@ -49,8 +51,12 @@ class Graph:
         self.over = [0] * count  # by message: its own node
         self.channels: dict[tuple[int, int], int] = {}  # source and destination: the last message
         self.message = len(PASSES) * self.stages
-        self.firsts = {  # by kind of step: number of stage 0's first message
-            kind + way: (place * self.stages + by) * micro_batches
+        # by kind of step: the cost of stage 0's action; whether it waits, and the number of stage
+        # 0's first message
+        self.actions = {kind: place * self.stages for place, kind in enumerate(PASSES)}
+        self.moves = {
+            wait + kind + way: (bool(wait), (place * self.stages + by) * micro_batches)
+            for wait in ("", "WAIT_")
             for place, way in enumerate(WAYS)
             for kind, by in (("SEND_", 1 - 2 * place), ("RECV_", 0))
         }
@@ -80,16 +86,16 @@ class Graph:
 
 def go_through(steps: Steps, graph: Graph) -> Iterator[None]:
     """Add the nodes of one rank, and stop where it must wait for a message that has none yet."""
-    costs = {kind: place * graph.stages for place, kind in enumerate(PASSES)}
+    actions, moves = graph.actions, graph.moves
     nothing, over, add = graph.message + 1, graph.over, graph.add
     micro_batches = graph.micro_batches
     last = first = second = 0  # the rank's last node; up to two messages that its next waits for
     for kind, stage, i in steps:
-        if kind in costs:
-            last, first, second = add(costs[kind] + stage, last, first, second), 0, 0
+        if kind in actions:
+            last, first, second = add(actions[kind] + stage, last, first, second), 0, 0
             continue
-        waits = kind.startswith("WAIT_")
-        number = graph.firsts[kind.removeprefix("WAIT_")] + stage * micro_batches + i
+        waits, number = moves[kind]
+        number += stage * micro_batches + i
         if waits:
             while not over[number]:
                 yield
@@ -110,9 +116,7 @@ def levels_of(
     """Return the nodes of all ranks, level by level, and how many there are with node 0."""
     pipeline = PipelineConfig(schedule, local)
     graph, programs = Graph(pipeline, ranks, micro_batches), []
-    for steps in steps_of(pipeline, ranks, micro_batches):
-        while steps[-1][0].startswith("WAIT_"):  # sends waited for when all is done are over then
-            steps.pop()
+    for steps in steps_of_work(pipeline, ranks, micro_batches):
         programs.append(go_through(steps, graph))
     going, before = programs, 0
     while going:
@@ -122,8 +126,11 @@ def levels_of(
     costs, levels = np.array(graph.costs), graph.levels
     needs = np.array(graph.needs).reshape(len(costs), 3)
     order = np.argsort(levels, kind="stable")
-    starts = np.flatnonzero(np.diff(np.array(levels)[order], prepend=0))
-    found = np.split(order, starts)[1:]
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    needs, costs = number[needs[order]], costs[order]
+    ends = np.cumsum(np.bincount(levels)).tolist()
+    found = [slice(*pair) for pair in pairwise(ends)]
     return [Level(ids, needs[ids], costs[ids]) for ids in found], len(costs)
 
 
@@ -143,7 +150,7 @@ def walk(
         each = np.ascontiguousarray(costs[:, here])
         over = np.zeros((count, each.shape[1]))
         for ids, needs, cost in levels:
-            over[ids] = over[needs].max(axis=1) + each[cost]
+            np.add(over.take(needs, axis=0).max(axis=1), each.take(cost, axis=0), out=over[ids])
         found[here] = over.max(axis=0)
     return found
 

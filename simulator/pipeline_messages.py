@@ -14,10 +14,22 @@ from simulator.schedules import order_of
 
 Step = tuple[str, int, int]
 Steps = list[Step]
+SENDS = ("SEND_F", "SEND_B")
 
 
 def steps_of(pipeline: PipelineConfig, ranks: int, micro_batches: int) -> list[Steps]:
-    """What each pp rank does in turn."""
+    """Return what each pp rank does in turn."""
+    made = steps_of_work(pipeline, ranks, micro_batches)
+    if pipeline.schedule.value in ("gpipe", "1f1b"):
+        return made
+    for own in made:
+        own += [("WAIT_" + kind, stage, i) for kind, stage, i in own if kind in SENDS]
+    return made
+
+
+def steps_of_work(pipeline: PipelineConfig, ranks: int, micro_batches: int) -> list[Steps]:
+    """Return what `steps_of` does, where it may leave out the sends that are waited for when all
+    work is done."""
     local = pipeline.local_stages
     orders = [
         order_of(pipeline.schedule, ranks, local, micro_batches, rank) for rank in range(ranks)
@@ -90,8 +102,8 @@ def _moved(kinds: tuple[str, ...], step: Step, wanted: bool) -> Iterator[Step]:
 
 def _looped(work: list[Steps], pipeline: PipelineConfig, ranks: int) -> list[Steps]:
     """Several stages a rank: a recv is handed over in the sender's turn, so that both ends have one
-    order, and waited for by what needs it; sends are waited for when all is done (torch's
-    _add_send_recv and _PipelineScheduleRuntime)."""
+    order, and waited for by what needs it (torch's _add_send_recv and _PipelineScheduleRuntime).
+    Sends, which are waited for when all is done, are not waited for here."""
     count = ranks * pipeline.local_stages
     home = [pipeline.rank_of(stage, ranks) for stage in range(count)]
     made: list[Steps] = [[] for _ in work]
@@ -110,17 +122,16 @@ def _looped(work: list[Steps], pipeline: PipelineConfig, ranks: int) -> list[Ste
                 continue
             own.pop()
             moved = True
+            mine = made[rank]
             if comes and home[stage - on] != rank:
-                made[rank].append(("WAIT_RECV_" + way, stage, i))
-            made[rank].append(step)
+                mine.append(("WAIT_RECV_" + way, stage, i))
+            mine.append(step)
             if kind == "W" or not 0 <= stage + on < count:
                 continue
             there = home[stage + on]
             if there != rank:
-                made[rank].append(("SEND_" + way, stage, i))
+                mine.append(("SEND_" + way, stage, i))
                 made[there].append(("RECV_" + way, stage + on, i))
             arrived.add((way, stage + on, i))
         assert moved, "no rank can go on"
-    for own in made:
-        own += [("WAIT_" + kind, stage, i) for kind, stage, i in own if kind.startswith("SEND_")]
     return made
