@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from html import escape
 from multiprocessing import get_context, parent_process
 
@@ -79,14 +80,12 @@ class Newest:
 
 
 def failed(controls: Controls, error: Exception) -> Results:
-    """Return results that say why a position has none."""
+    """Return results that say why a position has none, with its command if it has one."""
     line = f"this position could not be computed: {type(error).__name__}: {error}"
-    command = f'<code class="command">{escape(controls.command)}</code>'
-    return {
-        "verdict": f'<div class="verdict bad">{escape(line)}</div>',
-        **EMPTY,
-        "command": command,
-    }
+    results = {"verdict": f'<div class="verdict bad">{escape(line)}</div>', **EMPTY}
+    with suppress(Exception):  # what failed may be what the command is made of
+        results["command"] = f'<code class="command">{escape(controls.command)}</code>'
+    return results
 
 
 def _start_worker() -> None:
