@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for in its environment variables, held against a run's own keys.
+"""Compares what `accelerate launch` asks for in environment variables with a run's own keys.
 
 Accelerate's configuration file and options reach a program as environment variables only
 (accelerate 1.15, utils/launch.py). The layout of a run comes from its keys, so a variable that asks

@@ -55,7 +55,7 @@ class Corpus:
 
     @property
     def vocabulary(self) -> str | None:
-        """What tells its vocabulary from others; None for ids that came without a tokenizer."""
+        """Return the name of its vocabulary; None for ids that came without a tokenizer."""
         return vocabulary_name(self.tokenizer, self.digests.get(TOKENIZER))
 
     def tokens(self, split: str) -> np.ndarray:

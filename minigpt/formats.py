@@ -1,4 +1,4 @@
-"""What a file holds, recognised by its content and never by its name. No torch.
+"""Recognises what a file holds by its content, never by its name. No torch.
 
 Text is read as UTF-8, or as UTF-16 or UTF-32 with or without its byte order mark; gzip, bzip2 and
 xz are unpacked on the way; JSON lines, parquet and 16-bit token ids are told apart from text.
@@ -79,7 +79,7 @@ PRINTED = (
 
 @dataclass(frozen=True)
 class Content:
-    """What one file holds."""
+    """The kind of data in one file, and how it is read."""
 
     kind: str  # text | json_lines | parquet | numbers (perhaps 16-bit ids) | unreadable
     unpack: Callable[..., Any] | None = None  # gzip.open and its like
@@ -201,7 +201,8 @@ def _named(sample: bytes, table: tuple[tuple[bytes, str, str], ...]) -> str:
 
 
 def _as_text(text: str, content: Content, path: Path) -> Content:
-    """The same, or JSON lines where the first line is a JSON object of its own."""
+    """Return `content` as JSON lines if its first line is an object of its own, as refused if
+    it is one JSON array, and unchanged otherwise."""
     start = text.lstrip()
     if re.match(r"\[\s*\{", start):
         reason = (

@@ -159,7 +159,7 @@ class File:
 
 @dataclass(frozen=True)
 class Raw:
-    """What a corpus is made from; `chunks()` reads it anew each time it is called."""
+    """The source of a corpus; `chunks()` reads it anew each time it is called."""
 
     chunks: Callable[[], Iterator[bytes]]  # UTF-8, or 16-bit ids
     size: int | None  # bytes of it, where they are known before it is read

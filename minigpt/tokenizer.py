@@ -49,7 +49,7 @@ class NumberTokenizer:
 
 
 class FileTokenizer:
-    """What a tokenizer.json describes; one trained here gives any text back as it was."""
+    """A tokenizer read from a tokenizer.json; one trained here gives any text back as it was."""
 
     def __init__(self, text: str) -> None:
         """`text` is the file's content. Raises ValueError where it describes no tokenizer."""
@@ -99,7 +99,7 @@ def tokenizer_digest(text: str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The same of a file. Raises OSError."""
+    """Return the SHA-256 of a tokenizer file. Raises OSError."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -42,7 +42,7 @@ def pieces(replica: Replica) -> Iterator[tuple[Piece, Tensor]]:
 def moment_pieces(
     replica: Replica, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[Piece, Tensor]]:
-    """What this rank's optimizer keeps for each weight. All ranks call it."""
+    """Yield what this rank's optimizer keeps for each weight. All ranks call it."""
     moments = moments_of(optimizer)
     for name, parameter in replica.named_parameters():
         if name not in replica.copies:

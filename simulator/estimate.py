@@ -346,8 +346,8 @@ def idle_seconds(work: Work, cluster: Cluster) -> Array:
 
 
 def hiding_ring(work: Work, cluster: Cluster, phase: str) -> Array:
-    """Of a block: seconds of a pass behind which the ring of cp hides, attention and the time that
-    the device has nothing to do. On a core it hides behind nothing, for sending is its work too."""
+    """Return the seconds of a block's pass behind which the ring of cp hides: attention, and the
+    time that the device idles. On a core it hides behind nothing, as sending is its work too."""
     if not np.any(work.cp > 1):
         return np.zeros_like(work.cp)
     busy, launches = busy_passes(work, cluster), work.operators * cluster.operator_overhead

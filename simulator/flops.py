@@ -123,7 +123,7 @@ def _feed_forward(rank: Rank, rows: Array, count: Array, again: Array) -> dict[s
 
 
 def hardware_flops(plans: Plans, place: Array | int = 0, rank: Rank | None = None) -> Array:
-    """What pp rank `place` runs in one optimiser step, recomputation included, in float64."""
+    """Return the flops of pipeline rank `place` in one step, recomputation included, in float64."""
     found = products(plans, place, rank).values()
     return sum((product.flops for product in found), np.zeros(len(plans)))
 

@@ -173,7 +173,7 @@ class Writer:
     def _messages(
         self, phase: str, stage: int, i: int, sends: bool
     ) -> tuple[list[Message], list[Message], list[Message]]:
-        """What falls to one block: gathers of weights, messages of activations, those of a ring."""
+        """Return one block's gathers of weights, messages of activations and messages of a ring."""
         ahead: list[Message] = []
         inside: list[Message] = []
         ring: list[Message] = []

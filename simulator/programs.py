@@ -56,9 +56,9 @@ def pipeline_programs(
 
 
 def sent_by_the_device(program: Program) -> Program:
-    """What a device does that sends by itself, as a core does: each collective, and a ring's round
-    of messages, is waited for where it is handed over, because the work of sending it takes the
-    time of computing."""
+    """Return the program of a device that sends by itself, as a core does: each collective, and a
+    ring's round of messages, is waited for where it is handed over, because the work of sending
+    it takes the time of computing."""
     made: Program = []
     over: set[int] = set()
     ring: list[Wait] = []

@@ -1,4 +1,4 @@
-"""What LoRA saves of a step, and that it learns. Prints docs/results/lora.md:
+"""Measures what LoRA saves of a step, and that it learns. Prints docs/results/lora.md:
 
 ./launch.sh python -m experiments.figures.lora > docs/results/lora.md
 """

@@ -100,7 +100,7 @@ def wrapped(command: str, width: int) -> str:
 
 @cache
 def _assumed(first: tuple[str, ...]) -> dict[str, Any]:
-    """What simulate makes of an otherwise empty command line, by dotted key."""
+    """Return what simulate makes of an otherwise empty command line, by dotted key."""
     return flat(configs_of("simulate", list(first))[0])
 
 
